@@ -1,0 +1,145 @@
+"""Rules that tie several settings together, checked on what was written, so that each problem has its place.
+
+`published.py` holds the same rules as JSON Schema, except those it cannot express.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llmkit.recipe.faults import written
+from llmkit.recipe.positions import Keys, Node, Path, find, key_spot
+from llmkit.recipe.problems import Problem
+from llmkit.recipe.units import listing, parse_whole
+
+BYTES = 256
+BUILT_IN_TOKENS = ("<|endoftext|>", "<|pad|>")
+_DATA_KEYS: tuple[Path, ...] = (("tokenize", "data"), ("pretrain", "data"), ("eval", "data"))
+
+
+def check(root: Node, meant: tuple[str, ...] = ()) -> list[Problem]:
+    """Every rule across settings that the written recipe breaks.
+
+    Args:
+        root: The merged tree.
+        meant: Dotted keys that misspelt keys were probably meant for: nothing is said about their absence.
+    """
+    return [problem for rule in _RULES for problem in rule(root, meant)]
+
+
+def _plain(root: Node, path: Path) -> Any:
+    node = find(root, path)
+    return node.plain() if node is not None else None
+
+
+def _one_model(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    path = ("pretrain", "model")
+    given = [name for name in ("preset", "name", "config") if _plain(root, (*path, name)) is not None]
+    for name in given[1:]:
+        message = f"`{given[0]}` and `{name}` both say which model"
+        yield Problem(key_spot(root, (*path, name)), message, "keep one of them")
+    config = _plain(root, (*path, "config"))
+    if isinstance(config, dict) and not isinstance(config.get("model_type"), str):
+        hint = "add it, such as `model_type: llama`"
+        yield Problem(key_spot(root, (*path, "config")), "`config` needs `model_type`", hint)
+
+
+def _sources(root: Node, path: Path) -> list[Path]:
+    """The paths of the sources under a `data` key."""
+    node = find(root, path)
+    if node is None or not isinstance(node.value, Keys | list):
+        return []
+    count = len(node.value) if isinstance(node.value, list) else 1
+    return [(*path, i) for i in range(count) if isinstance(_plain(root, (*path, i)), dict)]
+
+
+def _source_from_one_place(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    for path in _DATA_KEYS:
+        for source in _sources(root, path):
+            given = [n for n in ("files", "dataset") if _plain(root, (*source, n)) not in (None, [])]
+            if len(given) == 2:
+                spot = key_spot(root, (*source, "dataset"))
+                yield Problem(spot, "`files` and `dataset` both say where the text is", "keep one of them")
+            elif not given and not _excused(source, ("files", "dataset"), meant):
+                hint = "add `files: data/*.txt` or `dataset: owner/name`"
+                yield Problem(key_spot(root, source), "this source has neither `files` nor `dataset`", hint)
+
+
+def _excused(path: Path, names: tuple[str, ...], meant: tuple[str, ...]) -> bool:
+    section = ".".join(part for part in path if isinstance(part, str))
+    return any(f"{section}.{name}" in meant for name in names)
+
+
+def _weights_all_or_none(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    for path in _DATA_KEYS:
+        sources = _sources(root, path)
+        bare = [source for source in sources if _plain(root, (*source, "weight")) is None]
+        if 0 < len(bare) < len(sources) and not _excused(path, ("weight",), meant):
+            for source in bare:
+                hint = "give every source a weight, or none of them"
+                yield Problem(key_spot(root, source), "this source has no `weight` but others have", hint)
+
+
+def _distinct_names(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    for path in _DATA_KEYS:
+        seen: set[str] = set()
+        for source in _sources(root, path):
+            name = _plain(root, (*source, "name"))
+            if isinstance(name, str) and name in seen:
+                node = find(root, (*source, "name"))
+                assert node is not None
+                yield Problem(node.spot, f"`{name}` is already the name of a source", "names tell them apart")
+            elif isinstance(name, str):
+                seen.add(name)
+
+
+def _some_data(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """Text must come from somewhere: a section takes the other's when it names none."""
+    keys = ("tokenize.data", "pretrain.data")
+    # A misspelt section may well hold the text: its name is the problem then.
+    excused = any(m.startswith(keys) or m in ("tokenize", "pretrain") for m in meant)
+    if excused or any(written(root, key) for key in keys):
+        return
+    for section in ("pretrain", "tokenize"):
+        if isinstance(_plain(root, (section,)), dict):
+            hint = "add `data: {files: data/*.txt}`"
+            yield Problem(key_spot(root, (section,)), f"`{section}` needs text: `data` names none", hint)
+            return
+
+
+def _some_tokenizer(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    keys = ("tokenize", "pretrain.tokenizer", "pretrain.model.name")
+    if isinstance(_plain(root, ("pretrain",)), dict) and not any(written(root, key) for key in keys):
+        if any(key in meant for key in keys):
+            return
+        hint = f"add a `tokenize: {{}}` section, or {listing(['pretrain.tokenizer', 'pretrain.model.name'])}"
+        yield Problem(key_spot(root, ("pretrain",)), "`pretrain` has no tokenizer", hint)
+
+
+def _room_for_bytes(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """A byte-level vocabulary holds the 256 bytes and the special tokens at least."""
+    tokenize = find(root, ("tokenize",))
+    node = find(root, ("tokenize", "vocab_size"))
+    if tokenize is None or node is None or written(root, "tokenize.tokenizer"):
+        return
+    special = _plain(root, ("tokenize", "special_tokens"))
+    extra = set(special) - set(BUILT_IN_TOKENS) if _is_texts(special) else set()
+    least = BYTES + len(BUILT_IN_TOKENS) + len(extra)
+    size = parse_whole(node.value)
+    if isinstance(size, int) and not isinstance(size, bool) and 2 <= size < least:
+        message = f"`vocab_size`: `{size}` cannot hold the {BYTES} bytes and {least - BYTES} special tokens"
+        yield Problem(node.spot, message, f"at least {least}; common sizes are 8k, 16k, 32k")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+_RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
+    _one_model,
+    _source_from_one_place,
+    _weights_all_or_none,
+    _distinct_names,
+    _some_data,
+    _some_tokenizer,
+    _room_for_bytes,
+)

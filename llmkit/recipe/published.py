@@ -1,0 +1,174 @@
+"""The JSON Schema of recipes, for editors and other programs. It accepts and rejects what the loader does.
+
+What JSON Schema cannot say, and only the loader checks:
+
+- `vocab_size` must hold the further `special_tokens` too; that sources have distinct names;
+- what a recipe that extends another lacks: the schema cannot see the other, so it asks for less;
+- the value of `${env:NAME}`: any complete expression is accepted where a number or a word belongs, also one
+  that quotes keep text;
+- YAML itself: duplicate keys, tags, depth.
+"""
+
+import copy
+import json
+from typing import Any
+
+from llmkit.recipe import fields
+from llmkit.recipe.checks import BUILT_IN_TOKENS, BYTES
+from llmkit.recipe.schema import Block, Recipe
+from llmkit.recipe.units import Amount
+
+Json = dict[str, Any]
+
+_ENV: Json = {
+    "type": "string",
+    "pattern": r"\$\{env:[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}",
+    "description": "The value of an environment variable: `${env:NAME}` or `${env:NAME:-default}`.",
+}
+_ENV_REF: Json = {"$ref": "#/$defs/env"}
+_RENAMED = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def json_schema() -> Json:
+    """The JSON Schema (draft 2020-12) of a recipe file."""
+    raw = Recipe.model_json_schema()
+    blocks: Json = {**raw.pop("$defs"), "Recipe": raw}
+    classes = {s.block.__name__: s.block for s in fields.settings().values() if s.block is not None}
+    for name, block in blocks.items():
+        _tidy(block, classes.get(name, Recipe))
+    partial = _partial(blocks)
+    _add_rules(blocks)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "llmkit recipe, version 1",
+        "if": _given("extends"),
+        "then": {"$ref": "#/$defs/RecipePart"},
+        "else": {"$ref": "#/$defs/Recipe"},
+        "$defs": {"env": _ENV, **blocks, **partial},
+    }
+
+
+def schema_text() -> str:
+    """The JSON Schema as the text that is published."""
+    return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def _tidy(block: Json, owner: type[Block]) -> None:
+    """Pydantic's schema of one block: our defaults, standard words, `${env:}` where it may stand."""
+    block.pop("title", None)
+    for name, schema in block["properties"].items():
+        default = owner.model_fields[name].default
+        kept = {"description": schema.pop("description", "")}
+        schema.pop("title", None)
+        if "default" in schema:
+            del schema["default"]
+            if not isinstance(default, Block):
+                plain = str(default) if isinstance(default, Amount) else default
+                kept["default"] = list(plain) if isinstance(plain, tuple) else plain
+        block["properties"][name] = {**_with_env(_standard(schema)), **kept}
+
+
+def _standard(schema: Any) -> Any:
+    """Limits by their names in JSON Schema."""
+    if isinstance(schema, list):
+        return [_standard(part) for part in schema]
+    if isinstance(schema, dict):
+        return {_RENAMED.get(name, name): _standard(part) for name, part in schema.items()}
+    return schema
+
+
+def _is_free_text(schema: Json) -> bool:
+    return schema.get("type") == "string" and not {"pattern", "enum", "const"} & set(schema)
+
+
+def _with_env(schema: Json) -> Json:
+    """The schema that also accepts an environment expression in the place of a scalar."""
+    if "$ref" in schema or schema.get("type") == "object" or _is_free_text(schema):
+        return schema
+    if schema.get("type") == "array":
+        for name in ("items", "prefixItems"):
+            part = schema.get(name)
+            if isinstance(part, dict):
+                schema[name] = _with_env(part)
+            elif isinstance(part, list):
+                schema[name] = [_with_env(inner) for inner in part]
+        return schema
+    if "anyOf" not in schema:
+        return {"anyOf": [schema, _ENV_REF]}
+    parts = [_with_env(part) if part.get("type") == "array" else part for part in schema["anyOf"]]
+    scalars = [
+        part for part in parts if part.get("type") not in ("array", "object", "null") and "$ref" not in part
+    ]
+    free = not scalars or any(_is_free_text(part) for part in scalars)
+    return {**schema, "anyOf": parts if free else [*parts, _ENV_REF]}
+
+
+def _given(name: str, *below: str) -> Json:
+    """A key, or a key inside it and so on, is there and neither null nor empty."""
+    last: Json = {"not": {"enum": [None, []]}}
+    inner = _given(*below) if below else last
+    return {"type": "object", "required": [name], "properties": {name: inner}}
+
+
+def _section(name: str) -> Json:
+    return {"required": [name], "properties": {name: {"type": "object"}}}
+
+
+def _not_both(*names: str) -> Json:
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    return {"not": {"anyOf": [{"allOf": [_given(a), _given(b)]} for a, b in pairs]}}
+
+
+def _partial(blocks: Json) -> Json:
+    """The blocks of a recipe that extends another: nothing but the schema's version is required."""
+    names = set(blocks)
+    partial: Json = {}
+    for name, block in copy.deepcopy(blocks).items():
+        if name != "Recipe":
+            block.pop("required", None)
+        partial[f"{name}Part"] = _renamed(block, names)
+    partial["ModelPart"]["allOf"] = [_not_both("preset", "name", "config")]
+    partial["SourcePart"]["allOf"] = [_not_both("files", "dataset")]
+    return partial
+
+
+def _renamed(schema: Any, names: set[str]) -> Any:
+    if isinstance(schema, list):
+        return [_renamed(part, names) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    target = str(schema.get("$ref", "")).removeprefix("#/$defs/")
+    if target in names:
+        return {**schema, "$ref": f"#/$defs/{target}Part"}
+    return {name: _renamed(part, names) for name, part in schema.items()}
+
+
+def _add_rules(blocks: Json) -> None:
+    """The rules of `checks.py`."""
+    blocks["Model"]["allOf"] = [
+        _not_both("preset", "name", "config"),
+        {
+            "properties": {
+                "config": {
+                    "if": {"type": "object"},
+                    "then": {"required": ["model_type"], "properties": {"model_type": {"type": "string"}}},
+                }
+            }
+        },
+    ]
+    blocks["Source"]["oneOf"] = [_given("files"), _given("dataset")]
+    least = BYTES + len(BUILT_IN_TOKENS)
+    small = {"type": "integer", "maximum": least - 1}
+    blocks["Tokenize"]["anyOf"] = [_given("tokenizer"), {"properties": {"vocab_size": {"not": small}}}]
+    even = {
+        "if": {"type": "array"},
+        "then": {"anyOf": [{"items": _given("weight")}, {"items": {"not": _given("weight")}}]},
+    }
+    for section in ("Tokenize", "Pretrain", "Eval"):
+        blocks[section]["allOf"] = [{"properties": {"data": even}}]
+    somewhere = [_given("tokenize", "data"), _given("pretrain", "data")]
+    tokenizer = [_given("tokenize"), _given("pretrain", "tokenizer"), _given("pretrain", "model", "name")]
+    blocks["Recipe"]["allOf"] = [
+        {"if": {"anyOf": [_section("pretrain"), _section("tokenize")]}, "then": {"anyOf": somewhere}},
+        {"if": _section("pretrain"), "then": {"anyOf": tokenizer}},
+    ]

@@ -1,0 +1,299 @@
+"""The recipe, schema version 1: what a person can ask for. Only `machine` says anything about hardware.
+
+Every setting is declared once, here: name, type, range, unit, default, and its text (the docstring below it).
+The loader, the messages, `llmkit recipe explain`, the docs and the published JSON Schema all read this file.
+Rules that tie several settings together are in `checks.py`, and in `published.py` as JSON Schema.
+"""
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from llmkit.recipe.units import (
+    Amount,
+    Batch,
+    Count,
+    Every,
+    Length,
+    Part,
+    Ratio,
+    Several,
+    Size,
+    Warmup,
+    Whole,
+    shown,
+    unit_error,
+)
+
+Preset = Literal["gpt-tiny", "gpt-mini", "gpt-small", "gpt-base", "gpt-medium", "gpt-large", "gpt-1b"]
+DEFAULT_PRESET: Final[Preset] = "gpt-mini"
+
+
+def _as_list(value: object) -> object:
+    """One source or file may stand without the brackets of a list."""
+    return [value] if isinstance(value, str | dict | BaseModel) else value
+
+
+def _version(value: object) -> object:
+    """Say that another version needs another llmkit, rather than that 2 is not 1."""
+    if value == 1 and not isinstance(value, bool):
+        return 1
+    raise unit_error(
+        f"`{shown(value)}` is not a version of the recipe's schema", "this llmkit reads `llmkit: 1`"
+    )
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Block(BaseModel):
+    """A group of settings: frozen, strictly typed, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class Columns(Block):
+    """Which column of a table-like source holds what."""
+
+    text: str = "text"
+    """The column (or JSON key, dots for nested ones: `meta.body`) that holds the text."""
+
+
+Files = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+
+
+class Source(Block):
+    """Where text comes from: files (globs, folders, `-` for stdin) or a data set by name."""
+
+    name: str | None = None
+    """What reports call this source; by default made from the first file's name."""
+    files: Files | None = None
+    """Paths, globs (`data/**/*.jsonl.zst`) or folders, from the current folder or else the recipe's; `-` reads
+    stdin, `stdlib:` is the Python standard library's own sources. txt, md, py, jsonl, csv, tsv, parquet, each
+    also .gz or .zst."""
+    dataset: str | None = None
+    """A data set on the Hub or in a folder, read with `datasets`: `owner/name` or `owner/name:config`."""
+    split: str = "train"
+    """Which split of `dataset` to read."""
+    format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    """The form of the files; `auto` goes by the name's ending."""
+    columns: Columns = Columns()
+    """Which column holds the text, for formats that have columns."""
+    documents: Literal["auto", "file", "paragraph", "line"] = "auto"
+    """What one document of a text file is: the file, a paragraph (blank lines between) or a line. `auto`: a
+    file, and one above 64 KiB is cut at paragraph or line ends into pieces of about 32 KiB."""
+    encoding: str = "utf-8"
+    """The encoding of text files, such as `utf-8` or `gb18030`."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """This source's share of the training rows, relative to the other weights; by default its size."""
+    limit: Size | None = None
+    """Read at most so much text of this source, whole documents in their order; by default all of it."""
+
+
+Sources = Annotated[list[Source], BeforeValidator(_as_list, json_schema_input_type=Source | list[Source])]
+
+
+class Tokenize(Block):
+    """Make a tokenizer from text (or take an existing one) and turn the text into token shards."""
+
+    algorithm: Literal["bpe"] = "bpe"
+    """How the vocabulary is learnt: `bpe` is byte-level byte-pair encoding, which can spell any text."""
+    vocab_size: Several = 16_000
+    """Entries of the vocabulary, special tokens included."""
+    tokenizer: str | None = None
+    """An existing tokenizer, by folder or Hub name; nothing is trained then."""
+    sample: Size = 100_000_000
+    """How much text the tokenizer learns from: a deterministic sample of the training documents."""
+    special_tokens: list[str] = []
+    """Further special tokens, after `<|endoftext|>` and `<|pad|>`."""
+    data: Sources | None = None
+    """The text; by default what `pretrain.data` names."""
+    held_out: Part | None = None
+    """The share of documents kept out of training, by document hash; by default `pretrain.held_out`."""
+
+
+class Model(Block):
+    """The network: exactly one of `preset`, `name` or `config`."""
+
+    preset: Preset | None = None
+    """A shape that ships with llmkit, of 1 million to 1 billion parameters; by default `gpt-mini`."""
+    name: str | None = None
+    """A pretrained model, by folder or Hub name; training goes on from its weights."""
+    config: dict[str, Any] | None = None
+    """A `transformers` configuration written out; `model_type` is required, such as `model_type: llama`."""
+    context: Several = 512
+    """Tokens in one training row; also the longest text the model is made for."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout probability wherever the architecture has dropout; by default the architecture's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for code you have read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_preset(cls, data: Any) -> Any:
+        """A model section that names no model means the default preset."""
+        if not isinstance(data, dict) or any(
+            data.get(key) is not None for key in ("preset", "name", "config")
+        ):
+            return data
+        return {**data, "preset": DEFAULT_PRESET}
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optim(Block):
+    """The optimizer and its learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    """Which optimizer: `adamw` (decoupled weight decay, fused where the device has it)."""
+    lr: Annotated[float, Field(gt=0)] = 6e-4
+    """The peak learning rate."""
+    warmup: Warmup = Amount(2, "percent")
+    """How long the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "exponential"] = "cosine"
+    """What the learning rate does after warm-up; `wsd` stays at the peak and falls over the last `decay`."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The last learning rate as a share of the peak."""
+    decay: Ratio = 0.2
+    """For `wsd`: the share of the run, at its end, over which the learning rate falls."""
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term against division by zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay; norms, biases and embeddings are spared."""
+
+
+class Train(Block):
+    """How long, how much at once, and how the weights move."""
+
+    length: Length
+    """When training ends: `50M tokens`, `3 epochs`, `20k steps` or a time, `1h30m`."""
+    batch: Batch = Amount(32 * 1024, "tokens")
+    """What one optimizer step sees over all devices: `64Ki tokens` or `32 samples` (rows)."""
+    optim: Optim = Optim()
+    """The optimizer."""
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """The largest norm of the gradient; `null` leaves it alone."""
+
+
+class Checkpoint(Block):
+    """When the run's whole state is saved, and how many of the saved states are kept."""
+
+    every: Every = Amount(10, "percent")
+    """How often: `500 steps`, `10%` of the run, `10m`, or `never` (then only at the end)."""
+    keep: Annotated[Whole, Field(ge=1)] = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+class EvalDuring(Block):
+    """Evaluation on the held-out rows while training."""
+
+    every: Every = Amount(10, "percent")
+    """How often: `500 steps`, `10%` of the run, or `never` (then only at the end)."""
+    rows: Count | None = 256
+    """At most so many held-out rows each time; `null` takes all. The last evaluation always takes all."""
+
+
+class Sampling(Block):
+    """How text is drawn from the model."""
+
+    max_new_tokens: Count = 64
+    """Tokens to add to each prompt."""
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """0 takes the likeliest token each time; higher is more varied."""
+    top_k: Annotated[Whole, Field(ge=1)] | None = 50
+    """Draw among the k likeliest tokens only."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 makes tokens that were used less likely."""
+
+
+class Pretrain(Block):
+    """Train a model on raw text."""
+
+    objective: Literal["clm"] = "clm"
+    """What the model learns: `clm` predicts the next token."""
+    model: Model = Model()
+    """The network."""
+    tokenizer: str | None = None
+    """A tokenizer by folder or Hub name; by default the `tokenize` section's, else the model's own."""
+    data: Sources | None = None
+    """The text; by default what `tokenize.data` names."""
+    held_out: Part = 0.01
+    """The share of documents kept out of training for evaluation, chosen by document hash."""
+    isolate_documents: bool = False
+    """Keep documents that share a row from seeing each other."""
+    train: Train
+    """How long and how."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving."""
+    eval: EvalDuring = EvalDuring()
+    """Evaluation on held-out text."""
+    prompts: list[str] = []
+    """Texts the model goes on from at each evaluation, so that progress can be read."""
+    sampling: Sampling = Sampling()
+    """How those samples are drawn."""
+
+
+class Eval(Block):
+    """Measure a model on held-out text."""
+
+    model: str | None = None
+    """The model: a run or a model folder; by default what this recipe trained."""
+    data: Sources | None = None
+    """Other text to measure on, all of it; by default the held-out documents of the training data."""
+    metrics: list[Literal["loss", "perplexity", "bits_per_byte"]] = ["loss", "perplexity", "bits_per_byte"]
+    """What to report."""
+    rows: Count | None = None
+    """At most so many rows; `null` takes all."""
+
+
+class Machine(Block):
+    """How the work is done here. No shipped recipe needs it: `auto` is chosen for the machine at hand."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    processes: Annotated[Whole, Field(ge=1)] | Literal["auto"] = "auto"
+    """Worker processes, one per device; `auto`: every GPU, or one on CPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16` computes matrix products in bfloat16, weights stay fp32; `auto`: where the hardware has it."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the model with torch.compile; `auto`: when the run is long enough to win the time back."""
+    attention: Literal["auto", "sdpa", "eager", "compiled"] = "auto"
+    """The attention kernel; `auto` probes which is fastest here for the run's shapes."""
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Rows a device holds at once; the rest of the batch is accumulated."""
+
+
+class Recipe(Block):
+    """One file, one section per command; a recipe with one section is a recipe for one command."""
+
+    llmkit: Annotated[Literal[1], BeforeValidator(_version)]
+    """The schema's version."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    """What the run and its folder under `runs/` are called: letters, digits, `.`, `_` and `-`."""
+    extends: str | None = None
+    """Another recipe (a path, or the name of a shipped one) whose settings this one starts from."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 42
+    """Everything random follows from it."""
+    language: Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z]+)?$")] = "en"
+    """The text's main language, by its code: `en`, `zh`, `pt-BR`."""
+    tokenize: Tokenize | None = None
+    """The tokenizer and the shards."""
+    pretrain: Pretrain | None = None
+    """Training from raw text."""
+    eval: Eval | None = None
+    """Measuring."""
+    machine: Machine = Machine()
+    """How the work is done here."""

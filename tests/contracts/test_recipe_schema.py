@@ -1,0 +1,367 @@
+"""The published JSON Schema and the loader accept and reject the same; loading is quick and light."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from llmkit.errors import RecipeError
+from llmkit.plan import PRESETS
+from llmkit.recipe import fields, json_schema, load_recipe, render_template, schema_text, template_kinds
+from llmkit.recipe.positions import Text
+from llmkit.recipe.reading import read_yaml
+from llmkit.recipe.schema import Preset
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = json_schema()
+VALIDATOR = Draft202012Validator(SCHEMA)
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+
+# Each changes a good recipe; the two validators must agree, and say what the second element says.
+Change = tuple[str, Any]
+GOOD: dict[str, Any] = {
+    "llmkit": 1,
+    "name": "x",
+    "tokenize": {"vocab_size": "8k", "data": [{"files": "a.txt"}]},
+    "pretrain": {
+        "model": {"preset": "gpt-tiny"},
+        "data": [{"files": "a"}, {"files": "b"}],
+        "train": {"length": "1h"},
+    },
+    "eval": {},
+    "machine": {},
+}
+GONE = "<removed>"
+MUTATIONS: list[tuple[str, Any, bool]] = [
+    ("llmkit", 2, False),
+    ("llmkit", 1.0, True),
+    ("llmkit", True, False),
+    ("llmkit", GONE, False),
+    ("llmkit", "1", False),
+    ("name", "a b", False),
+    ("name", None, False),
+    ("name", 3, False),
+    ("name", "a.b-c_d", True),
+    ("name", "x" * 65, False),
+    ("seed", 0, True),
+    ("seed", -1, False),
+    ("seed", 2.0, True),
+    ("seed", 2.5, False),
+    ("seed", True, False),
+    ("seed", "1", False),
+    ("seed", 2**63, False),
+    ("language", "zh", True),
+    ("language", "English", False),
+    ("language", "pt-BR", True),
+    ("unknown", 1, False),
+    ("finetune", {}, False),
+    ("compress", {}, False),
+    ("extends", None, True),
+    ("machine", None, False),
+    ("machine", [], False),
+    ("machine.device", "tpu", False),
+    ("machine.device", "cpu", True),
+    ("machine.processes", 2, True),
+    ("machine.processes", 0, False),
+    ("machine.processes", "auto", True),
+    ("machine.processes", 2.0, True),
+    ("machine.processes", "two", False),
+    ("machine.compile", True, True),
+    ("machine.compile", 1, False),
+    ("machine.compile", "yes", False),
+    ("machine.micro_batch", "8k", True),
+    ("machine.micro_batch", 0, False),
+    ("tokenize", None, False),
+    ("tokenize", {}, True),
+    ("tokenize.vocab_size", 257, False),
+    ("tokenize.vocab_size", 258, True),
+    ("tokenize.vocab_size", "8 k", False),
+    ("tokenize.vocab_size", "8000", False),
+    ("tokenize.vocab_size", 8000.0, True),
+    ("tokenize.sample", "100MB", True),
+    ("tokenize.sample", "100 MiB", True),
+    ("tokenize.sample", 1000, True),
+    ("tokenize.sample", "100", False),
+    ("tokenize.sample", 0, False),
+    ("tokenize.held_out", 1, False),
+    ("tokenize.held_out", "2%", True),
+    ("tokenize.held_out", 0.5, True),
+    ("tokenize.held_out", "100%", False),
+    ("tokenize.algorithm", "unigram", False),
+    ("tokenize.special_tokens", ["a"], True),
+    ("tokenize.special_tokens", "a", False),
+    ("tokenize.special_tokens", [1], False),
+    ("tokenize.data", {"files": ["a", "b"]}, True),
+    ("tokenize.data", "a", False),
+    ("pretrain.data", [], True),
+    ("pretrain.data", [{}], False),
+    ("pretrain.data", [{"files": None}], False),
+    ("pretrain.data", [{"files": []}], False),
+    ("pretrain.data", [{"files": "a", "dataset": "b"}], False),
+    ("pretrain.data", [{"dataset": "b"}], True),
+    ("pretrain.data", [{"files": 3}], False),
+    ("pretrain.data", [{"files": "a", "weight": 1}, {"files": "b"}], False),
+    ("pretrain.data", [{"files": "a", "weight": 1}, {"files": "b", "weight": 0.5}], True),
+    ("pretrain.data", [{"files": "a", "weight": 0}], False),
+    ("pretrain.data", [{"files": "a", "limit": "1MB"}], True),
+    ("pretrain.data", {"files": "a", "columns": {"text": "t"}}, True),
+    ("pretrain.data", {"files": "a", "columns": "t"}, False),
+    ("pretrain.model", {}, True),
+    ("pretrain.model.preset", "gpt-tinny", False),
+    ("pretrain.model.name", "m", False),
+    ("pretrain.model", {"name": "m", "preset": None}, True),
+    ("pretrain.model", {"config": {}}, False),
+    ("pretrain.model", {"config": {"model_type": "llama", "x": [1]}}, True),
+    ("pretrain.model", {"config": "c"}, False),
+    ("pretrain.model", {"config": {"model_type": 3}}, False),
+    ("pretrain.model.context", "1Ki", True),
+    ("pretrain.model.context", 1, False),
+    ("pretrain.model.dropout", 1, False),
+    ("pretrain.model.dropout", 0, True),
+    ("pretrain.model.trust_remote_code", "false", False),
+    ("pretrain.train", GONE, False),
+    ("pretrain.train", None, False),
+    ("pretrain.train.length", GONE, False),
+    ("pretrain.train.length", 3, False),
+    ("pretrain.train.length", "3", False),
+    ("pretrain.train.length", "3 epochs", True),
+    ("pretrain.train.length", "5%", False),
+    ("pretrain.train.length", "0 steps", False),
+    ("pretrain.train.length", "1.5k steps", True),
+    ("pretrain.train.batch", "32 samples", True),
+    ("pretrain.train.batch", "32 rows", False),
+    ("pretrain.train.grad_clip", None, True),
+    ("pretrain.train.grad_clip", 0, False),
+    ("pretrain.train.optim", {"lr": 0}, False),
+    ("pretrain.train.optim", {"lr": "fast"}, False),
+    ("pretrain.train.optim", {"lr": True}, False),
+    ("pretrain.train.optim", {"lr": 1}, True),
+    ("pretrain.train.optim", {"betas": [0.9]}, False),
+    ("pretrain.train.optim", {"betas": [0.9, 1]}, False),
+    ("pretrain.train.optim", {"betas": [0, 0.5]}, True),
+    ("pretrain.train.optim", {"betas": [0.1, 0.2, 0.3]}, False),
+    ("pretrain.train.optim", {"decay": 1}, True),
+    ("pretrain.train.optim", {"decay": "100%"}, True),
+    ("pretrain.train.optim", {"decay": 1.1}, False),
+    ("pretrain.train.optim", {"warmup": "never"}, True),
+    ("pretrain.train.optim", {"warmup": 100}, False),
+    ("pretrain.train.optim", {"warmup": "0%"}, True),
+    ("pretrain.train.optim", {"schedule": "cosin"}, False),
+    ("pretrain.checkpoint", {"every": "10m", "keep": 1}, True),
+    ("pretrain.checkpoint", {"keep": 0}, False),
+    ("pretrain.eval", {"rows": None}, True),
+    ("pretrain.eval", {"rows": "1k"}, True),
+    ("pretrain.eval", {"rows": 0}, False),
+    ("pretrain.prompts", ["a", ""], True),
+    ("pretrain.prompts", [None], False),
+    ("pretrain.tokenizer", "t", True),
+    ("pretrain.sampling", {"top_p": 1, "top_k": None, "temperature": 0}, True),
+    ("pretrain.sampling", {"top_p": 0}, False),
+    ("eval.metrics", ["loss"], True),
+    ("eval.metrics", ["accuracy"], False),
+    ("eval.metrics", "loss", False),
+    ("eval.model", "runs/x", True),
+    ("eval.rows", 3, True),
+]
+# Whole recipes: where text and tokenizer come from.
+WHOLE: list[tuple[dict[str, Any], bool]] = [
+    ({"llmkit": 1}, True),
+    ({"llmkit": 1, "tokenize": {}}, False),
+    ({"llmkit": 1, "tokenize": {"data": {"files": "a"}}}, True),
+    ({"llmkit": 1, "tokenize": {"data": {"files": "a"}, "tokenizer": "t", "vocab_size": 2}}, True),
+    ({"llmkit": 1, "pretrain": {"data": {"files": "a"}, "train": {"length": "1h"}}}, False),
+    ({"llmkit": 1, "pretrain": {"data": {"files": "a"}, "train": {"length": "1h"}, "tokenizer": "t"}}, True),
+    ({"llmkit": 1, "pretrain": {"data": {"files": "a"}, "train": {"length": "1h"}, "model": {"name": "m"}}}, True),
+    ({"llmkit": 1, "tokenize": {}, "pretrain": {"data": {"files": "a"}, "train": {"length": "1h"}}}, True),
+    ({"llmkit": 1, "tokenize": {"data": []}, "pretrain": {"train": {"length": "1h"}}}, False),
+    ({"llmkit": 1, "eval": {"data": {"files": "a"}}}, True),
+    ({"llmkit": 1, "extends": "zh-tiny"}, True),
+    ({"llmkit": 1, "extends": "zh-tiny", "pretrain": {"train": {"batch": "8 samples"}}}, True),
+    ({"llmkit": 1, "extends": "zh-tiny", "pretrain": {"train": {"batch": 8}}}, False),
+    ({"llmkit": 1, "extends": "zh-tiny", "pretrain": {"model": {"name": "m", "preset": "gpt-tiny"}}}, False),
+    ({"llmkit": 1, "extends": "zh-tiny", "pretrain": {"lr": 1}}, False),
+    ({"llmkit": 1, "extends": 3}, False),
+    ({"extends": "zh-tiny"}, False),
+]  # fmt: skip
+
+
+def loads(source: Any) -> bool:
+    try:
+        load_recipe(source, env={"SEED": "1"})
+    except RecipeError:
+        return False
+    return True
+
+
+def mutated(key: str, value: Any) -> dict[str, Any]:
+    recipe = copy.deepcopy(GOOD)
+    *parents, last = key.split(".")
+    place = recipe
+    for part in parents:
+        place = place[part]
+    if value is GONE:
+        del place[last]
+    else:
+        place[last] = value
+    return recipe
+
+
+def test_the_schema_is_a_schema() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    assert VALIDATOR.is_valid(GOOD)
+    assert loads(GOOD)
+
+
+@pytest.mark.parametrize(("key", "value", "good"), MUTATIONS, ids=lambda value: str(value)[:40])
+def test_both_validators_agree_on_a_changed_recipe(key: str, value: Any, good: bool) -> None:
+    recipe = mutated(key, value)
+    assert (loads(recipe), VALIDATOR.is_valid(recipe)) == (good, good)
+
+
+@pytest.mark.parametrize(("recipe", "good"), WHOLE, ids=lambda value: str(value)[:60])
+def test_both_validators_agree_on_whole_recipes(recipe: dict[str, Any], good: bool) -> None:
+    assert (loads(recipe), VALIDATOR.is_valid(recipe)) == (good, good)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_both_validators_accept_every_shipped_recipe(path: Path) -> None:
+    assert loads(path)
+    assert list(VALIDATOR.iter_errors(plain(path.read_text("utf-8")))) == []
+
+
+@pytest.mark.parametrize("kind", template_kinds())
+def test_both_validators_accept_every_template(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "r.yaml").write_text(render_template(kind))
+    assert loads(tmp_path / "r.yaml")
+    assert list(VALIDATOR.iter_errors(plain(render_template(kind)))) == []
+
+
+def test_both_validators_refuse_the_ten_mistakes() -> None:
+    path = ROOT / "tests/unit/data/ten_mistakes.yaml"
+    assert not loads(path)
+    assert not VALIDATOR.is_valid(plain(path.read_text("utf-8")))
+
+
+def plain(text: str) -> Any:
+    root, problems = read_yaml(Text("r.yaml", text))
+    assert root is not None
+    assert problems == []
+    return root.plain()
+
+
+# Values of many types, to try on every key.
+KINDS: list[Any] = [
+    None,
+    True,
+    0,
+    1,
+    -1,
+    0.5,
+    2.0,
+    10**6,
+    "",
+    "x",
+    "8k",
+    "5%",
+    "3 steps",
+    "never",
+    [],
+    ["x"],
+    [1, 2],
+    {},
+    {"a": 1},
+]
+
+
+@pytest.mark.parametrize("key", [key for key in fields.settings() if key not in ("llmkit", "extends")])
+def test_both_validators_agree_on_every_type_for_every_key(key: str) -> None:
+    differing = []
+    for value in KINDS:
+        recipe = copy.deepcopy(GOOD)
+        place: Any = recipe
+        *parents, last = key.split(".")
+        for part in parents:
+            place = place.setdefault(part, {}) if isinstance(place, dict) else place[0].setdefault(part, {})
+        (place if isinstance(place, dict) else place[0])[last] = value
+        if loads(recipe) != VALIDATOR.is_valid(recipe):
+            differing.append((value, loads(recipe)))
+    assert differing == []
+
+
+@pytest.mark.parametrize("value", ["${env:SEED}", "${env:SEED:-3}", "${env:NOT_SET:-3}"])
+def test_both_validators_accept_an_expression_for_a_number(tmp_path: Path, value: str) -> None:
+    text = f"llmkit: 1\nseed: {value}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    assert loads(tmp_path / "r.yaml")
+    assert VALIDATOR.is_valid(plain(text))
+
+
+def test_the_documented_exceptions_are_as_documented() -> None:
+    """What only the loader can check (`published.py` lists it)."""
+    only_loader = [
+        mutated("tokenize", {"vocab_size": 258, "special_tokens": ["a"]}),
+        mutated("pretrain.data", [{"files": "a", "name": "n"}, {"files": "b", "name": "n"}]),
+        mutated("seed", "${env:NOT_SET}"),
+        mutated("seed", "${env:SEED}"),  # a mapping's text is text, as in quotes
+        {"llmkit": 1, "extends": "no-such-recipe"},
+    ]
+    assert [(loads(recipe), VALIDATOR.is_valid(recipe)) for recipe in only_loader] == [(False, True)] * 5
+
+
+def test_the_published_schema_is_up_to_date() -> None:
+    published = (ROOT / "docs/recipe.schema.json").read_text("utf-8")
+    assert published == schema_text(), "llmkit recipe schema > docs/recipe.schema.json"
+
+
+def test_the_schema_names_the_presets_that_the_plan_has() -> None:
+    assert get_args(Preset) == tuple(PRESETS)
+
+
+def test_every_property_is_described() -> None:
+    for name, block in SCHEMA["$defs"].items():
+        assert block.get("description"), name
+        for key, schema in block.get("properties", {}).items():
+            assert schema.get("description"), (name, key)
+
+
+def report_of(code: str) -> Any:
+    """Run code in a fresh interpreter; the CPU seconds it took, what it imported and what it says."""
+    tail = "\nimport sys, time, json\nprint(json.dumps([time.process_time(), sorted(sys.modules), said]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + tail],
+        cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def without_heavy(modules: list[str]) -> bool:
+    heavy = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy", "jsonschema"}
+    return not heavy & set(modules)
+
+
+CASES: list[tuple[str, Callable[[Any], bool]]] = [
+    (
+        "from llmkit.recipe import load_recipe\nsaid = load_recipe('zh-tiny').recipe.name",
+        lambda said: said == "zh-tiny",
+    ),
+    (
+        "from llmkit.recipe import load_recipe\nfrom llmkit.errors import RecipeError\n"
+        "try: load_recipe('tests/unit/data/ten_mistakes.yaml')\nexcept RecipeError as e: said = len(e.problems)",
+        lambda said: said == 10,
+    ),
+]
+
+
+@pytest.mark.parametrize(("code", "right"), CASES, ids=["good", "ten mistakes"])
+def test_loading_takes_under_a_second_and_nothing_heavy(code: str, right: Callable[[Any], bool]) -> None:
+    seconds, modules, said = report_of(code)
+    assert right(said)
+    assert without_heavy(modules)
+    assert seconds < 1.0
