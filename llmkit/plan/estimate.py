@@ -1,0 +1,135 @@
+"""FLOPs, memory and time by formula: FLOPs and fixed memory are counted, activations and time estimated."""
+
+from dataclasses import dataclass
+
+from llmkit.hardware import Hardware
+from llmkit.plan.shape import ModelShape
+
+LOSS_CHUNK_TOKENS = 1024
+"""Positions whose logits exist at one time in the chunked loss, for the memory estimate."""
+
+CPU_FLOPS_PER_CORE = {"fp32": (30e9, 130e9), "bf16": (80e9, 300e9)}
+"""Training FLOP/s per core, low to high.
+
+Measured on a server processor with a 17 M llama: 62e9 with plain fp32 and 226e9 with bf16 and compiled
+kernels, where bare matrix products reach 81-178e9 and 360e9.
+"""
+
+GPU_UTILISATION = (0.15, 0.50)
+"""Share of the peak that training reaches, low to high. Published runs of 0.1-8 B models: 0.33 to 0.50."""
+
+NARROW_GPU_UTILISATION = (0.03, 0.30)
+"""The same below a width of 1024, where kernels are too small to fill the device."""
+
+COMPILE_GAIN = 1.3
+"""How many times faster a compiled step is (measured: 1.14 for fp32 to 1.41; attention chosen apart)."""
+
+COMPILE_COST_S = {"cpu": 80.0, "cuda": 60.0}
+"""Seconds that compiling takes with a cold cache."""
+
+
+def flops_per_token(model: ModelShape, context: int) -> int:
+    """FLOPs of training on one token: `6 M + 12 L Q T`.
+
+    M are the weights that a token is multiplied with (linear layers and the LM head, not the embedding
+    look-up), 2 FLOPs each in the forward pass and 4 in the backward. `L` layers of attention with `Q =
+    num_heads * head_dim` compare each of `T` tokens with all `T`: `2 Q T` for the scores and `2 Q T` for the
+    mix of values forward, twice that backward. That half of it lies above the causal diagonal is not taken
+    off, as in most published figures, so MFU compares with them.
+
+    **Source**: PaLM (Chowdhery et al. 2022), appendix B; Chinchilla (Hoffmann et al. 2022), appendix F.
+    """
+    attention = 12 * model.num_layers * model.num_heads * model.head_dim * context
+    return 6 * model.num_matmul_parameters + attention
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device while training with replicated weights.
+
+    Attributes:
+        weights: fp32 weights, and under bf16 the bf16 copies of the matrices that autocast keeps for the
+            backward pass.
+        gradients: fp32 gradients.
+        optimizer: AdamW's two fp32 moments.
+        activations: What the backward pass needs of one micro-batch (an estimate).
+        logits: One chunk of logits and its gradient.
+        total: The sum.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    total: int
+
+
+def training_memory(
+    model: ModelShape, *, context: int, micro_batch: int, precision: str, attention: str
+) -> Memory:
+    """Memory of training at this micro-batch.
+
+    Args:
+        model: The model.
+        context: Tokens a row.
+        micro_batch: Rows at a time.
+        precision: `fp32` or `bf16`.
+        attention: `sdpa` keeps no scores; `compiled` and `eager` keep them for the backward pass.
+    """
+    parameters = model.num_parameters
+    tokens = micro_batch * context
+    weights = 4 * parameters + (2 * model.num_matmul_parameters if precision == "bf16" else 0)
+    activations = tokens * activation_bytes_per_token(
+        model, context, precision=precision, attention=attention
+    )
+    # One chunk: the logits in the working precision, and in fp32 for the softmax that becomes their gradient.
+    logits = min(tokens, LOSS_CHUNK_TOKENS) * model.vocab_size * (_width(precision) + 4)
+    total = weights + 12 * parameters + activations + logits
+    return Memory(weights, 4 * parameters, 8 * parameters, activations, logits, total)
+
+
+def activation_bytes_per_token(model: ModelShape, context: int, *, precision: str, attention: str) -> int:
+    """Bytes that the backward pass needs per token, by what each operation of a block keeps.
+
+    Two norms keep input and normalised value in fp32 and their output `w` bytes wide (`w`: 4 for fp32, 2 for
+    bf16); attention keeps queries, keys, values and output; the MLP its inner tensors (gate, up, activation,
+    product, or two without a gate). Scores, where kept, are `num_heads * context` wide: probabilities `w`
+    wide, in eager mode also in fp32.
+
+    **Source**: the counting of Korthikanti et al. 2022, "Reducing Activation Recomputation", section 4, for
+    this block.
+    """
+    width = _width(precision)
+    norms = 2 * model.hidden_size * (8 + width)
+    projections = 2 * width * model.head_dim * (model.num_heads + model.num_kv_heads)
+    mlp = width * model.intermediate_size * (4 if model.gated_mlp else 2)
+    scores = model.num_heads * context * {"sdpa": 0, "compiled": width, "eager": width + 4}[attention]
+    return model.num_layers * (norms + projections + mlp + scores) + model.hidden_size * (8 + width)
+
+
+def _width(precision: str) -> int:
+    return 2 if precision == "bf16" else 4
+
+
+def training_rate(
+    hardware: Hardware, model: ModelShape, *, world_size: int, precision: str
+) -> tuple[float, float] | None:
+    """FLOP/s that training here may reach over all processes, low and high; None where the device is unknown.
+
+    Processes on CPU share the cores, so more of them are not faster.
+    """
+    if hardware.device == "cpu":
+        low, high = CPU_FLOPS_PER_CORE[precision]
+        return low * hardware.cores, high * hardware.cores
+    if hardware.peak_flops is None:
+        return None
+    # The peak is the bf16 one where there is bf16; fp32 is 1/2 to 1/16 of it, an eighth is taken.
+    peak = hardware.peak_flops * (1 / 8 if precision == "fp32" and hardware.bf16 else 1)
+    low, high = GPU_UTILISATION if model.hidden_size >= 1024 else NARROW_GPU_UTILISATION
+    return low * peak * world_size, high * peak * world_size
+
+
+def compile_pays(device: str, seconds: float) -> bool:
+    """Whether a run of `seconds` without compiling saves more by it than compiling costs."""
+    return seconds * (1 - 1 / COMPILE_GAIN) > COMPILE_COST_S[device]

@@ -1,0 +1,328 @@
+"""`make_plan`: every `auto` of a recipe decided for this hardware, each with its reason."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmkit.hardware import Hardware
+from llmkit.plan.batch import PlanError, Share, divisors, largest_divisor, rows_of_batch, share_rows
+from llmkit.plan.estimate import (
+    COMPILE_COST_S,
+    COMPILE_GAIN,
+    Memory,
+    compile_pays,
+    flops_per_token,
+    training_memory,
+    training_rate,
+)
+from llmkit.plan.length import resolve_every, resolve_length, resolve_warmup
+from llmkit.plan.plan import DataFacts, Plan
+from llmkit.plan.shape import ModelShape
+from llmkit.recipe.schema import Machine, Pretrain, Recipe
+from llmkit.recipe.units import Amount
+
+CPU_MICRO_BATCH_TOKENS = 4096
+"""Tokens a processor handles at a time: enough for fast matrix products, not too much for its caches."""
+
+MEMORY_SHARE = 0.85
+"""Share of a device's memory that the estimate may fill; the rest is for workspaces and for its errors."""
+
+MANY_EPOCHS = 4
+"""Passes over the data from which repetition starts to cost (Source: Muennighoff et al. 2023)."""
+
+
+@dataclass
+class _Draft:
+    """What is known so far; `choose` records a decision with its reason."""
+
+    machine: Machine
+    hardware: Hardware
+    choices: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def choose(self, setting: str, value: Any, why: str) -> None:
+        self.choices[f"machine.{setting}"] = (value, why)
+
+
+def make_plan(
+    recipe: Recipe,
+    hardware: Hardware,
+    data: DataFacts,
+    *,
+    vocab_size: int,
+    model: ModelShape,
+    world_size: int | None = None,
+) -> Plan:
+    """Turn what the recipe asks for into numbers for this machine.
+
+    Args:
+        recipe: The recipe; it must have a `pretrain` section.
+        hardware: What there is to compute with.
+        data: What the training data holds.
+        vocab_size: Entries of the tokenizer.
+        model: The model's shape.
+        world_size: Processes where something else has fixed them (`--processes`, torchrun, Slurm); it wins
+            over the recipe.
+
+    Raises:
+        PlanError: The batch cannot be shared, a pinned micro-batch does not divide it, the text is shorter
+            than a row, or the model cannot hold the vocabulary or the context. The message says what would
+            fit.
+    """
+    if recipe.pretrain is None:
+        raise PlanError("the recipe has no `pretrain` section, so there is nothing to plan")
+    wanted, context = recipe.pretrain, recipe.pretrain.model.context
+    _check_model(model, vocab_size, context)
+    num_rows = _rows_of_data(data, context)
+    draft = _Draft(recipe.machine, hardware, notes=list(hardware.notes))
+    if recipe.machine.device == "auto":
+        draft.choose("device", hardware.device, hardware.device_name)
+    rows, note = rows_of_batch(wanted.train.batch, context)
+    draft.notes += [note] if note else []
+    world = _choose_world(draft, rows, world_size)
+    precision = _choose_precision(draft)
+    attention = recipe.machine.attention
+    share, memory = _choose_micro_batch(draft, model, context, rows, world, precision, attention)
+    steps = resolve_length(
+        wanted.train.length, tokens_per_step=rows * context, rows_per_step=rows, num_rows_per_epoch=num_rows
+    )
+    flops = flops_per_token(model, context)
+    rate = training_rate(hardware, model, world_size=world, precision=precision)
+    limit_s = float(wanted.train.length.value) if steps is None else None
+    low, high = _seconds(rate, flops * rows * context * (steps or 0), limit_s)
+    compiled = _choose_compile(draft, low, high)
+    epochs = steps * rows / num_rows if steps else None
+    draft.notes += _remarks(data, rows, num_rows, epochs, rate)
+    timing = _intervals(wanted, steps, rows, context, num_rows)
+    deferred = {key: amount for key, (resolved, amount) in timing.items() if resolved is None}
+    return Plan(
+        device=hardware.device,
+        world_size=world,
+        precision=precision,
+        compile=compiled,
+        attention=attention,
+        context=context,
+        rows_per_step=rows,
+        micro_batch_size=share.micro_batch_size,
+        gradient_accumulation_steps=share.gradient_accumulation_steps,
+        tokens_per_step=rows * context,
+        num_steps=steps,
+        length_seconds=limit_s,
+        warmup_steps=timing["warmup_steps"][0],
+        checkpoint_every=timing["checkpoint_every"][0],
+        eval_every=timing["eval_every"][0],
+        deferred=deferred,
+        num_rows_per_epoch=num_rows,
+        num_epochs=epochs,
+        vocab_size=vocab_size,
+        num_parameters=model.num_parameters,
+        flops_per_token=flops,
+        memory=memory,
+        seconds_low=low,
+        seconds_high=high,
+        checkpoint_bytes=12 * model.num_parameters,
+        choices=draft.choices,
+        notes=tuple(draft.notes),
+    )
+
+
+def _check_model(model: ModelShape, vocab_size: int, context: int) -> None:
+    if context > model.max_length:
+        raise PlanError(
+            f"model.context is {context} tokens, but this model reads at most {model.max_length}",
+            hint=f"pretrain.model.context={model.max_length}",
+        )
+    if vocab_size > model.vocab_size:
+        raise PlanError(
+            f"the tokenizer has {vocab_size:,} entries, but the model's embedding only {model.vocab_size:,}",
+            hint=f"set vocab_size: {vocab_size} in model.config, or use the model's own tokenizer",
+        )
+
+
+def _rows_of_data(data: DataFacts, context: int) -> int:
+    """Full rows of one pass; each source is cut by itself, and a row needs one token more: a last target."""
+    sizes = [source.num_tokens for source in data.per_source] or [data.num_tokens]
+    rows = sum(max(0, size - 1) // context for size in sizes)
+    if rows:
+        return rows
+    raise PlanError(
+        f"the training text has {max(sizes):,} tokens, fewer than the {context + 1:,} that a row of context "
+        f"{context:,} needs",
+        hint="a smaller pretrain.model.context, or more text",
+    )
+
+
+def _choose_world(draft: _Draft, rows: int, fixed: int | None) -> int:
+    """Processes: fixed from outside, else pinned by the recipe, else all devices that can share the batch."""
+    pinned = draft.machine.processes
+    if fixed is not None:
+        if pinned != fixed:
+            draft.choose("processes", fixed, "set by the launcher or by --processes")
+        world = fixed
+    elif pinned != "auto":
+        world = pinned
+    else:
+        return _choose_auto_world(draft, rows)
+    if draft.hardware.device != "cpu" and world > draft.hardware.num_devices and fixed is None:
+        raise PlanError(
+            f"machine.processes is {world}, but this machine has {draft.hardware.num_devices} "
+            f"{draft.hardware.device} device(s)",
+            hint=f"machine.processes={draft.hardware.num_devices}",
+        )
+    share_rows(rows, world, 1)
+    return world
+
+
+def _choose_auto_world(draft: _Draft, rows: int) -> int:
+    devices = draft.hardware.num_devices
+    world = largest_divisor(rows, devices)
+    if draft.hardware.device == "cpu":
+        why = "one process uses every core"
+    elif world == devices:
+        why = f"one per {draft.hardware.device} device"
+    else:
+        below, above = rows - rows % devices, rows - rows % devices + devices
+        fits = " or ".join(f"{n} samples" for n in (below, above) if n)
+        why = f"{rows} rows a step cannot be shared equally by {devices} devices"
+        draft.notes.append(
+            f"{devices - world} of {devices} devices stay idle: {why}; a batch of {fits} would use all"
+        )
+    draft.choose("processes", world, why)
+    return world
+
+
+def _choose_precision(draft: _Draft) -> str:
+    pinned, bf16 = draft.machine.precision, draft.hardware.bf16
+    if pinned == "auto":
+        has = "has bf16 in hardware" if bf16 else "has no bf16 in hardware"
+        draft.choose("precision", "bf16" if bf16 else "fp32", f"this {_noun(draft.hardware)} {has}")
+        return "bf16" if bf16 else "fp32"
+    if pinned == "bf16" and not bf16:
+        draft.notes.append(
+            f"bf16 is pinned, but this {_noun(draft.hardware)} only emulates it: fp32 is usually faster"
+        )
+    return pinned
+
+
+def _noun(hardware: Hardware) -> str:
+    return "processor" if hardware.device == "cpu" else "GPU"
+
+
+def _choose_micro_batch(
+    draft: _Draft, model: ModelShape, context: int, rows: int, world: int, precision: str, attention: str
+) -> tuple[Share, Memory]:
+    """The micro-batch and its memory; the memory of a processor is shared by all processes."""
+    hardware = draft.hardware
+    available = hardware.memory_bytes // (world if hardware.device == "cpu" else 1)
+
+    def memory_of(micro_batch: int) -> Memory:
+        kind = _assumed_attention(hardware, attention)
+        return training_memory(
+            model, context=context, micro_batch=micro_batch, precision=precision, attention=kind
+        )
+
+    pinned = draft.machine.micro_batch
+    if pinned != "auto":
+        share = share_rows(rows, world, pinned)
+    else:
+        per_process = rows // world
+        fits = [d for d in divisors(per_process) if memory_of(d).total <= MEMORY_SHARE * available]
+        at_most, why = _micro_batch_limit(hardware, max(fits, default=1), context)
+        share = share_rows(rows, world, largest_divisor(per_process, at_most))
+        draft.choose("micro_batch", share.micro_batch_size, f"{why}, as far as it divides {per_process} rows")
+    memory = memory_of(share.micro_batch_size)
+    if memory.total > MEMORY_SHARE * available:
+        draft.notes.append(
+            f"memory may not suffice: about {memory.total / 1e9:.1f} GB needed of {available / 1e9:.1f} GB"
+            + (" a process" if world > 1 and hardware.device == "cpu" else "")
+        )
+    return share, memory
+
+
+def _micro_batch_limit(hardware: Hardware, fits: int, context: int) -> tuple[int, str]:
+    """At most so many rows at a time, and why. On GPUs a power of two, which kernels like best."""
+    if hardware.device != "cpu":
+        return 1 << (fits.bit_length() - 1), f"the most that fits {MEMORY_SHARE:.0%} of the memory"
+    good = max(1, CPU_MICRO_BATCH_TOKENS // context)
+    if fits < good:
+        return fits, f"the most that fits {MEMORY_SHARE:.0%} of the memory"
+    return good, f"about {CPU_MICRO_BATCH_TOKENS:,} tokens at a time are fast on a processor"
+
+
+def _assumed_attention(hardware: Hardware, attention: str) -> str:
+    """What `auto` costs at most: on a processor the probe may choose the form that keeps the scores."""
+    if attention != "auto":
+        return attention
+    return "compiled" if hardware.device == "cpu" else "sdpa"
+
+
+def _seconds(
+    rate: tuple[float, float] | None, flops: float, limit_s: float | None
+) -> tuple[float | None, float | None]:
+    """Estimated shortest and longest duration; a length that is a time is both."""
+    if limit_s is not None:
+        return limit_s, limit_s
+    return (flops / rate[1], flops / rate[0]) if rate else (None, None)
+
+
+def _choose_compile(draft: _Draft, low: float | None, high: float | None) -> bool:
+    """Whether to compile: where it works, and the run is long enough to win back what compiling costs."""
+    pinned = draft.machine.compile
+    if pinned != "auto":
+        return pinned
+    device = draft.hardware.device
+    if device not in COMPILE_COST_S:
+        compiled, why = False, f"torch.compile is not used on {device}"
+    elif not draft.hardware.compiler:
+        compiled, why = False, "torch.compile needs a C++ compiler, and none is on PATH"
+    elif low is None or high is None:
+        compiled, why = False, "unknown device: the run's length cannot be estimated"
+    else:
+        middle = (low * high) ** 0.5
+        compiled = compile_pays(device, middle)
+        saved, cost = middle * (1 - 1 / COMPILE_GAIN), COMPILE_COST_S[device]
+        why = (
+            f"compiling costs about {cost:.0f} s and would save about {saved:.0f} s of this run (an estimate)"
+        )
+    draft.choose("compile", compiled, why)
+    return compiled
+
+
+def _intervals(
+    wanted: Pretrain, steps: int | None, rows: int, context: int, num_rows: int
+) -> dict[str, tuple[int | None, Amount]]:
+    """Warm-up and intervals in steps (None where that must wait), each with what the recipe says."""
+    warmup = wanted.train.optim.warmup
+    tokens = rows * context
+    every = {
+        key: (
+            resolve_every(
+                amount,
+                num_steps=steps,
+                tokens_per_step=tokens,
+                rows_per_step=rows,
+                num_rows_per_epoch=num_rows,
+            ),
+            amount,
+        )
+        for key, amount in (("checkpoint_every", wanted.checkpoint.every), ("eval_every", wanted.eval.every))
+    }
+    warm = resolve_warmup(warmup, num_steps=steps, tokens_per_step=tokens)
+    return {"warmup_steps": (warm, warmup), **every}
+
+
+def _remarks(
+    data: DataFacts, rows: int, num_rows: int, epochs: float | None, rate: tuple[float, float] | None
+) -> list[str]:
+    """What a person should know before spending the time."""
+    remarks = []
+    if not data.exact:
+        remarks.append("token counts are estimated from file sizes; the run counts exactly")
+    if epochs is not None and epochs > MANY_EPOCHS:
+        remarks.append(
+            f"every row is read {epochs:.1f} times; beyond about {MANY_EPOCHS} there is little to gain"
+        )
+    if rows > num_rows:
+        remarks.append(f"one step holds {rows} rows, but the data only {num_rows}: rows repeat within a step")
+    if rate is None:
+        remarks.append("this device's speed is not known, so the duration is not estimated")
+    return remarks

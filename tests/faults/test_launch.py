@@ -1,0 +1,302 @@
+"""Real worker processes (without torch) that end in every way, and the parent's account of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from llmkit.errors import RunError
+from llmkit.launch import StopSignal, World, check_world, detect_world, exit_for, run_local_workers
+
+# What a worker does is its argv: a mark that it runs, then an ending by rank.
+WORKER = textwrap.dedent(
+    """
+    import json, os, signal, sys, time
+    sys.path.insert(0, os.environ["LLMKIT_TEST_ROOT"])
+    from pathlib import Path
+    from llmkit.launch.signals import StopSignal, exit_for
+
+    folder, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
+    rank = os.environ["RANK"]
+    todo = plan[rank] if rank in plan else plan["*"]
+
+    def mark():
+        seen = {k: v for k, v in os.environ.items() if k.isupper()} | {"pid": os.getpid(), "pgid": os.getpgid(0)}
+        (folder / f"tmp{rank}").write_text(json.dumps(seen))
+        (folder / f"tmp{rank}").rename(folder / f"up{rank}")
+
+    if todo == "stop":                       # save and leave when asked
+        with StopSignal() as stop:
+            mark()
+            while not stop.requested:
+                time.sleep(0.01)
+            (folder / f"saved{rank}").write_text(signal.Signals(stop.requested).name)
+            sys.exit(exit_for(stop.requested))
+    if todo == "deaf":                       # hangs in C++, so to say
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+    mark()
+    if todo in ("deaf", "plain"):            # plain: no handlers, dies of any signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL) if todo == "plain" else None
+        time.sleep(60)
+    if todo == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stderr.write(f"worker {rank} says {todo}\\n")
+    sys.exit(todo)
+    """
+)
+
+PARENT = textwrap.dedent(
+    """
+    import json, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    from llmkit.launch import run_local_workers
+    folder, count, worker = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    code = run_local_workers(count, [str(folder), sys.argv[5]], logs=folder / "logs",
+                             program=[sys.executable, "-c", worker], grace_s=0.5, stop_grace_s=float(sys.argv[6]))
+    sys.exit(code)
+    """
+)
+ROOT = str(Path(__file__).parents[2])
+
+
+@pytest.fixture(autouse=True)
+def _test_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMKIT_TEST_ROOT", ROOT)
+
+
+def run_here(folder: Path, count: int, plan: dict[str, object], **options: object) -> tuple[int, str]:
+    lines: list[str] = []
+    arguments = [str(folder), json.dumps(plan)]
+    program = [sys.executable, "-c", WORKER]
+    settings = {"grace_s": 0.5, "on_line": lines.append, "program": program, **options}
+    code = run_local_workers(count, arguments, logs=folder / "logs", **settings)
+    return code, "\n".join(lines)
+
+
+def start_parent(folder: Path, plan: dict[str, object], stop_grace_s: float = 20) -> subprocess.Popen[str]:
+    """A parent in a process of its own, once both its workers are up."""
+    command = [
+        sys.executable,
+        "-c",
+        PARENT,
+        ROOT,
+        str(folder),
+        "2",
+        WORKER,
+        json.dumps(plan),
+        str(stop_grace_s),
+    ]
+    env = {**os.environ, "TMPDIR": str(folder)}  # a killed parent leaves its private folder behind
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    wait_for(lambda: (folder / "up0").exists() and (folder / "up1").exists())
+    return parent
+
+
+def wait_for(condition, limit_s: float = 20) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def seen(folder: Path, rank: int) -> dict[str, object]:
+    return json.loads((folder / f"up{rank}").read_text())
+
+
+def runs(pid: object) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("plan", "code"),
+    [
+        ({"*": 0}, 0),
+        ({"*": 75}, 75),
+        ({"*": 130}, 130),
+        ({"0": 0, "*": 75}, 75),
+        ({"0": 75, "1": 3}, 3),
+        ({"0": 0, "1": 2}, 2),
+        ({"0": "kill", "1": 0}, 1),
+    ],
+)
+def test_exit_code_tells_the_truth(tmp_path: Path, plan: dict[str, object], code: int) -> None:
+    assert run_here(tmp_path, 2, plan)[0] == code
+
+
+def test_workers_know_their_place(tmp_path: Path) -> None:
+    code, said = run_here(tmp_path, 2, {"*": 0}, env={**os.environ, "OMP_NUM_THREADS": "7"})
+    first, second = seen(tmp_path, 0), seen(tmp_path, 1)
+    assert (code, said) == (0, "")
+    assert (first["RANK"], second["RANK"], second["LOCAL_RANK"]) == ("0", "1", "1")
+    assert {s["WORLD_SIZE"] + s["LOCAL_WORLD_SIZE"] for s in (first, second)} == {"22"}
+    assert first["LLMKIT_RENDEZVOUS"] == second["LLMKIT_RENDEZVOUS"]
+    assert (first["MASTER_ADDR"], first["GLOO_SOCKET_IFNAME"], first["OMP_NUM_THREADS"]) == (
+        "127.0.0.1",
+        "lo",
+        "7",
+    )
+    assert first["pgid"] == first["pid"] != os.getpgid(0)
+    assert not Path(first["LLMKIT_RENDEZVOUS"]).parent.exists(), "the private folder is removed"
+    assert (tmp_path / "logs/rank_1.log").read_text() == "worker 1 says 0\n"
+
+
+def test_cores_are_shared(tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    run_here(tmp_path, 2, {"*": 0}, env=env)
+    assert int(seen(tmp_path, 0)["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_a_dead_worker_is_named_and_the_others_end(tmp_path: Path) -> None:
+    code, said = run_here(tmp_path, 3, {"0": "stop", "1": "deaf", "2": "kill"})
+    assert code == 1
+    assert "worker 2 (pid" in said
+    assert "was killed by SIGKILL" in said
+    assert "stopping the other workers (0, 1)" in said
+    assert "worker 1 did not end in time and is killed" in said
+    assert not any(runs(seen(tmp_path, rank)["pid"]) for rank in range(3))
+
+
+def test_a_failed_workers_last_lines_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank_1.log").write_text("from an earlier run\n")
+    code, said = run_here(tmp_path, 2, {"0": "stop", "1": 7})
+    assert code == 7
+    assert "worker 1 (pid" in said
+    assert "failed with exit code 7" in said
+    assert "  worker 1 says 7" in said
+    assert "earlier run" not in said
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)],
+    ids=lambda v: str(v),
+)
+def test_signals_reach_every_worker(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    parent = start_parent(tmp_path, {"*": "stop"})
+    parent.send_signal(number)
+    assert parent.wait(20) == code, parent.stderr.read()
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
+
+
+def test_stopped_before_the_handlers_are_set_up_is_no_failure(tmp_path: Path) -> None:
+    parent = start_parent(tmp_path, {"0": "stop", "1": "plain"})
+    parent.send_signal(signal.SIGTERM)
+    said = parent.communicate(timeout=20)[1]
+    assert parent.returncode == 75
+    assert "before it could save; the newest checkpoint resumes" in said
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    parent = start_parent(tmp_path, {"*": "deaf"}, stop_grace_s=60)
+    parent.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert parent.poll() is None, "the first one waits for the workers"
+    start = time.monotonic()
+    parent.send_signal(signal.SIGINT)
+    said = parent.communicate(timeout=20)[1]
+    assert parent.returncode == 130
+    assert time.monotonic() - start < 5
+    assert "stopped at once" in said
+    assert not any(runs(seen(tmp_path, rank)["pid"]) for rank in (0, 1))
+
+
+def test_workers_that_do_not_stop_are_killed_in_the_end(tmp_path: Path) -> None:
+    parent = start_parent(tmp_path, {"0": "stop", "1": "deaf"}, stop_grace_s=0.5)
+    parent.send_signal(signal.SIGTERM)
+    said = parent.communicate(timeout=20)[1]
+    assert parent.returncode == 1
+    assert "worker 1 did not end in time and is killed" in said
+    assert "out of memory" not in said
+
+
+def test_no_orphans_when_the_parent_is_killed(tmp_path: Path) -> None:
+    parent = start_parent(tmp_path, {"*": "deaf"})
+    parent.kill()
+    parent.wait(20)
+    wait_for(lambda: not any(runs(seen(tmp_path, rank)["pid"]) for rank in (0, 1)))
+
+
+def test_stop_signal_remembers_the_first_and_puts_handlers_back() -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with StopSignal() as stop:
+        assert stop.requested == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert stop.requested == signal.SIGUSR1
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the signal may arrive a moment later
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+def test_exit_for() -> None:
+    assert [int(exit_for(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == [130, 75, 75]
+
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "5",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+}
+MPIRUN = {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "world"),
+    [
+        ({}, None),
+        (TORCHRUN, World(3, 4, 1, 2, "torchrun")),
+        ({**TORCHRUN, "LLMKIT_RENDEZVOUS": "x"}, World(3, 4, 1, 2, "llmkit")),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 1, 2, "torchrun")),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}, World(4, 5, 0, 1, "srun")),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"}, None),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({**SRUN, "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_PROCID": "0"}, None),
+        ({f"OMPI_COMM_WORLD_{k}": v for k, v in MPIRUN.items()}, World(1, 2, 1, 2, "mpirun")),
+        ({**SRUN, **TORCHRUN}, World(3, 4, 1, 2, "torchrun")),
+    ],
+)
+def test_detect_world(env: dict[str, str], world: World | None) -> None:
+    assert detect_world(env) == world
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "contradict"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
+    ],
+)
+def test_half_a_world_is_an_error(env: dict[str, str], says: str) -> None:
+    with pytest.raises(RunError, match=says):
+        detect_world(env)
+
+
+def test_check_world_names_both_numbers() -> None:
+    check_world(None, 1)
+    check_world(World(0, 2, 0, 2, "srun"), 2)
+    with pytest.raises(RunError, match=r"made for 4 .* but 2 .* srun(.|\n)*machine.processes=2"):
+        check_world(World(0, 2, 0, 2, "srun"), 4)
+    with pytest.raises(RunError, match=r"made for 2 .* runs by itself"):
+        check_world(None, 2)
