@@ -1,0 +1,191 @@
+"""The exported model's README.md: a model card as the Hub reads it; what is unknown is left out."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmkit.durable import write_file
+from llmkit.report.formatting import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_value,
+    one_line,
+    visible,
+)
+
+Facts = Mapping[str, Any]
+_METRICS = (
+    ("eval_loss", "loss (nats per token)"),
+    ("perplexity", "perplexity (per token)"),
+    ("bits_per_byte", "bits per byte"),
+)
+
+
+def write_model_card(model_folder: Path, facts: Facts) -> str:
+    """Write `README.md` into the exported model's folder.
+
+    Args:
+        model_folder: Where the model is; the card must be there before the folder's manifest is made.
+        facts: What `report.collect` gives (`name`, `headline`, `plan`, `data`, `samples`, ...), and,
+            all optional: `language` (as `en`; a list is fine), `license` (left out when unknown), `base_model`,
+            `tags`, `run` (the run folder as a person would type it).
+
+    Returns:
+        The card's text.
+    """
+    parts = (
+        _front_matter(facts),
+        f"# {_plain(facts.get('name') or model_folder.name)}",
+        _opening(facts),
+        _usage(facts),
+        _data(facts.get("data") or {}),
+        _training(facts),
+        _evaluation(facts),
+        _example(facts.get("samples") or []),
+        _limits(facts),
+    )
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    write_file(model_folder / "README.md", text.encode("utf-8", "replace"))
+    return text
+
+
+def _front_matter(facts: Facts) -> str:
+    """The YAML head. Values are JSON strings, which YAML reads as text: the language `no` stays Norwegian."""
+    languages = facts.get("language") or []
+    languages = [languages] if isinstance(languages, str) else list(languages)
+    tags = ["llmkit", *(facts.get("tags") or [])]
+    head: dict[str, str | list[str]] = {
+        # The Hub knows languages without their region or script.
+        "language": list(dict.fromkeys(str(code).split("-")[0].lower() for code in languages)),
+        "license": str(facts.get("license") or ""),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": str(facts.get("base_model") or ""),
+        "tags": list(dict.fromkeys(map(str, tags))),
+    }
+    if head["license"] in ("other", "unknown"):
+        head["license"] = ""
+    lines = [line for key, value in head.items() if value for line in _yaml(key, value)]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _yaml(key: str, value: str | Sequence[str]) -> list[str]:
+    if isinstance(value, str):
+        return [f"{key}: {json.dumps(value, ensure_ascii=False)}"]
+    return [f"{key}:", *(f"- {json.dumps(item, ensure_ascii=False)}" for item in value)]
+
+
+def _opening(facts: Facts) -> str:
+    plan = facts.get("plan") or {}
+    size = f" with {format_count(plan['num_parameters'])} parameters" if plan.get("num_parameters") else ""
+    context = f" It reads up to {plan['context']:,} tokens." if isinstance(plan.get("context"), int) else ""
+    start = f", trained on from {_code(facts['base_model'])}" if facts.get("base_model") else ""
+    return f"A language model{size}{start}, made with llmkit. It continues text.{context}"
+
+
+def _usage(facts: Facts) -> str:
+    run = str(facts.get("run") or "")
+    folder = f"{run.rstrip('/')}/model" if run else "path/to/this/folder"
+    prompt = next((str(s.get("prompt")) for s in facts.get("samples") or [] if s.get("prompt")), "Once")
+    python = "\n".join(
+        (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"folder = {folder!r}",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            f'inputs = tokenizer({prompt!r}, return_tensors="pt", return_token_type_ids=False)',
+            "outputs = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=0.8)",
+            "print(tokenizer.decode(outputs[0], skip_special_tokens=True))",
+        )
+    )
+    shell = f"llmkit generate {shlex.quote(run or folder)} {shlex.quote(visible(prompt))}"
+    return f"## How to use\n\n{_fenced(python, 'python')}\n\nor\n\n{_fenced(shell, 'sh')}"
+
+
+def _data(data: Facts) -> str:
+    sources = [s for s in data.get("sources") or data.get("per_source") or [] if isinstance(s, dict)]
+    if not sources:
+        return ""
+    rows = [
+        (_plain(s.get("name", "")), *(_known(s, key) for key in ("num_documents", "num_tokens", "num_bytes")))
+        for s in sources
+    ]
+    held_out = data.get("num_held_out_tokens")
+    note = f"\n\nHeld out for evaluation: {held_out:,} tokens, by document." if held_out else ""
+    return "## Training data\n\n" + _table(("source", "documents", "tokens", "text"), rows) + note
+
+
+def _training(facts: Facts) -> str:
+    top, plan = facts.get("headline") or {}, facts.get("plan") or {}
+    versions = (facts.get("environment") or {}).get("packages") or {}
+    known = {
+        "tokens seen": f"{top['num_tokens']:,.0f}" if "num_tokens" in top else None,
+        "optimizer steps": f"{top['num_steps']:,.0f}" if "num_steps" in top else None,
+        "tokens a step": f"{plan['tokens_per_step']:,}" if plan.get("tokens_per_step") else None,
+        "precision": plan.get("precision"),
+        "device": plan.get("device_name") or plan.get("device"),
+        "time": format_duration(top["seconds"]) if "seconds" in top else None,
+        "peak memory": format_bytes(top["peak_memory_bytes"]) if "peak_memory_bytes" in top else None,
+        "software": ", ".join(f"{name} {version}" for name, version in list(versions.items())[:4]),
+    }
+    rows = [(name, _plain(value)) for name, value in known.items() if value]
+    return "## Training\n\n" + _table(("", ""), rows) if rows else ""
+
+
+def _evaluation(facts: Facts) -> str:
+    top = facts.get("headline") or {}
+    rows = [(name, format_value(key, top[key])) for key, name in _METRICS if key in top]
+    if not rows:
+        return ""
+    where = (
+        "Measured on held-out documents of the training data's own sources, so for text of that kind only."
+    )
+    return "## Evaluation\n\n" + _table(("metric", "value"), rows) + f"\n\n{where}"
+
+
+def _example(samples: Sequence[Facts]) -> str:
+    if not samples:
+        return ""
+    last = samples[-1]
+    text = visible(f"{last.get('prompt', '')}{last.get('text', '')}")
+    return f"## Sample\n\nWritten by the model; the prompt comes first.\n\n{_fenced(text, 'text')}"
+
+
+def _limits(facts: Facts) -> str:
+    size = (facts.get("plan") or {}).get("num_parameters") or 0
+    small = " It is small: expect form before sense." if 0 < size < 10**9 else ""
+    return (
+        "## Limits\n\nThe model repeats what its training text holds, errors and prejudices included, and "
+        f"states falsehoods as readily as facts.{small} It was not trained to follow instructions or to be "
+        "safe, and nothing beyond the figures above was measured."
+    )
+
+
+def _known(source: Facts, key: str) -> str:
+    return format_value(key, source[key]) if source.get(key) is not None else "unknown"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(value: object) -> str:
+    """Any text as Markdown that shows it as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", one_line(str(value)))
+
+
+def _code(value: object) -> str:
+    return "`" + one_line(str(value)).replace("`", "'") + "`"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks in `text`."""
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
