@@ -1,0 +1,108 @@
+"""Data sets by name, streamed with `datasets`; we check each row, for `datasets` lets anything pass."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmkit.data.files import hash_of, resolve
+from llmkit.data.tables import checked_text, pick
+from llmkit.errors import DataError, MissingError
+
+
+def dataset_texts(dataset: str, split: str, column: str, base: Path) -> Iterator[tuple[str, str]]:
+    """Where each row is (`owner/name:train:17`) and its text.
+
+    Raises:
+        MissingError: The data set cannot be reached.
+        DataError: There is no such split, configuration or column, or a row holds no text.
+    """
+    import datasets
+
+    where = f"{dataset}:{split}"
+    try:
+        for number, row in enumerate(_open(dataset, split, base)):
+            place = f"{where}:{number}"
+            yield place, checked_text(pick(row, column, place), column, place)
+    except _network_errors() as error:
+        raise _out_of_reach(dataset, error) from error
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"data set {dataset!r} cannot be read: {_first_line(error)}") from error
+
+
+def dataset_fingerprint(dataset: str, split: str, base: Path) -> list[str]:
+    """What decides the data set's content: its commit on the Hub, or the bytes of its files here.
+
+    Raises:
+        MissingError: The Hub cannot be asked.
+    """
+    name, config = _name_and_config(dataset)
+    folder = _folder(name, base)
+    if folder is not None:
+        return ["folder", config, split, *(hash_of(path) for path in resolve([str(folder)], base))]
+    return ["hub", name, config, split, _commit(name)]
+
+
+def _open(dataset: str, split: str, base: Path) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    name, config = _name_and_config(dataset)
+    folder = _folder(name, base)
+    revision = {} if folder is not None else {"revision": _commit(name)}
+    try:
+        return datasets.load_dataset(
+            str(folder or name),
+            config or None,
+            split=split,
+            streaming=True,
+            trust_remote_code=False,
+            **revision,
+        )
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise _out_of_reach(dataset, error) from error
+    except (ValueError, RuntimeError) as error:  # no such split or configuration; a loading script
+        raise DataError(f"data set {dataset!r}, split {split!r}: {_first_line(error)}") from error
+
+
+def _commit(name: str) -> str:
+    import huggingface_hub
+
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(name, timeout=20).sha
+    except ValueError as error:
+        raise DataError(f"no data set can be called {name!r}: {_first_line(error)}") from error
+    except _network_errors() as error:
+        raise _out_of_reach(name, error) from error
+    return str(commit)
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What asking the Hub can raise; its HTTP client has changed before, so whichever is loaded counts."""
+    clients = [sys.modules[name] for name in ("httpx", "httpx2", "requests") if name in sys.modules]
+    return (OSError, *(client.HTTPError for client in clients if hasattr(client, "HTTPError")))
+
+
+def _name_and_config(dataset: str) -> tuple[str, str]:
+    name, _, config = dataset.partition(":")
+    return name, config
+
+
+def _folder(name: str, base: Path) -> Path | None:
+    for root in (Path.cwd(), base):
+        folder = root / Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def _out_of_reach(dataset: str, error: Exception) -> MissingError:
+    return MissingError(
+        f"data set {dataset!r} is neither a folder here nor to be had from the Hub ({_first_line(error)})",
+        hint=f"where there is network: hf download --repo-type dataset {dataset.partition(':')[0]}",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,183 @@
+"""A step's micro-batches: pure functions of the step, the same global batch on any number of devices.
+
+Nothing here has a state to save: step 70,000 is asked for as directly as step 0.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from llmkit.data.order import RowOrder
+from llmkit.data.rows import Ints, Row, Rows
+
+StepRows = list[tuple[int, list[Row]]]
+
+
+class MicroBatches:
+    """Deals each step's rows out to ranks.
+
+    Step s holds the training positions [s*R, (s+1)*R) for R = rows_per_step. The step's micro-batch k holds
+    its rows [k*m, (k+1)*m) for m = micro_batch_size and goes to rank k % world_size.
+
+    Args:
+        rows: Where rows come from.
+        order: Which row comes when.
+        rows_per_step: R, over all ranks.
+        micro_batch_size: m.
+        world_size: Number of ranks.
+        rank: The rank asked for.
+        isolate: See `Rows.take`.
+
+    Raises:
+        ValueError: The ranks cannot share R rows evenly (the plan sees to it that they can).
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        order: RowOrder,
+        *,
+        rows_per_step: int,
+        micro_batch_size: int,
+        world_size: int = 1,
+        rank: int = 0,
+        isolate: bool = False,
+    ) -> None:
+        if rows_per_step % (micro_batch_size * world_size):
+            raise ValueError(
+                f"{rows_per_step} rows cannot be shared by {world_size} ranks "
+                f"in micro-batches of {micro_batch_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        self.rows = rows
+        self.order = order
+        self.rows_per_step = rows_per_step
+        self.micro_batch_size = micro_batch_size
+        self.world_size = world_size
+        self.rank = rank
+        self.isolate = isolate
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of a step over all ranks."""
+        return self.rows_per_step // self.micro_batch_size
+
+    def of_step(self, step: int) -> StepRows:
+        """This rank's `(global micro-batch index, rows)` of optimizer step `step`, counted from 0."""
+        mine = np.arange(self.rank, self.num_micro, self.world_size, dtype=np.int64)
+        offsets = mine[:, None] * self.micro_batch_size + np.arange(self.micro_batch_size)
+        sources, rows = self.order.locate(step * self.rows_per_step + offsets.reshape(-1))
+        size = self.micro_batch_size
+        return [
+            (
+                int(k),
+                self.rows.take(
+                    sources[i * size : (i + 1) * size], rows[i * size : (i + 1) * size], isolate=self.isolate
+                ),
+            )
+            for i, k in enumerate(mine)
+        ]
+
+
+def evaluation_rows(
+    rows: Rows,
+    *,
+    micro_batch_size: int,
+    max_rows: int | None = None,
+    world_size: int = 1,
+    rank: int = 0,
+    isolate: bool = False,
+) -> Iterator[list[Row]]:
+    """Rows in plain order, each once, the batches dealt to ranks in turn; the last batch may be smaller.
+
+    Args:
+        rows: The rows, made with `partial=True` so that no token is left out.
+        micro_batch_size: Rows in a batch.
+        max_rows: At most so many, evenly spaced over all rows; None takes all.
+        world_size: Number of ranks.
+        rank: The rank asked for. Ranks may get a different number of batches: add sums, never means.
+        isolate: See `Rows.take`.
+    """
+    index = evenly_spaced(len(rows), max_rows)
+    for start in range(rank * micro_batch_size, len(index), world_size * micro_batch_size):
+        sources, numbers = rows.locate(index[start : start + micro_batch_size])
+        yield rows.take(sources, numbers, isolate=isolate)
+
+
+def evenly_spaced(num_rows: int, limit: int | None) -> Ints:
+    """At most `limit` of 0..num_rows-1, evenly spaced and always the same."""
+    if limit is None or limit >= num_rows:
+        return np.arange(num_rows, dtype=np.int64)
+    return np.arange(limit, dtype=np.int64) * num_rows // limit
+
+
+class Prefetcher:
+    """Prepares the next steps' batches in a thread, in order; what comes out is what `of_step` gives.
+
+    Use it as a context manager, or iterate to the end: either way the thread is gone afterwards.
+
+    Args:
+        batches: Where the batches come from.
+        start: First step.
+        stop: The step to end before; None goes on until closed.
+        depth: Steps kept ready.
+    """
+
+    def __init__(self, batches: MicroBatches, start: int, stop: int | None = None, *, depth: int = 2) -> None:
+        self._batches = batches
+        self._start = start
+        self._stop = stop
+        self._queue: queue.Queue[tuple[int, StepRows] | BaseException | None] = queue.Queue(maxsize=depth)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[tuple[int, StepRows]]:
+        """The steps in order, each with its batches; an error of the thread is raised here."""
+        try:
+            while not self._closing.is_set():
+                item = self._queue.get()
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the thread and wait until it is gone; may be called twice."""
+        self._closing.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        step = self._start
+        try:
+            while not self._closing.is_set() and (self._stop is None or step < self._stop):
+                self._put((step, self._batches.of_step(step)))
+                step += 1
+            self._put(None)
+        except BaseException as error:  # handed to the consumer, which raises it
+            self._put(error)
+
+    def _put(self, item: tuple[int, StepRows] | BaseException | None) -> None:
+        # A put that waited forever would keep the thread after its consumer has gone.
+        while not self._closing.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
