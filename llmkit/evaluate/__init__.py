@@ -1,0 +1,1 @@
+"""Measuring: sums over a split, text from a model."""

@@ -1,0 +1,128 @@
+"""Text from a model, in batches."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmkit.models.build import max_length, set_attention
+from llmkit.recipe.schema import Sampling
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote.
+
+    Attributes:
+        prompt: The text it was given.
+        text: What it added, without the prompt.
+        num_tokens: Tokens added, the end token included.
+        finished: Whether it ended by itself rather than at the limit.
+        prompt_cut: Tokens of the prompt's beginning that did not fit the model's length.
+    """
+
+    prompt: str
+    text: str
+    num_tokens: int
+    finished: bool
+    prompt_cut: int = 0
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    seed: int,
+    batch_size: int = 16,
+) -> list[Continuation]:
+    """Continue each prompt, `batch_size` at a time.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer, with an end token and a padding token.
+        prompts: Texts to go on from; an empty one starts from the beginning of a document.
+        sampling: How to draw.
+        seed: The draw is a function of this, the prompts and the batch size.
+        batch_size: Prompts computed together.
+    """
+    torch.manual_seed(seed)
+    results: list[Continuation] = []
+    with _ready_to_generate(model):
+        for start in range(0, len(prompts), batch_size):
+            results += _generate_batch(model, tokenizer, prompts[start : start + batch_size], sampling)
+    return results
+
+
+@contextmanager
+def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, the cache on, an attention that takes a cache; afterwards all is as before."""
+    training, cache = model.training, model.config.use_cache
+    attention = model.config._attn_implementation
+    model.eval()
+    model.config.use_cache = True  # without it generation is eight times slower
+    set_attention(model, "sdpa")
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        set_attention(model, attention)
+        model.config.use_cache = cache
+        model.train(training)
+
+
+def _generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sampling: Sampling,
+) -> list[Continuation]:
+    limit = max_length(model.config) or 1 << 30
+    num_new = min(sampling.max_new_tokens, limit - 1)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    encoded = [tokenizer(p, add_special_tokens=False)["input_ids"] or [start] for p in prompts]
+    fitting = [ids[-(limit - num_new) :] for ids in encoded]
+    width = max(map(len, fitting))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    padded = [[pad] * (width - len(ids)) + ids for ids in fitting]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in fitting]
+    output = model.generate(
+        input_ids=torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=num_new,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        **_draw(sampling),
+    )
+    rows = output[:, width:].tolist()
+    return [
+        _continuation(tokenizer, prompt, row, cut=len(ids) - len(kept))
+        for prompt, row, ids, kept in zip(prompts, rows, encoded, fitting, strict=True)
+    ]
+
+
+def _draw(sampling: Sampling) -> dict[str, Any]:
+    options: dict[str, Any] = {"repetition_penalty": sampling.repetition_penalty}
+    if sampling.temperature == 0:
+        return {**options, "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    return {
+        **options,
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or 0,
+        "top_p": sampling.top_p,
+    }
+
+
+def _continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, row: list[int], *, cut: int
+) -> Continuation:
+    finished = tokenizer.eos_token_id in row
+    if finished:
+        row = row[: row.index(tokenizer.eos_token_id) + 1]
+    text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Continuation(prompt, text, num_tokens=len(row), finished=finished, prompt_cut=cut)

@@ -1,0 +1,316 @@
+"""Attention kernels for training rows, registered with transformers, and the choice among them by measuring.
+
+A recipe knows three names; each is exact and differs in speed and memory only:
+
+- `sdpa`: torch's fused kernel. Isolated documents get one call each where that is possible, else a mask.
+- `compiled`: matmul, softmax, matmul in plain torch, for torch.compile to fuse. Causal rows are cut into blocks of
+  queries that meet only the keys up to their end. Keeps the probabilities for the backward pass (T^2 memory).
+- `eager`: transformers' own plain code.
+
+Rows whose documents may see each other need no mask at all. transformers cannot know that inside a compiled model
+and would then always build one; so the rows have implementations of their own (`sdpa_rows`, `compiled_rows`). With
+padding, a cache or a sliding window every implementation here takes transformers' mask as usual.
+
+Shape suffixes: B rows, A attention heads, K key/value heads, T queries, S keys, D head size.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATIONS = ("sdpa", "eager", "compiled")
+"""The names a recipe can use."""
+
+_NUM_BLOCKS = 4
+"""Blocks of queries in `compiled`: 4 leave 5/8 of the square. Measured forward and backward on CPU in fp32, 8 x 512, 6
+heads of 64: 1 block 199 ms, 2: 122, 4: 102, 8: 108 and twice the time to compile."""
+_SHORTEST_BLOCKED = 256
+_MOST_SCORE_BYTES = 2**29
+_PROBE_RUNS = 3
+_PROBE_DOCUMENTS = 4
+
+
+def use_attention(model: PreTrainedModel, name: str, *, isolate: bool) -> None:
+    """Make `model` use an attention kernel for training.
+
+    Args:
+        model: Any decoder that goes through transformers' attention interface.
+        name: One of `IMPLEMENTATIONS`.
+        isolate: Whether documents that share a row are kept apart: those that `position_ids`, given to the model
+            without a mask, show by restarting. False: rows are seen as a whole, whatever their `position_ids`.
+
+    Raises:
+        ValueError: No such name, or the model cannot use another kernel than its own.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
+    model.set_attn_implementation(_implementation(name, isolate=isolate))
+
+
+def _implementation(name: str, *, isolate: bool) -> str:
+    if name == "eager":
+        return name
+    return name + ("_documents" if isolate else "_rows")
+
+
+def matmul_softmax_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """softmax(scaling * query @ key^T + mask) @ value in plain operations.
+
+    Args:
+        module: The attention layer; its `is_causal` counts where the argument is None.
+        query: [B, A, T, D].
+        key: [B, K, S, D]; K divides A.
+        value: [B, K, S, D].
+        attention_mask: None, or [B, 1 or A, T, S]: bool (True: is seen) or to be added.
+        dropout: The probability that a weight is dropped.
+        scaling: By default D ** -0.5.
+        is_causal: Without a mask: whether queries see the keys up to their own position only.
+
+    Returns:
+        [B, T, A, D], and None in place of the weights.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key_BATD, value_BATD = _repeated(key, groups), _repeated(value, groups)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    length = query.shape[2]
+    if attention_mask is not None or not causal or length == 1:
+        mixed = _mix(query, key_BATD, value_BATD, attention_mask, dropout, scaling)
+    else:
+        blocks = [
+            _mix(
+                query[:, :, start:stop],
+                key_BATD[:, :, :stop],
+                value_BATD[:, :, :stop],
+                _causal_mask(start, stop, query.device),
+                dropout,
+                scaling,
+            )
+            for start, stop in pairwise(_block_ends(length))
+        ]
+        mixed = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def _repeated(states_BKSD: torch.Tensor, groups: int) -> torch.Tensor:
+    return states_BKSD if groups == 1 else states_BKSD.repeat_interleave(groups, dim=1)
+
+
+def _block_ends(length: int) -> list[int]:
+    blocks = _NUM_BLOCKS if length >= _SHORTEST_BLOCKED else 1
+    return [length * i // blocks for i in range(blocks + 1)]
+
+
+def _causal_mask(start: int, stop: int, device: torch.device) -> torch.Tensor:
+    queries, keys = torch.arange(start, stop, device=device), torch.arange(stop, device=device)
+    return queries[:, None] >= keys[None, :]
+
+
+def _mix(
+    query_BATD: torch.Tensor,
+    key_BASD: torch.Tensor,
+    value_BASD: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float,
+) -> torch.Tensor:
+    scores_BATS = torch.matmul(query_BATD, key_BASD.transpose(2, 3)).float() * scaling
+    if mask is not None and mask.dtype == torch.bool:
+        # Not -inf: the rows of left padding see nothing, and must not become NaN.
+        scores_BATS = scores_BATS.masked_fill(~mask, torch.finfo(scores_BATS.dtype).min)
+    elif mask is not None:
+        scores_BATS = scores_BATS + mask
+    weights_BATS = torch.softmax(scores_BATS, dim=-1).to(value_BASD.dtype)
+    if dropout:
+        weights_BATS = functional.dropout(weights_BATS, p=dropout)
+    return torch.matmul(weights_BATS, value_BASD)
+
+
+def document_sdpa_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    position_ids: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA with one causal call a document where transformers' mask says that rows are packed; no score is wasted.
+
+    On CPU and not compiled only: elsewhere finding the documents would wait for the device or break the graph, and
+    the mask, which says the same, is used. So it is where the architecture does not hand `position_ids` down.
+
+    Args:
+        module: The attention layer.
+        query: [B, A, T, D].
+        key: [B, K, S, D].
+        value: [B, K, S, D].
+        attention_mask: None when there is one document a row, else bool [B, 1, T, S].
+        position_ids: [B or 1, T], 0 where a document starts.
+        sliding_window: The mask also holds a window: then it is used.
+        options: As for `sdpa` (dropout, scaling, ...).
+
+    Returns:
+        [B, T, A, D], and None in place of the weights.
+
+    **Source**: Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021, section 3.2.
+    """
+    splits = (
+        attention_mask is not None
+        and position_ids is not None
+        and sliding_window is None
+        and query.shape[2] == key.shape[2] == position_ids.shape[1]
+        and query.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
+    if not splits:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    assert position_ids is not None
+    pieces = []
+    for row, start, stop in _documents(position_ids.expand(query.shape[0], -1)):
+        q, k, v = (states[row : row + 1, :, start:stop] for states in (query, key, value))
+        pieces.append(sdpa_attention_forward(module, q, k, v, None, **options)[0][0])
+    return torch.cat(pieces).unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _documents(position_ids_BT: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """(row, start, stop) of each document, in order. One starts wherever positions do not go on by one."""
+    length = position_ids_BT.shape[1]
+    for row, restarts in enumerate((position_ids_BT.diff(dim=1) != 1).unbind()):
+        starts = [0, *(restarts.nonzero().flatten() + 1).tolist(), length]
+        for start, stop in pairwise(starts):
+            yield row, start, stop
+
+
+def _mask_of_documents(*, allow_is_causal_skip: bool = True, **facts: Any) -> torch.Tensor | None:
+    # A skipped mask means "causal", which `matmul_softmax_attention` takes for a square only.
+    return sdpa_mask(allow_is_causal_skip=allow_is_causal_skip and _is_square(facts), **facts)
+
+
+def _mask_of_rows(*, local_size: int | None = None, **facts: Any) -> torch.Tensor | None:
+    plain = (
+        _is_square(facts)
+        and facts.get("attention_mask") is None
+        and not facts.get("use_vmap", False)
+        and (local_size is None or local_size >= facts["kv_length"])
+    )
+    return None if plain else _mask_of_documents(local_size=local_size, **facts)
+
+
+def _is_square(facts: dict[str, Any]) -> bool:
+    offsets = (facts.get("q_offset", 0), facts.get("kv_offset", 0))
+    return bool(facts["q_length"] == facts["kv_length"] and offsets == (0, 0))
+
+
+for _name, _kernel in (("sdpa", document_sdpa_attention), ("compiled", matmul_softmax_attention)):
+    AttentionInterface.register(f"{_name}_documents", _kernel)
+    AttentionMaskInterface.register(f"{_name}_documents", _mask_of_documents)
+    AttentionInterface.register(
+        f"{_name}_rows", sdpa_attention_forward if _name == "sdpa" else matmul_softmax_attention
+    )
+    AttentionMaskInterface.register(f"{_name}_rows", _mask_of_rows)
+
+
+def choose_attention(
+    *,
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    seq_len: int,
+    head_dim: int,
+    compiled: bool,
+    isolate: bool,
+) -> tuple[str, str, dict[str, float]]:
+    """Time forward and backward of one layer's attention with each kernel; choose the fastest.
+
+    Not compiled that takes well under a second; compiled, some seconds of compiling when nothing is kept from before.
+
+    Args:
+        device: `cpu`, `cuda`, ...; only on CPU is anything measured, elsewhere SDPA has the flash kernels.
+        dtype: The type of queries, keys and values.
+        batch: Rows of a micro-batch.
+        heads: Attention heads.
+        kv_heads: Key/value heads.
+        seq_len: Tokens in a row.
+        head_dim: The size of a head.
+        compiled: Whether the model will be compiled.
+        isolate: Whether documents in a row are kept apart.
+
+    Returns:
+        The name, the reason as text, and the seconds of each kernel that was measured.
+    """
+    if device != "cpu":
+        return "sdpa", f"SDPA has fused kernels on {device}", {}
+    score_bytes = 4 * batch * heads * seq_len**2
+    if score_bytes > _MOST_SCORE_BYTES:
+        return "sdpa", f"keeping the scores would take {score_bytes / 2**20:.0f} MiB a layer", {}
+    query = torch.randn(batch, seq_len, heads, head_dim, dtype=dtype).transpose(1, 2)
+    key, value = (
+        torch.randn(batch, seq_len, kv_heads, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2)
+    )
+    positions = _probe_positions(batch, seq_len) if isolate else None
+    seconds = {
+        name: _seconds(kernel, (query, key, value), positions, compiled=compiled)
+        for name, kernel in (("sdpa", document_sdpa_attention), ("compiled", matmul_softmax_attention))
+    }
+    name = min(seconds, key=seconds.__getitem__)
+    times = ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
+    mode = "compiled" if compiled else "not compiled"
+    return name, f"measured on {batch} x {seq_len}, {mode}: {times} a layer", seconds
+
+
+def _probe_positions(batch: int, seq_len: int) -> torch.Tensor:
+    """Rows of a few equally long documents."""
+    length = -(-seq_len // _PROBE_DOCUMENTS)
+    return (torch.arange(seq_len) % length).expand(batch, -1)
+
+
+def _seconds(
+    kernel: Callable[..., tuple[torch.Tensor, None]],
+    states: tuple[torch.Tensor, ...],
+    position_ids: torch.Tensor | None,
+    *,
+    compiled: bool,
+) -> float:
+    """The best of a few runs, forward and backward, after one to warm up."""
+    module = torch.nn.Module()
+    module.num_key_value_groups = states[0].shape[1] // states[1].shape[1]  # type: ignore[assignment]
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        mask = None
+        if position_ids is not None:
+            documents = (position_ids.diff(dim=1, prepend=position_ids[:, :1]) < 0).cumsum(1)
+            mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+        return kernel(module, query, key, value, mask, position_ids=position_ids, is_causal=True)[0]
+
+    run = torch.compile(attend, dynamic=False) if compiled else attend
+    inputs = tuple(state.detach().requires_grad_() for state in states)
+    times = []
+    for _ in range(1 + _PROBE_RUNS):
+        # Time of the process, not of the wall: other programs on the machine do not count.
+        start = time.process_time()
+        output = run(*inputs)
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+        times.append(time.process_time() - start)
+    return min(times[1:])

@@ -1,0 +1,165 @@
+"""From the recipe's `model` block to a `transformers` causal language model, seeded and checked."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from llmkit.errors import MissingError, UsageError
+from llmkit.plan import PRESETS
+from llmkit.recipe.schema import Model
+
+_LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_DROPOUT_MARKS = ("dropout", "pdrop")
+
+
+def build_model(
+    spec: Model, *, vocab_size: int, special_ids: Mapping[str, int], seed: int
+) -> PreTrainedModel:
+    """Build the model that `spec` asks for, on CPU in float32.
+
+    A new model's weights depend on `seed` alone: not on the device, nor on how many there are.
+
+    Args:
+        spec: The recipe's `model` block.
+        vocab_size: Entries of the tokenizer; a new model has as many embeddings.
+        special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for the configuration.
+        seed: The recipe's seed.
+
+    Raises:
+        UsageError: The configuration does not fit the recipe (context, vocabulary, dropout).
+        MissingError: A pretrained model cannot be found.
+    """
+    if spec.name is not None:
+        model = _load_pretrained(spec, vocab_size)
+    else:
+        config = make_config(spec, vocab_size=vocab_size, special_ids=special_ids)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig(**special_ids)
+    return model
+
+
+def make_config(spec: Model, *, vocab_size: int, special_ids: Mapping[str, int]) -> PretrainedConfig:
+    """The `transformers` configuration of a model that starts from random weights."""
+    fields: dict[str, Any] = dict(spec.config if spec.config is not None else PRESETS[str(spec.preset)])
+    model_type = fields.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise UsageError("model.config: `model_type` is missing", hint="for example `model_type: llama`")
+    defaults = {"vocab_size": vocab_size, **special_ids}
+    try:
+        config = AutoConfig.for_model(model_type, **{**defaults, **fields})
+    except ValueError as error:
+        raise UsageError(
+            f"model.config: {model_type!r} is not a model type of transformers ({error})"
+        ) from error
+    _check_fields(config, fields)
+    _set_length(config, spec.context, pinned=fields)
+    if config.vocab_size < vocab_size:
+        raise UsageError(
+            f"model.config.vocab_size is {config.vocab_size:,}, but the tokenizer has {vocab_size:,} entries",
+            hint="leave `vocab_size` out: it follows the tokenizer",
+        )
+    if spec.dropout is not None:
+        set_dropout(config, spec.dropout)
+    return config
+
+
+def set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Set every dropout probability of the architecture.
+
+    Raises:
+        UsageError: The architecture has none.
+    """
+    names = [
+        name
+        for name, value in config.to_dict().items()
+        if any(mark in name for mark in _DROPOUT_MARKS) and isinstance(value, int | float)
+    ]
+    if not names:
+        raise UsageError(f"model.dropout: {config.model_type} has no dropout", hint="leave `dropout` out")
+    for name in names:
+        setattr(config, name, probability)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Make `model` use the attention implementation `name`, as registered with transformers."""
+    model.set_attn_implementation(name)
+
+
+def max_length(config: PretrainedConfig) -> int | None:
+    """The longest input the configuration was made for, in tokens; None where it does not say."""
+    return next((int(getattr(config, f)) for f in _LENGTH_FIELDS if getattr(config, f, None)), None)
+
+
+def _check_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
+    # transformers takes any keyword and ignores it; a misspelt one would be lost in silence.
+    known = set(type(config)().to_dict()) | set(getattr(config, "attribute_map", {}))
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise UsageError(
+            f"model.config: {config.model_type} has no field {', '.join(map(repr, unknown))}",
+            hint=f"its fields: {', '.join(sorted(k for k in known if not k.startswith('_')))}",
+        )
+
+
+def _set_length(config: PretrainedConfig, context: int, *, pinned: Mapping[str, Any]) -> None:
+    field = next((f for f in _LENGTH_FIELDS if hasattr(config, f)), None)
+    if field is None:
+        return
+    if field not in pinned:
+        setattr(config, field, context)
+    elif getattr(config, field) < context:
+        raise UsageError(
+            f"model.config.{field} is {getattr(config, field)}, shorter than `context: {context}`",
+            hint=f"set `context` to at most {getattr(config, field)}, or leave `{field}` out",
+        )
+
+
+def _load_pretrained(spec: Model, vocab_size: int) -> PreTrainedModel:
+    name = str(spec.name)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=torch.float32,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+            local_files_only=Path(name).exists(),
+        )
+    except OSError as error:
+        raise MissingError(
+            f"model.name: {name!r} cannot be loaded ({str(error).splitlines()[0]})",
+            hint="give a folder with config.json and weights, or a Hub id while online",
+        ) from error
+    _check_loaded(name, info)
+    limit = max_length(model.config)
+    if limit is not None and limit < spec.context:
+        raise UsageError(
+            f"{name} takes at most {limit} tokens, fewer than `context: {spec.context}`",
+            hint=f"set `context` to at most {limit}",
+        )
+    if model.get_input_embeddings().weight.shape[0] < vocab_size:
+        raise UsageError(
+            f"{name} has {model.get_input_embeddings().weight.shape[0]:,} embeddings, the tokenizer "
+            f"{vocab_size:,} entries",
+            hint="use the model's own tokenizer: leave `tokenize` and `tokenizer` out",
+        )
+    if spec.dropout is not None:
+        raise UsageError(
+            "model.dropout cannot be changed on a loaded model in this version", hint="leave it out"
+        )
+    return model
+
+
+def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
+    # A missing tensor would be random in silence.
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        keys = sorted(map(str, info.get(kind, ())))
+        if keys:
+            listed = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise UsageError(
+                f"{name}: {kind.replace('_', ' ')} when loading the weights: {listed}",
+                hint="the weights do not belong to this configuration",
+            )

@@ -1,0 +1,1 @@
+"""What a model learns: one file each; `base.py` has the contract."""

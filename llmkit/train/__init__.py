@@ -1,0 +1,1 @@
+"""Training: `loop.py` is where to start reading."""

@@ -1,0 +1,177 @@
+"""The parts of a run, built from a job in the order in which they depend on each other."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from llmkit import registry
+from llmkit.data.loader import MicroBatches, Prefetcher, evaluation_rows
+from llmkit.data.order import RowOrder
+from llmkit.data.rows import Row, Rows
+from llmkit.data.shards import TokenShards
+from llmkit.data.tokenizers import load_tokenizer, special_ids
+from llmkit.models.attention import choose_attention
+from llmkit.models.build import build_model
+from llmkit.objectives.base import Batch, LossModule, Objective
+from llmkit.optim import lr_at
+from llmkit.plan import Plan
+from llmkit.recipe.schema import Pretrain
+from llmkit.train.job import Job
+from llmkit.train.loop import MicroBatch, Schedule
+
+_RECORDS_A_RUN = 500
+_SAMPLING_KEY = 1 << 40
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        tokenizer: Made the shards, and travels with the model.
+        train: Full rows to learn from.
+        held_out: Rows of held-out documents; the last of a source may be shorter.
+        bytes_per_token: UTF-8 bytes of held-out text for each of its tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Rows
+    held_out: Rows
+    bytes_per_token: float
+
+
+def open_data(job: Job) -> Data:
+    """Open tokenizer and shards."""
+    shards = [TokenShards.open(Path(folder)) for folder in job.shards]
+    context = job.section().model.context
+    held_out = [shard.split("held_out") for shard in shards]
+    tokens = sum(stream.num_tokens for stream in held_out)
+    return Data(
+        tokenizer=load_tokenizer(job.tokenizer),
+        train=Rows([shard.split("train") for shard in shards], context),
+        held_out=Rows(held_out, context, partial=True),
+        bytes_per_token=sum(stream.num_bytes for stream in held_out) / max(1, tokens),
+    )
+
+
+def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LossModule:
+    """The model with the weights it starts from, and its objective."""
+    section = job.section()
+    model = build_model(
+        section.model, vocab_size=len(tokenizer), special_ids=special_ids(tokenizer), seed=job.seed
+    )
+    objective: Objective = registry.load(registry.OBJECTIVES, section.objective, "objective")()
+    return LossModule(model, objective, bf16=plan.precision == "bf16")
+
+
+def pick_attention(plan: Plan, core: LossModule, *, isolate: bool) -> tuple[str, str]:
+    """The fastest attention kernel in a probe of the run's shapes, and why."""
+    config = core.model.config
+    heads = config.num_attention_heads
+    name, why, _ = choose_attention(
+        device=plan.device,
+        dtype=torch.bfloat16 if core.bf16 else torch.float32,
+        batch=plan.micro_batch_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        seq_len=plan.context,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        compiled=plan.compile,
+        isolate=isolate,
+    )
+    return name, why
+
+
+def make_order(job: Job, data: Data) -> RowOrder:
+    """Which training row comes when."""
+    return RowOrder(data.train.sizes, job.weights, job.seed)
+
+
+def make_schedule(section: Pretrain, plan: Plan) -> Schedule:
+    """When things happen in a run whose length is known."""
+    optim, num_steps = section.train.optim, plan.num_steps
+    assert num_steps is not None
+    assert not plan.deferred
+    warmup_steps = plan.warmup_steps or 0
+    return Schedule(
+        num_steps=num_steps,
+        tokens_per_step=plan.tokens_per_step,
+        log_every=max(1, num_steps // _RECORDS_A_RUN),
+        eval_every=plan.eval_every or 0,
+        eval_rows=section.eval.rows,
+        checkpoint_every=plan.checkpoint_every or 0,
+        lr_at=lambda step: lr_at(step, optim, num_steps=num_steps, warmup_steps=warmup_steps),
+        grad_clip=section.train.grad_clip or math.inf,
+    )
+
+
+class Feed:
+    """Batches for this process: training steps one after the other, and the held-out rows."""
+
+    def __init__(
+        self, data: Data, objective: Objective, plan: Plan, section: Pretrain, accelerator: Accelerator
+    ) -> None:
+        self._data = data
+        self._objective = objective
+        self._plan = plan
+        self._section = section
+        self._accelerator = accelerator
+
+    def steps(self, order: RowOrder, start: int, stop: int) -> Prefetcher:
+        """This process's rows of steps `start` to `stop`, prepared ahead by a thread; to be closed."""
+        batches = MicroBatches(
+            self._data.train,
+            order,
+            rows_per_step=self._plan.rows_per_step,
+            micro_batch_size=self._plan.micro_batch_size,
+            world_size=self._plan.world_size,
+            rank=self._accelerator.process_index,
+            isolate=self._section.isolate_documents,
+        )
+        return Prefetcher(batches, start, stop)
+
+    def in_order(self, steps: Prefetcher) -> Callable[[int], list[MicroBatch]]:
+        """A step -> its micro-batches on the device, for steps asked for in the order they are prepared in."""
+        prepared = iter(steps)
+
+        def of_step(step: int) -> list[MicroBatch]:
+            number, micro = next(prepared)
+            assert number == step
+            return [(index, self._batch(rows)) for index, rows in micro]
+
+        return of_step
+
+    def held_out(self, max_rows: int | None) -> Iterator[Batch]:
+        """This process's share of the held-out rows; `max_rows` of them over all processes, or all."""
+        for rows in evaluation_rows(
+            self._data.held_out,
+            micro_batch_size=self._plan.micro_batch_size,
+            max_rows=max_rows,
+            world_size=self._plan.world_size,
+            rank=self._accelerator.process_index,
+            isolate=self._section.isolate_documents,
+        ):
+            yield self._batch(rows)
+
+    def largest(self) -> Batch:
+        """A made-up batch of the largest shape."""
+        ids = np.arange(self._plan.context + 1, dtype=np.int64) % self._plan.vocab_size
+        row: Row = {"ids": ids}
+        if self._section.isolate_documents:
+            row["positions"] = np.arange(len(ids), dtype=np.int64)
+        return self._batch([row] * self._plan.micro_batch_size)
+
+    def _batch(self, rows: Sequence[Row]) -> Batch:
+        batch = self._objective.collate([self._objective.encode(row) for row in rows])
+        device = self._accelerator.device
+        # num_targets stays on the host: it is added up there, without a device sync.
+        return {
+            name: tensor if name == "num_targets" else tensor.to(device, non_blocking=True)
+            for name, tensor in batch.items()
+        }

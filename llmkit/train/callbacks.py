@@ -1,0 +1,74 @@
+"""What watches a run and never changes it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmkit.report.console import Reporter
+from llmkit.report.run_log import RunLog
+
+Record = Mapping[str, float | str]
+
+
+class Callback(Protocol):
+    """Three methods; called on the first process only."""
+
+    def on_record(self, record: Record, *, num_steps: int) -> None:
+        """New figures; `record["step"]` says from when, `train/` or `eval/` in the names from what."""
+        ...
+
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
+        """The model went on from `prompt`."""
+        ...
+
+    def on_save(self, step: int) -> None:
+        """A checkpoint of `step` is about to become visible."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogCallback:
+    """Writes every record and sample into the run folder."""
+
+    log: RunLog
+
+    def on_record(self, record: Record, *, num_steps: int) -> None:
+        """Append to metrics.jsonl."""
+        self.log.metrics(record)
+
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
+        """Append to samples.jsonl."""
+        self.log.sample(step, prompt, text)
+
+    def on_save(self, step: int) -> None:
+        """Bring the records to the disk before the checkpoint that follows them."""
+        self.log.sync()
+
+
+@dataclass(frozen=True)
+class ConsoleCallback:
+    """Shows figures and samples to the person who waits."""
+
+    reporter: Reporter
+    shown: Sequence[str] = ("train/loss", "train/lr", "tokens_per_s")
+
+    def on_record(self, record: Record, *, num_steps: int) -> None:
+        """A progress line for training figures, a note for an evaluation."""
+        step = int(record["step"])
+        if "eval/loss" in record:
+            self.reporter.note(
+                f"step {step}: held-out loss {record['eval/loss']:.4f}, "
+                f"perplexity {record['eval/perplexity']:.5g}"
+            )
+            return
+        if "train/loss" not in record:
+            return
+        values = {key: record[key] for key in self.shown if key in record}
+        self.reporter.progress("pretrain", step, num_steps, values)
+
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
+        """Show the sample."""
+        self.reporter.sample(step, prompt, text)
+
+    def on_save(self, step: int) -> None:
+        """Nothing a person waits for."""

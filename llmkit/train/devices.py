@@ -1,0 +1,60 @@
+"""Processes and devices: the process group, the accelerator, and proof that what was asked for runs."""
+
+import os
+import resource
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+
+from llmkit.errors import RunError
+from llmkit.plan import Plan
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+def start_accelerator(plan: Plan) -> Accelerator:
+    """Join the other processes of the run and set up this one's device.
+
+    On one machine the processes meet through a file (`LLMKIT_RENDEZVOUS`), so that nothing listens on the
+    network; under another launcher through the address it gives.
+
+    Raises:
+        RunError: Fewer processes joined than the plan counts on. accelerate, left alone on CPU, would let each
+            train by itself.
+    """
+    if plan.world_size > 1:
+        meeting = os.environ.get("LLMKIT_RENDEZVOUS")
+        torch.distributed.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if plan.device == "cuda" else "gloo",
+            init_method=f"file://{meeting}" if meeting else "env://",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=_TIMEOUT,
+        )
+    accelerator = Accelerator(
+        cpu=plan.device == "cpu",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=plan.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+    )
+    if accelerator.num_processes != plan.world_size:
+        raise RunError(f"{accelerator.num_processes} processes joined, the plan counts on {plan.world_size}")
+    if accelerator.device.type != plan.device:
+        raise RunError(f"the plan is for {plan.device}, but accelerate chose {accelerator.device}")
+    return accelerator
+
+
+def leave() -> None:
+    """Wait for the others and close the process group; without this, peers abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the GPU, or resident memory of this process on CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

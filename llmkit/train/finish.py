@@ -1,0 +1,52 @@
+"""After the last step: the model folder, the card, the report."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmkit import __version__
+from llmkit.data.tokenizers import save_tokenizer
+from llmkit.models.save import save_model
+from llmkit.plan import Plan
+from llmkit.report.card import write_model_card
+from llmkit.report.report import collect, write_report
+from llmkit.train.job import Job
+from llmkit.train.state import TrainState
+
+
+def finish(
+    job: Job,
+    plan: Plan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: TrainState,
+    figures: Mapping[str, float],
+) -> None:
+    """Export the model with its card, then write the report whose status says that all is done."""
+    folder = Path(job.folder)
+    recipe = job.checked_recipe()
+    facts: dict[str, Any] = {
+        "name": recipe.name,
+        "kind": "pretrain",
+        "language": recipe.language,
+        "command": job.command,
+        "next_command": f"llmkit generate {folder.parent} -n 3",
+        "model": {"model_type": model.config.model_type, "num_parameters": model.num_parameters()},
+        "tokenizer": job.tokenizer_figures,
+        "final": dict(figures),
+    }
+    card = {**collect(folder, {**facts, "status": "done"}), "run": str(folder)}
+    tokenizer.model_max_length = plan.context
+    manifest = {"kind": "model", "llmkit": __version__, "step": state.step, "identity": job.identity}
+    save_model(
+        folder / "model",
+        model,
+        facts=manifest,
+        companions=[
+            lambda place: save_tokenizer(tokenizer, place),
+            lambda place: write_model_card(place, card),
+        ],
+    )
+    write_report(folder, {**facts, "status": "done"})

@@ -1,0 +1,67 @@
+"""What a worker process is told: everything is decided, nothing is left to look up."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmkit.durable import write_json
+from llmkit.plan import Plan
+from llmkit.recipe.schema import Pretrain, Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pre-training run, decided.
+
+    Attributes:
+        recipe: The checked recipe, as JSON.
+        plan: Its numbers on this machine; a resumed run has those it began with.
+        folder: The run folder.
+        tokenizer: Folder or name of the tokenizer.
+        tokenizer_figures: What its making found, for the report.
+        shards: Token shards, one folder a source.
+        weights: The sources' weights in the recipe, or None: by size.
+        identity: What a resumed run must share with the saved one.
+        command: The command that a person types to do this again.
+        face: How progress is shown: `json` and `quiet`.
+    """
+
+    recipe: dict[str, Any]
+    plan: dict[str, Any]
+    folder: str
+    tokenizer: str
+    tokenizer_figures: dict[str, Any]
+    shards: list[str]
+    weights: list[float] | None
+    identity: dict[str, Any]
+    command: str
+    face: dict[str, bool]
+
+    def save(self, path: Path) -> None:
+        """Write it for other processes to load."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Job":
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_bytes()))
+
+    def checked_recipe(self) -> Recipe:
+        """The recipe as an object."""
+        return Recipe.model_validate(self.recipe)
+
+    @property
+    def seed(self) -> int:
+        """The recipe's seed."""
+        return int(self.recipe["seed"])
+
+    def section(self) -> Pretrain:
+        """The recipe's `pretrain` section, which a job always has."""
+        section = self.checked_recipe().pretrain
+        assert section is not None
+        return section
+
+    def checked_plan(self) -> Plan:
+        """The plan as an object."""
+        return Plan.from_dict(self.plan)
