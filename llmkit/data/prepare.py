@@ -98,7 +98,6 @@ def ensure_tokenizer(
         identity = _identity(spec, corpus, threshold, max_length)
         found = _found(folder, identity)
         if found is not None:
-            reporter.note(f"tokenizer: found {folder}")
             return {**found, "found": True}
         reporter.phase("tokenizer", _what(spec))
         facts: dict[str, object] = {"kind": "tokenizer", "identity": identity}

@@ -58,16 +58,23 @@ def read_documents(
         cache: The cache folder, where standard input is kept; by default the run folders' own.
         tally: Counts what was read and skipped.
 
+    With a `limit`, reading ends before the document that would exceed it; the first one is always read.
+
     Raises:
         DataError: Something cannot be read or is not of the stated form, or all of it is empty.
         MissingError: A package or data set is missing.
     """
     tally = tally or Tally()
     found = False
+    room = source.limit
     for document in _all_documents(source, base, cache, tally):
         if not document.text or document.text.isspace():
             tally.empty_documents += 1
             continue
+        if room is not None:
+            room -= len(document.text.encode())
+            if room < 0 and found:
+                return
         found = True
         yield document
     if not found:
@@ -106,7 +113,7 @@ def fingerprint(source: "Source", base: Path, *, cache: Path | None = None) -> s
     Names and dates do not count, so a renamed or touched file stays the same and a changed one does not.
     """
     docstrings = python_library.DOCSTRINGS in _patterns(source)
-    content: list[object] = [_READER, source.columns.text, source.documents, source.encoding]
+    content: list[object] = [_READER, source.columns.text, source.documents, source.encoding, source.limit]
     if source.dataset is not None:
         content += hub.dataset_fingerprint(source.dataset, source.split, base)
     else:
@@ -116,10 +123,14 @@ def fingerprint(source: "Source", base: Path, *, cache: Path | None = None) -> s
 
 
 def num_bytes(source: "Source", base: Path, *, cache: Path | None = None) -> int:
-    """Bytes of the source's files on disk, compressed ones as they lie there; 0 for a data set by name."""
+    """Bytes of the source's files on disk, compressed ones as they lie there, and at most its `limit`.
+
+    0 for a data set by name without a limit.
+    """
     if source.dataset is not None:
-        return 0
-    return sum(path.stat().st_size for path in resolve_files(source, base, cache=cache))
+        return source.limit or 0
+    size = sum(path.stat().st_size for path in resolve_files(source, base, cache=cache))
+    return size if source.limit is None else min(size, source.limit)
 
 
 def source_name(source: "Source", base: Path, *, cache: Path | None = None) -> str:

@@ -60,18 +60,15 @@ def generate(
 
 @contextmanager
 def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, the cache on, an attention that takes a cache; afterwards all is as before."""
-    training, cache = model.training, model.config.use_cache
-    attention = model.config._attn_implementation
+    """Evaluation mode and an attention that takes a cache; afterwards all is as before."""
+    training, attention = model.training, model.config._attn_implementation
     model.eval()
-    model.config.use_cache = True  # without it generation is eight times slower
     set_attention(model, "sdpa")
     try:
         with torch.inference_mode():
             yield
     finally:
         set_attention(model, attention)
-        model.config.use_cache = cache
         model.train(training)
 
 
@@ -94,6 +91,7 @@ def _generate_batch(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=num_new,
+        use_cache=True,  # whatever the configuration says: without it generation is eight times slower
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
         **_draw(sampling),

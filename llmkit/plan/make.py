@@ -7,9 +7,8 @@ from llmkit.hardware import Hardware
 from llmkit.plan.batch import PlanError, Share, divisors, largest_divisor, rows_of_batch, share_rows
 from llmkit.plan.estimate import (
     COMPILE_COST_S,
-    COMPILE_GAIN,
     Memory,
-    compile_pays,
+    compile_saves,
     flops_per_token,
     training_memory,
     training_rate,
@@ -89,7 +88,7 @@ def make_plan(
     rate = training_rate(hardware, model, world_size=world, precision=precision)
     limit_s = float(wanted.train.length.value) if steps is None else None
     low, high = _seconds(rate, flops * rows * context * (steps or 0), limit_s)
-    compiled = _choose_compile(draft, low, high)
+    compiled = _choose_compile(draft, precision, low, high)
     epochs = steps * rows / num_rows if steps else None
     draft.notes += _remarks(data, rows, num_rows, epochs, rate)
     timing = _intervals(wanted, steps, rows, context, num_rows)
@@ -264,7 +263,7 @@ def _seconds(
     return (flops / rate[1], flops / rate[0]) if rate else (None, None)
 
 
-def _choose_compile(draft: _Draft, low: float | None, high: float | None) -> bool:
+def _choose_compile(draft: _Draft, precision: str, low: float | None, high: float | None) -> bool:
     """Whether to compile: where it works, and the run is long enough to win back what compiling costs."""
     pinned = draft.machine.compile
     if pinned != "auto":
@@ -277,9 +276,8 @@ def _choose_compile(draft: _Draft, low: float | None, high: float | None) -> boo
     elif low is None or high is None:
         compiled, why = False, "unknown device: the run's length cannot be estimated"
     else:
-        middle = (low * high) ** 0.5
-        compiled = compile_pays(device, middle)
-        saved, cost = middle * (1 - 1 / COMPILE_GAIN), COMPILE_COST_S[device]
+        saved, cost = compile_saves(device, precision, (low * high) ** 0.5), COMPILE_COST_S[device]
+        compiled = saved > cost
         why = (
             f"compiling costs about {cost:.0f} s and would save about {saved:.0f} s of this run (an estimate)"
         )

@@ -1,5 +1,6 @@
 """After the last step: the model folder, the card, the report."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ def finish(
     """Export the model with its card, then write the report whose status says that all is done."""
     folder = Path(job.folder)
     recipe = job.checked_recipe()
+    prompt = shlex.quote((job.section().prompts or ["Once"])[0])
     facts: dict[str, Any] = {
         "name": recipe.name,
         "kind": "pretrain",
         "language": recipe.language,
         "command": job.command,
-        "next_command": f"llmkit generate {folder.parent} -n 3",
+        "next_command": f"llmkit generate {folder.parent} {prompt} -n 3",
         "model": {"model_type": model.config.model_type, "num_parameters": model.num_parameters()},
         "tokenizer": job.tokenizer_figures,
         "final": dict(figures),

@@ -282,6 +282,16 @@ def test_sizes(here):
     assert num_bytes(Source(dataset="a/b"), here) == 0
 
 
+def test_a_limit_reads_whole_documents_and_gives_another_fingerprint(here):
+    for name in "abc":
+        write(here / "d" / f"{name}.txt", name * 10)
+    assert [text for _, text in read(here, files=["d"], limit=25)] == ["a" * 10, "b" * 10]
+    assert [text for _, text in read(here, files=["d"], limit=3)] == ["a" * 10]
+    assert num_bytes(Source(files=["d"], limit=25), here) == 25
+    assert num_bytes(Source(files=["d"], limit=99), here) == 30
+    assert fingerprint(Source(files=["d"]), here) != fingerprint(Source(files=["d"], limit=25), here)
+
+
 def test_files_or_dataset_exactly_one(here):
     for settings in ({}, {"files": "a", "dataset": "b"}, {"files": []}):
         assert "either `files` or `dataset`" in error_of(here, RecipeError, **settings)

@@ -427,8 +427,10 @@ def test_precision() -> None:
     [
         ("10 steps", CPU, False),
         ("1M steps", CPU, True),
-        ("5m", CPU, False),
-        ("1h", CPU, True),
+        ("3m", CPU, False),
+        ("5m", CPU, True),
+        ("20m", replace(CPU, bf16=False), False),
+        ("1h", replace(CPU, bf16=False), True),
         ("1h", replace(CPU, compiler=False), False),
         ("1h", replace(CPU, device="mps"), False),
         ("1M steps", replace(H100, peak_flops=None), False),

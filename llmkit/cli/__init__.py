@@ -1,0 +1,48 @@
+"""The command line: parse, call, print; nothing heavy is imported before a command needs it.
+
+`main` is the one place where an error becomes a message and an exit code.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmkit.cli.app import app
+from llmkit.cli.failures import complain
+from llmkit.cli.output import close_quietly
+from llmkit.errors import ExitCode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: The words after `llmkit`; by default those of this process.
+    """
+    _set_torch_up()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    flags = words[: words.index("--")] if "--" in words else words
+    try:
+        code = app(words, prog_name="llmkit", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else ExitCode.DONE
+    except BrokenPipeError:  # the reader of a pipe has enough: `llmkit recipe schema | head`
+        close_quietly(sys.stdout)
+        return ExitCode.DONE
+    except KeyboardInterrupt:
+        return ExitCode.CTRL_C
+    except Exception as error:
+        if "--debug" in flags:
+            traceback.print_exc()
+        return complain(error, as_json="--json" in flags)
+
+
+def _set_torch_up() -> None:
+    """Defaults that torch reads when it starts, for this process and its workers; what is set already stays."""
+    # Huge pages for large blocks: 2 to 3 % of a training step on CPU.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Compiled code is kept with the user's other caches; torch's own default is a temporary folder.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "llmkit" / "inductor"))

@@ -1,0 +1,372 @@
+"""The verbs: each loads a recipe, calls one function of `llmkit.run`, and prints its result."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmkit.cli.options import (
+    AsJson,
+    Debug,
+    DryRun,
+    Fresh,
+    OverrideWords,
+    Processes,
+    Quiet,
+    RecipeWord,
+    Runs,
+    Settings,
+    Smoke,
+    described,
+    run_name,
+)
+from llmkit.cli.output import as_columns, as_typed, give, give_json, say
+from llmkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmkit.recipe import Loaded
+    from llmkit.report.console import Reporter
+    from llmkit.run import Options, Result
+
+DEMO = "quickstart"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line, in the order in which a person meets them."""
+    for verb, text in VERBS.items():
+        _add_verb(app, verb, **text)
+    app.command("eval", help=EVAL_HELP, short_help="Measure a model on held-out text.")(evaluate)
+    app.command("generate", help=GENERATE_HELP, short_help="Let a trained model write.")(generate)
+    app.command("plan", help=PLAN_HELP, short_help="Show what a recipe will take here: steps, memory, time.")(
+        plan
+    )
+    app.command("demo", help=DEMO_HELP, short_help="Train a small model here, in minutes.")(demo)
+
+
+VERBS: dict[str, dict[str, str]] = {
+    "run": {
+        "short_help": "Do all that a recipe holds, in order.",
+        "help": described(
+            """
+            llmkit run my.yaml
+            llmkit run my.yaml --smoke                          first a minute on a laptop
+            llmkit run my.yaml pretrain.train.optim.lr=3e-4     one setting changed
+            llmkit run my.yaml --dry-run                        the plan, nothing written
+            """,
+            "Do all that the recipe holds, in order; what is done already is not done again.",
+        ),
+    },
+    "tokenize": {
+        "short_help": "Make the tokenizer and the token shards.",
+        "help": described(
+            """
+            llmkit tokenize my.yaml
+            llmkit tokenize my.yaml tokenize.vocab_size=8k
+            """,
+            "Learn a tokenizer from the recipe's text and turn the text into token shards.",
+        ),
+    },
+    "pretrain": {
+        "short_help": "Train a model on text.",
+        "help": described(
+            """
+            llmkit pretrain my.yaml
+            llmkit pretrain my.yaml --processes 2
+            llmkit pretrain my.yaml --fresh                     start over
+            """,
+            "Train the recipe's model. The same command again goes on where it stopped.",
+        ),
+    },
+}
+
+
+def _add_verb(app: typer.Typer, verb: str, *, help: str, short_help: str) -> None:
+    """One command of the form `llmkit VERB RECIPE [KEY=VALUE]...`."""
+
+    @app.command(verb, help=help, short_help=short_help)
+    def command(
+        recipe: RecipeWord,
+        overrides: OverrideWords = None,
+        dry_run: DryRun = False,
+        quiet: Quiet = False,
+        as_json: AsJson = False,
+        fresh: Fresh = False,
+        smoke: Smoke = False,
+        processes: Processes = None,
+        runs: Runs = Path("runs"),
+        debug: Debug = False,
+    ) -> None:
+        settings = Settings(runs, dry_run, quiet, as_json, fresh, smoke, processes)
+        finish(call_verb(verb, recipe, overrides or (), settings), settings)
+
+
+def call_verb(verb: str, recipe: str, overrides: Sequence[str], settings: Settings) -> "Result | None":
+    """Load the recipe and run one verb; a dry run shows the plan instead and returns None."""
+    from llmkit import run
+    from llmkit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides=overrides, smoke=settings.smoke)
+    if settings.dry_run:
+        show_plan(loaded, settings, [recipe, *overrides])
+        return None
+    function = {"tokenize": run.tokenize, "pretrain": run.pretrain, "run": run.run_all}[verb]
+    with reporting(settings) as reporter:
+        smoke = ["--smoke"] if settings.smoke else []
+        return function(loaded, to_options(settings, [recipe, *overrides, *smoke]), reporter)
+
+
+@contextmanager
+def reporting(settings: Settings) -> "Iterator[Reporter]":
+    """The command's reporter, closed at the end so that an error is printed on a clean line."""
+    from llmkit.report.console import make_reporter
+
+    reporter = make_reporter(json=settings.as_json, quiet=settings.quiet or not speaks())
+    try:
+        yield reporter
+    finally:
+        reporter.close()
+
+
+def speaks() -> bool:
+    """Whether this process talks: of workers that another launcher started, the first alone does."""
+    from llmkit.launch.world import detect_world
+
+    world = detect_world()
+    return world is None or world.rank == 0
+
+
+def to_options(settings: Settings, subject: Sequence[str] = ()) -> "Options":
+    """The settings as the run takes them, with the command as it was typed, for the report."""
+    from llmkit.run import Options
+
+    return Options(
+        runs=settings.runs,
+        fresh=settings.fresh,
+        processes=settings.processes,
+        json=settings.as_json,
+        quiet=settings.quiet,
+        command=shlex.join(["llmkit", *sys.argv[1:]]),
+        subject=shlex.join(subject),
+    )
+
+
+def finish(result: "Result | None", settings: Settings) -> None:
+    """Print what a command made: a path with `-q`, an object with `--json`, else the next command to type."""
+    if result is None or not speaks():
+        return
+    if settings.as_json:
+        next_command = as_typed(result.next_command)
+        give_json({"folder": str(result.folder), **result.summary, "next": next_command})
+    elif settings.quiet:
+        give(str(result.folder))
+    else:
+        say(f"next: {as_typed(result.next_command)}")
+
+
+PLAN_HELP = described(
+    """
+    llmkit plan my.yaml
+    llmkit plan my.yaml pretrain.model.preset=gpt-small
+    llmkit plan my.yaml --json
+    """,
+    "Show what the recipe will take on this machine: steps, batch, memory, time. Nothing is written.",
+)
+
+
+def plan(
+    recipe: RecipeWord,
+    overrides: OverrideWords = None,
+    as_json: AsJson = False,
+    smoke: Smoke = False,
+    processes: Processes = None,
+    runs: Runs = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """`llmkit plan`."""
+    from llmkit.recipe import load_recipe
+
+    settings = Settings(runs, dry_run=True, as_json=as_json, smoke=smoke, processes=processes)
+    words = [recipe, *(overrides or ())]
+    show_plan(load_recipe(recipe, overrides=words[1:], smoke=smoke), settings, words)
+
+
+def show_plan(loaded: "Loaded", settings: Settings, words: Sequence[str]) -> None:
+    """Print the plan as the result of the command: text, or one object with `--json`.
+
+    Args:
+        loaded: The recipe.
+        settings: What the command was told.
+        words: The recipe and the overrides as they were typed, for the next command.
+    """
+    from llmkit import run
+    from llmkit.plan.describe import describe
+
+    found = run.plan(loaded, to_options(settings))
+    if settings.as_json:
+        give_json(found.to_dict())
+        return
+    rows = describe(found)
+    sections = ["", *(section for section, _, _ in rows)]
+    give(
+        as_columns(
+            [(s if s != before else "", *rest) for before, (s, *rest) in zip(sections, rows, strict=False)]
+        )
+    )
+    flags = ["--smoke"] if settings.smoke else []
+    say("next: " + as_typed(shlex.join(["llmkit", "run", *words, *flags])))
+
+
+EVAL_HELP = described(
+    """
+    llmkit eval my.yaml                             the model that this recipe trained
+    llmkit eval runs/my                             the same, by its run folder
+    llmkit eval path/to/model --data 'texts/*.txt'  any model, on text of yours
+    """,
+    "Measure a model on held-out text: loss, perplexity, bits per byte.",
+)
+
+
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN|MODEL", help="A recipe, a run folder or a model.", show_default=False
+        ),
+    ],
+    overrides: OverrideWords = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILES", help="Other text to measure on: a path, glob or folder.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    smoke: Smoke = False,
+    runs: Runs = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """`llmkit eval`."""
+    from llmkit import run
+
+    settings = Settings(runs, quiet=quiet, as_json=as_json, smoke=smoke)
+    model, loaded = choose_target(target, overrides or (), data, settings)
+    with reporting(settings) as reporter:
+        result = run.evaluate(model, loaded, to_options(settings), reporter)
+    finish(result, settings)
+
+
+def choose_target(
+    target: str, overrides: Sequence[str], data: str | None, settings: Settings
+) -> "tuple[str | None, Loaded | None]":
+    """What `llmkit eval TARGET` means: a model (folder, run, Hub name), a recipe, or a model on other text.
+
+    Raises:
+        UsageError: `data` or overrides are given where they have no meaning.
+    """
+    from llmkit.recipe import load_recipe
+
+    is_model = not target.endswith((".yaml", ".yml")) and (
+        "/" in target or Path(target).is_dir() or (settings.runs / target).is_dir()
+    )
+    if data is not None:
+        if not is_model:
+            raise UsageError(
+                "--data goes with a model, not with a recipe", hint=f"eval.data.files={shlex.quote(data)}"
+            )
+        made = {"llmkit": 1, "name": run_name(target), "eval": {"model": target, "data": {"files": data}}}
+        return target, load_recipe(made, overrides=overrides)
+    if not is_model:
+        return None, load_recipe(target, overrides=overrides, smoke=settings.smoke)
+    if overrides:
+        raise UsageError(f"{overrides[0]!r} changes a recipe, but {target} is a model")
+    return target, None
+
+
+GENERATE_HELP = described(
+    """
+    llmkit generate runs/my "Once upon a time"
+    llmkit generate runs/my "Once" "Twice" -n 3 --temperature 0.7
+    cat prompts.txt | llmkit generate runs/my --json
+    """,
+    "Let a trained model write. Without prompts, each line of stdin is one.",
+)
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run, its folder, or a model folder.", show_default=False)
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="How the text begins.", show_default=False),
+    ] = None,
+    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Texts for each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token each time; higher is more varied.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens with this share in sum."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same texts.")] = 42,
+    as_json: AsJson = False,
+    runs: Runs = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """`llmkit generate`."""
+    from llmkit import run
+    from llmkit.recipe.schema import Sampling
+
+    if not prompts and sys.stdin.isatty():
+        say("one prompt a line; Ctrl-D ends")
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p
+    )
+    texts = list(prompts or ()) or [line.rstrip("\r\n") for line in sys.stdin]
+    with reporting(Settings(runs, as_json=as_json)) as reporter:
+        written = run.generate(
+            model, texts, sampling, samples=samples, seed=seed, runs=runs, reporter=reporter
+        )
+    if as_json:
+        give_json({"samples": written})
+        return
+    give("\n---\n".join(f"{sample['prompt']}{sample['text']}" for sample in written))
+    say(
+        "next: "
+        + as_typed(f"llmkit generate {shlex.quote(model)} {shlex.quote(texts[0])} -n 3 --seed {seed + 1}")
+    )
+
+
+DEMO_HELP = described(
+    """
+    llmkit demo
+    llmkit demo --smoke                     a minute instead of a few
+    """,
+    "Train a tokenizer and a small model on text that every machine has, then show what to look at. "
+    "No download, no account, no GPU.",
+)
+
+
+def demo(
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    fresh: Fresh = False,
+    smoke: Smoke = False,
+    processes: Processes = None,
+    runs: Runs = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """`llmkit demo`."""
+    settings = Settings(runs, dry_run, quiet, as_json, fresh, smoke, processes)
+    result = call_verb("run", DEMO, (), settings)
+    if result is None or as_json or quiet or not speaks():
+        finish(result, settings)
+        return
+    say(f"look:  {result.summary['pretrain']['report']}")
+    say(f"talk:  {as_typed(result.next_command)}")
+    say("yours: " + as_typed("llmkit init gpt my.yaml"))

@@ -1,0 +1,73 @@
+"""The options that commands share, each declared once."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeWord = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, `-` for one on stdin, or the name of a shipped recipe.",
+        show_default=False,
+    ),
+]
+OverrideWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings to change: pretrain.train.optim.lr=3e-4", show_default=False
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show the plan; write nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the run folder's path and nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON: the result on stdout, progress on stderr.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on from the checkpoint.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Shrink the recipe to about a minute on a laptop.")]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        metavar="N",
+        help="Worker processes; default: one per GPU, or one.",
+        show_default=False,
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
+Runs = Annotated[
+    Path,
+    typer.Option("--runs", metavar="DIR", envvar="LLMKIT_RUNS", help="Where run folders are made."),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a command was told besides its recipe."""
+
+    runs: Path = Path("runs")
+    dry_run: bool = False
+    quiet: bool = False
+    as_json: bool = False
+    fresh: bool = False
+    smoke: bool = False
+    processes: int | None = None
+
+
+def run_name(path: str) -> str:
+    """A recipe name made from a path: `data/my model.yaml` -> `my-model`."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).absolute().stem).strip("._-")
+    return plain[:64] or "run"
+
+
+def described(examples: str, text: str = "") -> str:
+    """Help that starts with examples; their lines are kept as they are (that is what the backspace asks for).
+
+    Args:
+        examples: One command a line.
+        text: What the command does, wrapped to the terminal.
+    """
+    lines = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
+    return f"\b\nExamples:\n{lines}\n\n{text}".rstrip()

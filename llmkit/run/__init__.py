@@ -1,0 +1,46 @@
+"""The verbs: from a recipe to artefacts. Each finds what is done, makes what is missing, says what is next."""
+
+from typing import Any
+
+from llmkit.errors import UsageError
+from llmkit.recipe import Loaded
+from llmkit.report.console import Reporter
+from llmkit.run.evaluate import evaluate
+from llmkit.run.folders import Options, Result, find_model
+from llmkit.run.generate import generate
+from llmkit.run.planning import plan
+from llmkit.run.pretrain import pretrain
+from llmkit.run.tokenize import tokenize
+
+__all__ = [
+    "Options",
+    "Result",
+    "evaluate",
+    "find_model",
+    "generate",
+    "plan",
+    "pretrain",
+    "run_all",
+    "tokenize",
+]
+
+
+def run_all(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
+    """Do all that the recipe holds, in order.
+
+    Raises:
+        UsageError: It holds nothing to do.
+    """
+    recipe = loaded.recipe
+    done: dict[str, Result] = {}
+    if recipe.tokenize is not None:
+        done["tokenize"] = tokenize(loaded, options, reporter)
+    if recipe.pretrain is not None:
+        done["pretrain"] = pretrain(loaded, options, reporter)
+    if recipe.eval is not None:
+        done["eval"] = evaluate(None, loaded, options, reporter)
+    if not done:
+        raise UsageError("the recipe has no section to run", hint="`llmkit init gpt` shows a whole one")
+    summary: dict[str, Any] = {verb: result.summary for verb, result in done.items()}
+    last = done.get("pretrain") or list(done.values())[-1]
+    return Result(options.runs / recipe.name, summary, last.next_command)

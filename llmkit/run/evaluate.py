@@ -1,0 +1,126 @@
+"""`llmkit eval`: a model's figures on held-out text."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmkit.durable import write_json
+from llmkit.errors import MissingError, UsageError
+from llmkit.hardware import detect_hardware
+from llmkit.recipe import Loaded, load_recipe
+from llmkit.report.console import Reporter
+from llmkit.report.formatting import format_number
+from llmkit.report.report import write_report
+from llmkit.run.folders import CACHE, Options, Result, base_of, find_model, run_folder, writing
+
+if TYPE_CHECKING:
+    from llmkit.data.shards import TokenShards, TokenStream
+
+_LONGEST_ROW = 2048
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What to measure on: shards, and which part of them."""
+
+    shards: "Sequence[TokenShards]"
+    held_out: bool
+
+    def streams(self) -> "list[TokenStream]":
+        return [shard.split("held_out" if self.held_out else "train") for shard in self.shards]
+
+
+def evaluate(target: str | None, loaded: Loaded | None, options: Options, reporter: Reporter) -> Result:
+    """Measure a model: the one a recipe trained, a run's, or any folder's on text that the recipe names.
+
+    Args:
+        target: A run or a model folder; None: the one `loaded` names or made.
+        loaded: A recipe whose `eval` section says how; None: as training measured.
+        options: As for every verb.
+        reporter: Told what happens.
+
+    Raises:
+        UsageError: Nothing says what to measure on.
+        MissingError: There is no such model.
+    """
+    from llmkit.evaluate.model import evaluate_model, load_model
+    from llmkit.models.build import max_length
+
+    section = loaded.recipe.eval if loaded else None
+    word = target or (section.model if section else None) or (loaded.recipe.name if loaded else "")
+    place = find_model(word, options.runs)
+    run = _trained_by(place)
+    trained = run.recipe.pretrain if run else None
+    if loaded is None and run is None:
+        raise UsageError(f"{word}: nothing says what to measure it on", hint="give text: --data FILES")
+    about = loaded or run
+    assert about is not None
+    folder = run_folder(about, options, "eval")
+    with writing(folder, about):
+        reporter.phase("eval", str(place))
+        model = load_model(place)
+        text = _text(place, loaded, options, reporter)
+        context = trained.model.context if trained else min(max_length(model.config) or 512, _LONGEST_ROW)
+        figures = evaluate_model(
+            model,
+            text.streams(),
+            objective=trained.objective if trained else "clm",
+            context=context,
+            device=detect_hardware(about.recipe.machine).device,
+            isolate=trained.isolate_documents if trained else False,
+            max_rows=section.rows if section else None,
+        )
+        final = {f"eval/{name}": value for name, value in figures.items() if name != "tokens_per_s"}
+        _write(folder, about, options, text, place, final)
+    for name in section.metrics if section else ("loss", "perplexity", "bits_per_byte"):
+        reporter.note(f"{name} {format_number(figures[name])}")
+    metrics = {name.removeprefix("eval/"): value for name, value in final.items()}
+    return Result(
+        folder,
+        {"model": str(place), "metrics": metrics, "context": context, "report": str(folder / "report.html")},
+        f"llmkit generate {shlex.quote(str(place))} -n 3",
+    )
+
+
+def _write(
+    folder: Path, about: Loaded, options: Options, text: _Text, place: Path, final: dict[str, float]
+) -> None:
+    from llmkit.data.prepare import data_card
+
+    write_json(folder / "data.json", data_card(text.shards))
+    facts = {"name": about.recipe.name, "kind": "eval", "status": "done", "command": options.command}
+    write_report(folder, {**facts, "model": {"folder": str(place)}, "final": final})
+
+
+def _trained_by(model: Path) -> Loaded | None:
+    """The recipe that the run around a model folder was trained with."""
+    path = model.parent / "resolved.yaml"
+    return load_recipe(path) if path.is_file() else None
+
+
+def _text(model: Path, loaded: Loaded | None, options: Options, reporter: Reporter) -> _Text:
+    """The recipe's own `eval.data`, all of it; else what the model's run held out."""
+    from llmkit.data.prepare import Corpus
+    from llmkit.data.shards import TokenShards
+    from llmkit.data.tokenizers import load_tokenizer
+
+    section = loaded.recipe.eval if loaded else None
+    if loaded is not None and section is not None and section.data is not None:
+        sources = section.data if isinstance(section.data, list) else [section.data]
+        text = Corpus(sources, held_out=0.0, base=base_of(loaded), cache=options.runs / CACHE)
+        return _Text(text.shards(load_tokenizer(str(model)), reporter), held_out=False)
+    card = model.parent / "data.json"
+    if not card.is_file():
+        raise UsageError(f"{model}: nothing was held out for it", hint="give text: --data FILES")
+    cache = options.runs / CACHE / "shards"
+    folders = [cache / source["address"] for source in json.loads(card.read_bytes())["sources"]]
+    missing = [folder for folder in folders if not folder.is_dir()]
+    if missing:
+        raise MissingError(
+            f"{missing[0]}: the shards of the model's run are gone",
+            hint=f"make them again: llmkit tokenize {model.parent / 'resolved.yaml'}",
+        )
+    return _Text([TokenShards.open(folder) for folder in folders], held_out=True)

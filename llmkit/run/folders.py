@@ -1,0 +1,109 @@
+"""Run folders: where a verb's artefacts are, who may write there, what was made by what."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmkit.durable import RunLock, naming_full_disks, sweep, write_file
+from llmkit.errors import MissingError
+from llmkit.launch.world import World
+from llmkit.recipe import Loaded
+from llmkit.report.environment import write_environment
+
+CACHE = ".cache"
+_MAKES_MODELS = ("pretrain",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command was told besides its recipe.
+
+    Attributes:
+        runs: The folder of run folders.
+        fresh: Start over instead of going on.
+        processes: Worker processes, or None: as the plan chooses.
+        json: Progress as JSON lines.
+        quiet: Warnings only.
+        command: What the person typed, for the report.
+        subject: The recipe and what is said about it, as typed, for the next command.
+    """
+
+    runs: Path = Path("runs")
+    fresh: bool = False
+    processes: int | None = None
+    json: bool = False
+    quiet: bool = False
+    command: str = "llmkit"
+    subject: str = "RECIPE"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command made.
+
+    Attributes:
+        folder: The run folder.
+        summary: The figures a pipeline wants.
+        next_command: What a person types next.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    next_command: str
+
+
+def run_folder(loaded: Loaded, options: Options, verb: str) -> Path:
+    """The folder that `verb` writes into."""
+    return options.runs / loaded.recipe.name / verb
+
+
+def base_of(loaded: Loaded) -> Path:
+    """The folder that a recipe's relative paths may start from, besides the current one."""
+    return loaded.path.parent if loaded.path else Path.cwd()
+
+
+@contextmanager
+def writing(folder: Path, loaded: Loaded, world: World | None = None) -> Iterator[None]:
+    """Hold the folder's lock and leave the recipe and the environment in it.
+
+    Of the processes that another launcher started, the first alone locks and writes.
+    """
+    if world is not None and world.rank != 0:
+        yield
+        return
+    with naming_full_disks(folder), RunLock(folder):
+        sweep(folder)
+        write_file(folder / "recipe.yaml", loaded.text)
+        write_environment(folder)
+        yield
+
+
+def find_model(word: str, runs: Path) -> Path:
+    """The model folder that `word` means: a model folder, a run, a run's folder, or a run's name.
+
+    Raises:
+        MissingError: There is none.
+    """
+    places = [Path(word), runs / word]
+    for place in places:
+        tries = [place, place / "model", *(place / verb / "model" for verb in _MAKES_MODELS)]
+        for folder in tries:
+            if (folder / "config.json").is_file():
+                return folder
+    names = sorted(p.name for p in runs.glob("*") if any((p / v / "model").is_dir() for v in _MAKES_MODELS))
+    raise MissingError(
+        f"no model in {word!r}",
+        hint=f"runs with a model in {runs}: {', '.join(names)}" if names else "train one: llmkit demo",
+    )
+
+
+def report_of(folder: Path) -> Mapping[str, Any]:
+    """The folder's report.json; empty while there is none."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return {}
+    report: Mapping[str, Any] = json.loads(path.read_bytes())
+    return report

@@ -1,0 +1,114 @@
+"""`llmkit plan`, and the same numbers for the run: from a recipe to a `Plan`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import UsageError
+from llmkit.hardware import Hardware, detect_hardware
+from llmkit.launch.world import World
+from llmkit.plan import DataFacts, ModelShape, Plan, make_plan, shape_of_config, shape_of_preset
+from llmkit.recipe import Loaded
+from llmkit.recipe.schema import Model
+from llmkit.run.folders import Options
+from llmkit.run.tokenize import corpus
+
+_BYTES_PER_TOKEN = 4.0
+_BYTES_PER_TOKEN_HAN = 3.4
+
+
+def plan(loaded: Loaded, options: Options) -> Plan:
+    """The plan before anything is read but file sizes: nothing is written, torch is not imported.
+
+    Raises:
+        UsageError: The recipe has no `pretrain` section, or its numbers do not fit together.
+    """
+    hardware = detect_hardware(loaded.recipe.machine)
+    return plan_run(
+        loaded, options, hardware, estimated_facts(loaded, options), vocab_size=_expected_vocabulary(loaded)
+    )
+
+
+def plan_run(
+    loaded: Loaded,
+    options: Options,
+    hardware: Hardware,
+    facts: DataFacts,
+    *,
+    vocab_size: int,
+    world: World | None = None,
+) -> Plan:
+    """The plan for a known vocabulary and data."""
+    recipe = loaded.recipe
+    if recipe.pretrain is None:
+        raise UsageError("the recipe has no `pretrain` section to plan", hint="`llmkit init gpt` shows one")
+    world_size = world.world_size if world else options.processes
+    shape = model_shape(recipe.pretrain.model, vocab_size)
+    return make_plan(recipe, hardware, facts, vocab_size=vocab_size, model=shape, world_size=world_size)
+
+
+def model_shape(spec: Model, vocab_size: int) -> ModelShape:
+    """The shape of the recipe's model; an architecture the plan has no formula for is counted on no device.
+
+    Raises:
+        UsageError: A model's configuration cannot be found.
+    """
+    if spec.preset is not None:
+        return shape_of_preset(spec.preset, vocab_size, spec.context)
+    fields = _config_fields(spec, vocab_size)
+    shape = shape_of_config(fields)
+    if shape is None:
+        from llmkit.models.count import shape_by_building
+
+        shape = shape_by_building(spec, vocab_size)
+    return shape
+
+
+def estimated_facts(loaded: Loaded, options: Options) -> DataFacts:
+    """Tokens and documents guessed from file sizes."""
+    text = corpus(loaded, options)
+    num_bytes = text.num_bytes()
+    han = loaded.recipe.language[:2] in ("zh", "ja", "ko")
+    tokens = int(num_bytes / (_BYTES_PER_TOKEN_HAN if han else _BYTES_PER_TOKEN))
+    held_out = int(tokens * text.held_out)
+    return DataFacts(
+        num_tokens=tokens - held_out,
+        num_documents=0,
+        num_bytes=num_bytes,
+        exact=False,
+        num_held_out_tokens=held_out,
+    )
+
+
+def _config_fields(spec: Model, vocab_size: int) -> dict[str, Any]:
+    if spec.config is not None:
+        return {"vocab_size": vocab_size, "max_position_embeddings": spec.context, **spec.config}
+    path = Path(str(spec.name)) / "config.json"
+    if path.is_file():
+        fields: dict[str, Any] = json.loads(path.read_bytes())
+        return fields
+    from llmkit.models.count import fetch_config
+
+    return fetch_config(str(spec.name))
+
+
+def _expected_vocabulary(loaded: Loaded) -> int:
+    recipe = loaded.recipe
+    named = recipe.pretrain.tokenizer if recipe.pretrain else None
+    if named is None and recipe.tokenize is not None and recipe.tokenize.tokenizer is None:
+        return recipe.tokenize.vocab_size
+    name = (
+        named
+        or (recipe.tokenize and recipe.tokenize.tokenizer)
+        or (recipe.pretrain and recipe.pretrain.model.name)
+    )
+    if not name:
+        raise UsageError("the recipe has no tokenizer", hint="add `tokenize: {vocab_size: 8k}`")
+    path = Path(name) / "tokenizer.json"
+    if path.is_file():
+        content = json.loads(path.read_bytes())
+        added = {token["content"] for token in content.get("added_tokens", ())}
+        return len(set(content["model"]["vocab"]) | added)
+    from llmkit.data.tokenizers import load_tokenizer
+
+    return len(load_tokenizer(name))

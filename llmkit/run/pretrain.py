@@ -1,0 +1,262 @@
+"""`llmkit pretrain`: prepare the data once, plan, then train here or in worker processes."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.durable import read_manifest, write_file, write_json
+from llmkit.errors import (
+    CorruptError,
+    CtrlCError,
+    ExitCode,
+    InterruptedRunError,
+    LlmkitError,
+    RunError,
+    UsageError,
+)
+from llmkit.hardware import detect_hardware
+from llmkit.launch.local import run_local_workers
+from llmkit.launch.world import World, check_world, detect_world
+from llmkit.plan import Plan
+from llmkit.recipe import Loaded, resolved_yaml
+from llmkit.report.console import Reporter
+from llmkit.report.report import write_report
+from llmkit.run.folders import Options, Result, report_of, run_folder, writing
+from llmkit.run.planning import plan as plan_ahead
+from llmkit.run.planning import plan_run
+from llmkit.run.tokenize import corpus, find_tokenizer
+
+if TYPE_CHECKING:
+    from llmkit.data.shards import TokenShards
+    from llmkit.train.job import Job
+
+_MADE_BY_TRAINING = ("checkpoints", "model", "metrics.jsonl", "samples.jsonl", "plan.json", "report.json")
+
+
+def pretrain(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
+    """Train the recipe's model, going on from the newest checkpoint; when it is trained already, say so.
+
+    Raises:
+        UsageError: The recipe has no `pretrain` section, or its numbers do not fit together.
+        InterruptedRunError: A signal stopped it; the same command goes on.
+        RunError: It failed; the newest checkpoint is whole.
+    """
+    recipe = loaded.recipe
+    if recipe.pretrain is None:
+        raise UsageError("the recipe has no `pretrain` section", hint="`llmkit init gpt` shows one")
+    folder = run_folder(loaded, options, "pretrain")
+    world = detect_world(os.environ)
+    if world is None:
+        plan_ahead(loaded, options)  # what cannot fit is told before anything is read
+    with writing(folder, loaded, world):
+        if options.fresh and (world is None or world.rank == 0):
+            _clear(folder)
+        job = _prepare(loaded, options, reporter, folder, world)
+        if _is_trained(folder, job):
+            reporter.note(f"{folder} is trained already; --fresh trains it anew")
+        else:
+            try:
+                _train(job, reporter, world)
+            except LlmkitError as error:
+                if world is None or world.rank == 0:
+                    _report_end(folder, options, error)
+                raise
+    report = report_of(folder)
+    summary = {
+        "model": str(folder / "model"),
+        "metrics": report["final"],
+        "headline": report["headline"],
+        "report": str(folder / "report.html"),
+    }
+    prompt = shlex.quote((recipe.pretrain.prompts or ["Once"])[0])
+    return Result(folder, summary, f"llmkit generate {shlex.quote(str(folder.parent))} {prompt} -n 3")
+
+
+def _prepare(
+    loaded: Loaded, options: Options, reporter: Reporter, folder: Path, world: World | None
+) -> "Job":
+    """Everything decided: tokenizer, shards, plan, identity. The first process leaves it in the run folder."""
+    from llmkit.data.prepare import data_card, data_facts
+    from llmkit.data.tokenizers import fingerprint, load_tokenizer
+    from llmkit.train.job import Job
+
+    name, figures = find_tokenizer(loaded, options, reporter)
+    tokenizer = load_tokenizer(name)
+    text = corpus(loaded, options)
+    shards = text.shards(tokenizer, reporter)
+    hardware = detect_hardware(loaded.recipe.machine)
+    facts = data_facts(shards)
+    plan = plan_run(loaded, options, hardware, facts, vocab_size=len(tokenizer), world=world)
+    plan = _as_begun(plan, folder, loaded)
+    if world is not None:
+        check_world(world, plan.world_size)
+    job = Job(
+        recipe=loaded.recipe.model_dump(mode="json"),
+        plan=plan.to_dict(),
+        folder=str(folder),
+        tokenizer=name,
+        tokenizer_figures=figures,
+        shards=[str(shard.folder) for shard in shards],
+        weights=text.weights,
+        identity=_identity(loaded, plan, fingerprint(tokenizer), shards, text.weights),
+        command=options.command,
+        face={"json": options.json, "quiet": options.quiet},
+    )
+    if world is None or world.rank == 0:
+        write_json(folder / "data.json", data_card(shards))
+        write_json(folder / "plan.json", plan.to_dict())
+        write_file(folder / "resolved.yaml", resolved_yaml(loaded, plan.choices))
+        for note in plan.notes:
+            reporter.note(note)
+    return job
+
+
+def _train(job: "Job", reporter: Reporter, world: World | None) -> None:
+    """Train here when this process is a worker or the only one; else start the workers and watch them."""
+    world_size = job.plan["world_size"]
+    if world is not None or world_size == 1:
+        from llmkit.train.pretrain import pretrain as train_here
+
+        train_here(job, reporter)
+        return
+    path = Path(job.folder) / "job.json"
+    job.save(path)
+    reporter.note(f"starting {world_size} processes")
+    code = run_local_workers(
+        world_size,
+        [str(path)],
+        logs=Path(job.folder) / "logs",
+        program=[sys.executable, "-P", "-m", "llmkit.train.worker"],
+    )
+    _raise_for(code, job.folder)
+
+
+def _report_end(folder: Path, options: Options, error: LlmkitError) -> None:
+    """A report of a run that did not reach its end: what there is up to now, and why it stopped."""
+    status = "interrupted" if isinstance(error, InterruptedRunError) else "failed"
+    facts = {"kind": "pretrain", "status": status, "command": options.command, "error": error.message}
+    with suppress(RunError):  # such as a full disk: the error that ended the run is the one to tell
+        write_report(folder, facts)
+
+
+def _raise_for(code: int, folder: str) -> None:
+    """Turn the workers' exit code into the error that ends this process the same way."""
+    if code == ExitCode.DONE:
+        return
+    if code in (ExitCode.INTERRUPTED, ExitCode.CTRL_C):
+        kind = CtrlCError if code == ExitCode.CTRL_C else InterruptedRunError
+        raise kind(f"{folder}: stopped; everything is saved", hint="The same command goes on from there.")
+    error = RunError(
+        f"{folder}: a worker failed (exit code {code}); its words are above and in {folder}/logs"
+    )
+    error.exit_code = ExitCode(code) if code in list(ExitCode) else ExitCode.FAILED
+    raise error
+
+
+def _as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
+    """The plan with what a run in this folder was begun with, so that going on gives the same numbers.
+
+    What the recipe pins wins. The number of processes may change.
+    """
+    path = folder / "plan.json"
+    if not path.is_file() or not any((folder / "checkpoints").glob("step_*")):
+        return plan
+    try:
+        begun = Plan.from_dict(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path}: not a plan of this version of llmkit ({error})", hint="start over with --fresh"
+        ) from error
+    machine = loaded.recipe.machine
+    kept: dict[str, Any] = {
+        key: getattr(begun, key)
+        for key in ("precision", "compile", "attention")
+        if getattr(machine, key) == "auto"
+    }
+    if plan.num_steps is None or plan.deferred:
+        kept |= {
+            key: getattr(begun, key)
+            for key in (
+                "num_steps",
+                "num_epochs",
+                "warmup_steps",
+                "checkpoint_every",
+                "eval_every",
+                "deferred",
+            )
+        }
+    share = plan.world_size * begun.micro_batch_size
+    if machine.micro_batch == "auto" and plan.rows_per_step % share == 0:
+        kept["micro_batch_size"] = begun.micro_batch_size
+        kept["gradient_accumulation_steps"] = plan.rows_per_step // share
+    choices = {
+        key: begun.choices.get(key, choice) if key.removeprefix("machine.") in kept else choice
+        for key, choice in {**plan.choices, **begun.choices}.items()
+    }
+    return replace(plan, **kept, choices=choices)
+
+
+def _identity(
+    loaded: Loaded,
+    plan: Plan,
+    tokenizer: str,
+    shards: "Sequence[TokenShards]",
+    weights: Sequence[float] | None,
+) -> dict[str, Any]:
+    """What a resumed run must share with the saved one, by the recipe's own keys."""
+    recipe = loaded.recipe
+    assert recipe.pretrain is not None
+    settings = recipe.pretrain.model_dump(
+        mode="json",
+        exclude={"data", "tokenizer", "held_out", "checkpoint", "eval", "prompts", "sampling"},
+    )
+    return {
+        "seed": recipe.seed,
+        **_flat(settings, "pretrain"),
+        "rows per step": plan.rows_per_step,
+        "text": {shard.name: shard.folder.name for shard in shards},
+        "weights": weights,
+        "tokenizer": tokenizer,
+    }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}.{key}")
+        else:
+            flat[f"{prefix}.{key}"] = value
+    return flat
+
+
+def _is_trained(folder: Path, job: "Job") -> bool:
+    """Whether the model in the folder is what this job would make.
+
+    Raises:
+        RunError: It is another one: the recipe has changed.
+    """
+    try:
+        manifest = read_manifest(folder / "model")
+    except CorruptError:
+        return False
+    from llmkit.train.checkpoint import check_identity
+
+    check_identity(folder, manifest.get("identity", {}), job.identity)
+    return report_of(folder).get("status") == "done"
+
+
+def _clear(folder: Path) -> None:
+    for name in _MADE_BY_TRAINING:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,82 @@
+"""What a pipe sees of a whole run: one path, one object, plain lines; and the next command to type."""
+
+import io
+import json
+import re
+import shlex
+
+import pytest
+from conftest import write_tiny_project
+
+from llmkit.cli import main
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x1b]")
+
+
+@pytest.fixture(scope="module")
+def trained(llmkit, tmp_path_factory):
+    """A folder in which the tiny recipe was run, and what that printed."""
+    folder = write_tiny_project(tmp_path_factory.mktemp("run"))
+    return folder, llmkit("run", "tiny.yaml", cwd=folder)
+
+
+def test_a_run_prints_plain_lines_and_the_next_command(trained, monkeypatch, capsys):
+    folder, done = trained
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert not CONTROL.search(done.stderr)
+    program, *words = shlex.split(done.stderr.splitlines()[-1].removeprefix("next: "))
+    assert words[:2] == ["-m", "llmkit"], program
+    monkeypatch.chdir(folder)
+    assert main([*words[2:], "--max-new-tokens", "3"]) == 0
+    written = capsys.readouterr().out
+    assert written.count("\n---\n") == 2
+    assert written.startswith("the ")
+
+
+def test_quiet_prints_one_path_and_nothing_else(trained, llmkit):
+    folder, _ = trained
+    done = llmkit("run", "tiny.yaml", "-q", cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "runs/tiny\n", "")
+    assert (folder / "runs/tiny/pretrain/model/config.json").is_file()
+
+
+def test_json_gives_one_object_and_lines_of_events(trained, llmkit):
+    folder, _ = trained
+    done = llmkit("eval", "runs/tiny", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert {"folder", "metrics", "next"} <= set(result)
+    assert 0 < result["metrics"]["loss"] < 7
+    events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    assert "phase" in events
+
+
+def test_generate_takes_lines_of_stdin_and_repeats_itself(trained, monkeypatch, capsys):
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+    outputs = []
+    for _ in range(2):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the cat\na bird\n"))
+        words = ["generate", "runs/tiny", "--json", "-n", "2", "--max-new-tokens", "3", "--seed", "1"]
+        assert main(words) == 0
+        outputs.append(json.loads(capsys.readouterr().out)["samples"])
+    assert [sample["prompt"] for sample in outputs[0]] == ["the cat", "the cat", "a bird", "a bird"]
+    assert outputs[0] == outputs[1]
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(llmkit, tmp_path):
+    folder = write_tiny_project(tmp_path)
+    before = sorted(folder.rglob("*"))
+    done = llmkit("run", "tiny.yaml", "-n", "--json", cwd=folder)
+    plan = json.loads(done.stdout)
+    assert (plan["num_steps"], plan["tokens_per_step"]) == (4, 128)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_no_model_is_answered_with_the_runs_that_have_one(trained, monkeypatch, capsys):
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+    assert main(["generate", "runs/tny", "the"]) == 3
+    assert "tiny" in capsys.readouterr().err

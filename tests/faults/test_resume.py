@@ -1,0 +1,150 @@
+"""A run that is stopped in any way and started again ends with the weights of one that was not stopped."""
+
+import re
+import signal
+import time
+
+import pytest
+from training import STEPS, command, losses, pretrain, same_bits, start, weights
+
+from llmkit.durable import verify_folder
+from llmkit.errors import CorruptError, RunError
+
+SLOW = {"pretrain__train__length": "400 steps", "pretrain__checkpoint__every": "7 steps"}
+CELLS = [
+    pytest.param({"machine__micro_batch": 8}, id="whole"),
+    pytest.param({"machine__micro_batch": 2}, id="accumulated"),
+]
+
+
+def wait_for_checkpoint(folder, process, at_least):
+    """Wait until a checkpoint of that many steps is there, while the run goes on."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        steps = [int(p.name[5:]) for p in (folder / "checkpoints").glob("step_*")]
+        if steps and max(steps) >= at_least:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint: {process.communicate(timeout=10)}")
+
+
+def run_to_the_end(words):
+    process = start(words)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out, err
+
+
+@pytest.mark.parametrize("changes", CELLS)
+def test_killed_at_any_step_it_ends_with_the_same_bits(tmp_path, changes):
+    whole = pretrain(tmp_path, "whole", **SLOW, **changes)
+    words = command(tmp_path, "killed", **SLOW, **changes)
+    folder = tmp_path / "runs" / "killed" / "pretrain"
+    for at_least in (7, 60):
+        process = start(words)
+        wait_for_checkpoint(folder, process, at_least)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (folder / "model").exists()
+    _, err = run_to_the_end(words)
+    assert re.search(r"from step_\d{8}", err), err
+    assert same_bits(weights(whole), weights(folder))
+    assert losses(whole) == losses(folder)
+    assert losses(whole, "eval/loss") == losses(folder, "eval/loss")
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_and_leaves_with_its_code_and_the_same_command_goes_on(tmp_path, signum, code):
+    never = {**SLOW, "pretrain__checkpoint__every": "never"}  # so what is there, the signal saved
+    whole = pretrain(tmp_path, "whole", **never)
+    words = command(tmp_path, "stopped", **never)
+    folder = tmp_path / "runs" / "stopped" / "pretrain"
+    process = start(words)
+    deadline = time.monotonic() + 120
+    while len(losses(folder) if (folder / "metrics.jsonl").exists() else ()) < 20:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "everything is saved" in err
+    (saved,) = (folder / "checkpoints").glob("step_*")
+    verify_folder(saved)
+    run_to_the_end(words)
+    assert same_bits(weights(whole), weights(folder))
+
+
+def test_two_processes_stop_together_and_go_on(tmp_path):
+    changes = {**SLOW, "machine__micro_batch": 2}
+    words = command(tmp_path, "stopped", "--processes", "2", **changes)
+    whole = command(tmp_path, "whole", "--processes", "2", **changes)
+    folder = tmp_path / "runs" / "stopped" / "pretrain"
+    process = start(words)
+    wait_for_checkpoint(folder, process, 7)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    run_to_the_end(words)
+    run_to_the_end(whole)
+    assert same_bits(weights(tmp_path / "runs" / "whole" / "pretrain"), weights(folder))
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, capsys, file):
+    whole = pretrain(tmp_path)
+    before = weights(whole)
+    (whole / "report.json").unlink()
+    (whole / "model" / "manifest.json").unlink()
+    path = whole / "checkpoints" / f"step_{STEPS:08d}" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CorruptError, match=file.replace(".", r"\.")):
+        verify_folder(path.parent)
+    again = pretrain(tmp_path)
+    err = capsys.readouterr().err
+    assert f"step_{STEPS:08d} is damaged and not used" in err
+    assert file in err
+    assert same_bits(before, weights(again))
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_trained_over_them(tmp_path):
+    folder = pretrain(tmp_path, pretrain__checkpoint__keep=1)
+    (folder / "model" / "manifest.json").unlink()
+    for path in (folder / "checkpoints").glob("*/state.json"):
+        path.unlink()
+    with pytest.raises(CorruptError, match="every checkpoint is damaged"):
+        pretrain(tmp_path, pretrain__checkpoint__keep=1)
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(tmp_path):
+    pretrain(tmp_path)
+    with pytest.raises(RunError, match=r"pretrain\.train\.optim\.lr: 0\.01 -> 0\.02") as caught:
+        pretrain(tmp_path, pretrain__train__optim__lr=0.02)
+    assert "--fresh" in caught.value.hint
+    pretrain(tmp_path, pretrain__train__optim__lr=0.02, fresh=True)
+
+
+def test_what_does_not_matter_may_change(tmp_path):
+    folder = pretrain(tmp_path)
+    before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    pretrain(tmp_path, pretrain__checkpoint__keep=1, pretrain__prompts=["other"])
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before, "trained again"
+
+
+def test_oldest_checkpoints_go_and_the_newest_stay(tmp_path):
+    folder = pretrain(tmp_path, pretrain__checkpoint__keep=2)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000015", "step_00000020"]
+
+
+def test_numbers_that_are_not_finite_end_the_run_and_keep_the_last_good_state(tmp_path):
+    with pytest.raises(RunError, match=r"step \d+: the loss is .* not finite"):
+        pretrain(tmp_path, pretrain__train__optim__lr=1e30, pretrain__train__grad_clip=None)
+    folder = tmp_path / "runs" / "tiny" / "pretrain"
+    assert not (folder / "model").exists()
