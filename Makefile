@@ -84,7 +84,7 @@ types: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## Tokens per second against Hugging Face Trainer
-	$(BIN)/python -m benchmarks.pretrain_speed
+	$(BIN)/python -m benchmarks.pretrain
 
 clean:  ## Remove caches and build products; runs/ and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

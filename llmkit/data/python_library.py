@@ -12,11 +12,14 @@ from llmkit.errors import DataError, MissingError
 SOURCES = "stdlib:"
 DOCSTRINGS = "stdlib:docs"
 
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+_LEFT_OUT = {
+    *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"),
+    *("encodings", "pydoc_data"),  # tables of characters and of help pages, hardly any code
+}
 
 
 def library_files() -> list[Path]:
-    """The library's own `.py` files, sorted; without tests, installed packages, IDLE and 2to3.
+    """The library's own `.py` files, sorted; without tests, installed packages, IDLE, 2to3 and tables.
 
     Raises:
         MissingError: This Python comes without its sources.

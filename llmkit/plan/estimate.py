@@ -21,11 +21,11 @@ GPU_UTILISATION = (0.15, 0.50)
 NARROW_GPU_UTILISATION = (0.03, 0.30)
 """The same below a width of 1024, where kernels are too small to fill the device."""
 
-COMPILE_GAIN = {("cpu", "fp32"): 1.05, ("cpu", "bf16"): 1.5, ("cuda", "fp32"): 1.2, ("cuda", "bf16"): 1.3}
+COMPILE_GAIN = {("cpu", "fp32"): 1.08, ("cpu", "bf16"): 1.5, ("cuda", "fp32"): 1.2, ("cuda", "bf16"): 1.3}
 """How many times faster a compiled step is, by device and precision. In fp32 a processor spends its time in
 matrix products, which compiling leaves as they are; in bf16 these are short and the rest counts."""
 
-COMPILE_COST_S = {"cpu": 80.0, "cuda": 60.0}
+COMPILE_COST_S = {"cpu": 65.0, "cuda": 60.0}
 """Seconds that compiling takes with a cold cache."""
 
 

@@ -19,7 +19,7 @@ from llmkit.plan.shape import ModelShape
 from llmkit.recipe.schema import Machine, Pretrain, Recipe
 from llmkit.recipe.units import Amount
 
-CPU_MICRO_BATCH_TOKENS = 4096
+CPU_MICRO_BATCH_TOKENS = 2048
 """Tokens a processor handles at a time: enough for fast matrix products, not too much for its caches."""
 
 MEMORY_SHARE = 0.85

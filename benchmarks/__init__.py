@@ -1,0 +1,1 @@
+"""Measurements against other tools; each is run as `python -m benchmarks.NAME`."""
