@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -128,20 +129,29 @@ def naming_full_disks(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals on the way to `path` into errors a person can act on."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = _errno_of(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
                 f"no space left on the disk while writing {path}",
                 hint="Nothing that was complete is lost: free some space and run the same command again.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise RunError(
-                f"cannot write {path}: {error.strerror}",
+                f"cannot write {path}: {os.strerror(number)}",
                 hint="Choose another folder with --runs DIR or LLMKIT_RUNS.",
             ) from error
-        if error.errno == errno.ENOTDIR:
+        if number == errno.ENOTDIR:
             raise RunError(f"cannot write {path}: a file stands where a folder is needed") from error
         raise
+
+
+def _errno_of(error: Exception) -> int | None:
+    """The system's error number; libraries in Rust, such as safetensors, have it in their text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 class RunLock:

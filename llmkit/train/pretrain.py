@@ -1,8 +1,8 @@
 """One process's part in a pre-training run: build the parts, try the largest batch, train, finish."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from llmkit.durable import write_file, write_json
+from llmkit.errors import RunError
 from llmkit.evaluate.generate import generate
 from llmkit.evaluate.split import sum_over
 from llmkit.launch.signals import StopSignal
@@ -133,12 +134,31 @@ def _try_largest_batch(accelerator: Accelerator, module: torch.nn.Module, feed: 
     seconds = 0.0
     for _ in range(1 + (_MEASURED_STEPS if plan.deferred or plan.num_steps is None else 0)):
         start = time.perf_counter()
-        loss = module(batch).total
-        accelerator.backward(loss / batch["num_targets"])
-        float(loss.detach())  # waits for the device
+        with _naming_out_of_memory(plan):
+            loss = module(batch).total
+            accelerator.backward(loss / batch["num_targets"])
+            float(loss.detach())  # waits for the device
         seconds = time.perf_counter() - start
         module.zero_grad()
     return seconds * plan.gradient_accumulation_steps
+
+
+@contextmanager
+def _naming_out_of_memory(plan: Plan) -> Iterator[None]:
+    try:
+        yield
+    except (
+        RuntimeError
+    ) as error:  # torch.OutOfMemoryError is one; the processor's allocator has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        rows = plan.micro_batch_size
+        fewer = f"machine.micro_batch={max(1, rows // 2)}, or " if rows > 1 else ""
+        raise RunError(
+            f"out of memory on {plan.device} with {rows} rows of {plan.context} tokens at a time "
+            f"(planned: {plan.memory.total / 1e9:.1f} GB)",
+            hint=f"{fewer}a shorter `context` or a smaller model; nothing was trained yet",
+        ) from error
 
 
 def _callbacks(
