@@ -205,11 +205,15 @@ def show_plan(loaded: "Loaded", settings: Settings, words: Sequence[str]) -> Non
     from llmkit import run
     from llmkit.plan.describe import describe
 
-    found = run.plan(loaded, to_options(settings))
+    recipe, options = loaded.recipe, to_options(settings)
+    found = run.plan(loaded, options) if recipe.pretrain is not None else None
+    rows = run.outline(loaded, options) if recipe.tokenize is not None else []
+    rows += describe(found) if found is not None else []
+    if not rows:
+        raise UsageError("the recipe has nothing to plan", hint="`llmkit init gpt` shows a whole one")
     if settings.as_json:
-        give_json(found.to_dict())
+        give_json(found.to_dict() if found is not None else {key: text for _, key, text in rows})
         return
-    rows = describe(found)
     sections = ["", *(section for section, _, _ in rows)]
     give(
         as_columns(

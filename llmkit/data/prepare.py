@@ -46,9 +46,15 @@ class Corpus:
         """The sources' weights, or None where they count by size."""
         return common_weights([source.weight for source in self.sources])
 
-    def num_bytes(self) -> int:
-        """Bytes of the files as they lie on the disk; 0 where it is not known."""
-        return sum(text.num_bytes(source, self.base, cache=self.cache) for source in self.sources)
+    def sizes(self) -> list[tuple[str, int]]:
+        """Each source's name and the bytes of its files as they lie on the disk; 0 where it is not known."""
+        return [
+            (
+                text.source_name(source, self.base, cache=self.cache),
+                text.num_bytes(source, self.base, cache=self.cache),
+            )
+            for source in self.sources
+        ]
 
     def shards(self, tokenizer: Any, reporter: Reporter) -> list[TokenShards]:
         """The shards, one of them a source; made where they are not there yet."""

@@ -75,7 +75,7 @@ def _interval(plan: Plan, key: str) -> str:
 
 def _memory(plan: Plan) -> list[tuple[str, str, str]]:
     memory = plan.memory
-    terms = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    terms = ("weights", "gradients", "optimizer", "activations", "logits", "process", "total")
     lines = [("memory", term, bytes_text(getattr(memory, term))) for term in terms]
     return [*lines, ("memory", "a checkpoint on disk", bytes_text(plan.checkpoint_bytes))]
 

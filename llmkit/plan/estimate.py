@@ -25,6 +25,9 @@ COMPILE_GAIN = {("cpu", "fp32"): 1.08, ("cpu", "bf16"): 1.5, ("cuda", "fp32"): 1
 """How many times faster a compiled step is, by device and precision. In fp32 a processor spends its time in
 matrix products, which compiling leaves as they are; in bf16 these are short and the rest counts."""
 
+CPU_PROCESS_BYTES = 430_000_000
+"""What a worker holds on CPU before its model (measured: 410 to 450 MB resident)."""
+
 COMPILE_COST_S = {"cpu": 65.0, "cuda": 60.0}
 """Seconds that compiling takes with a cold cache."""
 
@@ -63,11 +66,18 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    process: int
     total: int
 
 
 def training_memory(
-    model: ModelShape, *, context: int, micro_batch: int, precision: str, attention: str
+    model: ModelShape,
+    *,
+    context: int,
+    micro_batch: int,
+    precision: str,
+    attention: str,
+    process: int = 0,
 ) -> Memory:
     """Memory of training at this micro-batch.
 
@@ -77,6 +87,7 @@ def training_memory(
         micro_batch: Rows at a time.
         precision: `fp32` or `bf16`.
         attention: `sdpa` keeps no scores; `compiled` and `eager` keep them for the backward pass.
+        process: Bytes of the process before the model: interpreter, libraries, tokenizer, on CPU.
     """
     parameters = model.num_parameters
     tokens = micro_batch * context
@@ -86,8 +97,8 @@ def training_memory(
     )
     # One chunk: the logits in the working precision, and in fp32 for the softmax that becomes their gradient.
     logits = min(tokens, LOSS_CHUNK_TOKENS) * model.vocab_size * (_width(precision) + 4)
-    total = weights + 12 * parameters + activations + logits
-    return Memory(weights, 4 * parameters, 8 * parameters, activations, logits, total)
+    total = weights + 12 * parameters + activations + logits + process
+    return Memory(weights, 4 * parameters, 8 * parameters, activations, logits, process, total)
 
 
 def activation_bytes_per_token(model: ModelShape, context: int, *, precision: str, attention: str) -> int:

@@ -7,6 +7,7 @@ from llmkit.hardware import Hardware
 from llmkit.plan.batch import PlanError, Share, divisors, largest_divisor, rows_of_batch, share_rows
 from llmkit.plan.estimate import (
     COMPILE_COST_S,
+    CPU_PROCESS_BYTES,
     Memory,
     compile_saves,
     flops_per_token,
@@ -216,7 +217,12 @@ def _choose_micro_batch(
     def memory_of(micro_batch: int) -> Memory:
         kind = _assumed_attention(hardware, attention)
         return training_memory(
-            model, context=context, micro_batch=micro_batch, precision=precision, attention=kind
+            model,
+            context=context,
+            micro_batch=micro_batch,
+            precision=precision,
+            attention=kind,
+            process=CPU_PROCESS_BYTES if hardware.device == "cpu" else 0,
         )
 
     pinned = draft.machine.micro_batch
@@ -227,7 +233,11 @@ def _choose_micro_batch(
         fits = [d for d in divisors(per_process) if memory_of(d).total <= MEMORY_SHARE * available]
         at_most, why = _micro_batch_limit(hardware, max(fits, default=1), context)
         share = share_rows(rows, world, largest_divisor(per_process, at_most))
-        draft.choose("micro_batch", share.micro_batch_size, f"{why}, as far as it divides {per_process} rows")
+        if share.micro_batch_size == per_process:
+            why = "all rows of a process at once"
+        else:
+            why = f"{why}, as far as it divides {per_process} rows"
+        draft.choose("micro_batch", share.micro_batch_size, why)
     memory = memory_of(share.micro_batch_size)
     if memory.total > MEMORY_SHARE * available:
         draft.notes.append(

@@ -8,7 +8,7 @@ from llmkit.report.console import Reporter
 from llmkit.run.evaluate import evaluate
 from llmkit.run.folders import Options, Result, find_model
 from llmkit.run.generate import generate
-from llmkit.run.planning import plan
+from llmkit.run.planning import outline, plan
 from llmkit.run.pretrain import pretrain
 from llmkit.run.tokenize import tokenize
 
@@ -18,6 +18,7 @@ __all__ = [
     "evaluate",
     "find_model",
     "generate",
+    "outline",
     "plan",
     "pretrain",
     "run_all",

@@ -10,6 +10,7 @@ from llmkit.launch.world import World
 from llmkit.plan import DataFacts, ModelShape, Plan, make_plan, shape_of_config, shape_of_preset
 from llmkit.recipe import Loaded
 from llmkit.recipe.schema import Model
+from llmkit.report.formatting import format_bytes, format_count, format_percent
 from llmkit.run.folders import Options
 from llmkit.run.tokenize import corpus
 
@@ -27,6 +28,27 @@ def plan(loaded: Loaded, options: Options) -> Plan:
     return plan_run(
         loaded, options, hardware, estimated_facts(loaded, options), vocab_size=_expected_vocabulary(loaded)
     )
+
+
+def outline(loaded: Loaded, options: Options) -> list[tuple[str, str, str]]:
+    """What `tokenize` will do, as (section, key, text); sizes are those of the files.
+
+    Raises:
+        UsageError: The recipe names no text.
+        DataError: A file it names is not there.
+    """
+    text = corpus(loaded, options)
+    facts = estimated_facts(loaded, options)
+    spec = loaded.recipe.tokenize
+    rows = [("text", name, f"{format_bytes(size)} on disk") for name, size in text.sizes()]
+    rows.append(("text", "held out", format_percent(text.held_out)))
+    rows.append(("text", "tokens", f"about {format_count(facts.num_tokens)}, guessed from the size"))
+    if spec is not None and spec.tokenizer is not None:
+        rows.append(("tokenizer", "taken from", spec.tokenizer))
+    elif spec is not None:
+        rows.append(("tokenizer", "learnt by", f"{spec.algorithm}, {spec.vocab_size:,} entries"))
+        rows.append(("tokenizer", "from at most", format_bytes(spec.sample)))
+    return rows
 
 
 def plan_run(
@@ -67,7 +89,7 @@ def model_shape(spec: Model, vocab_size: int) -> ModelShape:
 def estimated_facts(loaded: Loaded, options: Options) -> DataFacts:
     """Tokens and documents guessed from file sizes."""
     text = corpus(loaded, options)
-    num_bytes = text.num_bytes()
+    num_bytes = sum(size for _, size in text.sizes())
     han = loaded.recipe.language[:2] in ("zh", "ja", "ko")
     tokens = int(num_bytes / (_BYTES_PER_TOKEN_HAN if han else _BYTES_PER_TOKEN))
     held_out = int(tokens * text.held_out)
