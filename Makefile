@@ -26,9 +26,9 @@ ifeq ($(filter $(TORCH),auto cpu cu130 keep),)
 endif
 TORCH_INDEX := $(if $(filter cpu cu130,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
-# A busy machine punishes threads inside of processes: tests take one each.
-export OMP_NUM_THREADS ?= 1
-export TOKENIZERS_PARALLELISM ?= false
+# A busy machine punishes threads inside of processes: tests take one each. The demo takes every core.
+test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow: export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .PHONY: help install demo test test-slow check format lint imports types bench clean distclean
