@@ -26,6 +26,22 @@ class World:
     local_world_size: int
     source: str
 
+    def environment(self, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """This place in the variables that torch and accelerate read, whoever set it up.
+
+        Where the launcher names no meeting point, it is the node the job step was launched from, at a port made
+        from the job's number, so that two jobs on one node do not meet.
+        """
+        job = env.get("SLURM_JOB_ID", "0")
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1",
+            "MASTER_PORT": env.get("MASTER_PORT") or str(29500 + int(job) % 1000),
+        }
+
 
 def detect_world(env: Mapping[str, str] = os.environ) -> World | None:
     """The world that a launcher set up, or None when this process was started by itself.

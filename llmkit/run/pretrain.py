@@ -124,6 +124,8 @@ def _train(job: "Job", reporter: Reporter, world: World | None) -> None:
     if world is not None or world_size == 1:
         from llmkit.train.pretrain import pretrain as train_here
 
+        if world is not None:
+            os.environ.update(world.environment())
         train_here(job, reporter)
         return
     path = Path(job.folder) / "job.json"

@@ -293,6 +293,21 @@ def test_half_a_world_is_an_error(env: dict[str, str], says: str) -> None:
         detect_world(env)
 
 
+def test_a_worlds_place_is_told_to_torch_whoever_launched_it() -> None:
+    slurm = {
+        **{"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"},
+        **{"SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_ID": "12345"},
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    }
+    world = detect_world(slurm)
+    assert world is not None
+    told = world.environment(slurm)
+    assert (told["RANK"], told["WORLD_SIZE"], told["LOCAL_RANK"]) == ("3", "4", "1")
+    assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("10.0.0.7", "29845")
+    given = world.environment({**slurm, "MASTER_ADDR": "head", "MASTER_PORT": "7"})
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("head", "7")
+
+
 def test_check_world_names_both_numbers() -> None:
     check_world(None, 1)
     check_world(World(0, 2, 0, 2, "srun"), 2)
