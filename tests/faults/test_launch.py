@@ -295,8 +295,13 @@ def test_half_a_world_is_an_error(env: dict[str, str], says: str) -> None:
 
 def test_a_worlds_place_is_told_to_torch_whoever_launched_it() -> None:
     slurm = {
-        **{"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"},
-        **{"SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_ID": "12345"},
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_TASKS_PER_NODE": "2(x2)",
+        "SLURM_JOB_ID": "12345",
         "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
     }
     world = detect_world(slurm)
