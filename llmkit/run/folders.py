@@ -75,7 +75,8 @@ def writing(folder: Path, loaded: Loaded, world: World | None = None) -> Iterato
         yield
         return
     with naming_full_disks(folder), RunLock(folder):
-        sweep(folder)
+        for place in (folder, folder / "checkpoints"):
+            sweep(place)
         write_file(folder / "recipe.yaml", loaded.text)
         write_environment(folder)
         yield

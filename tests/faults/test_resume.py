@@ -47,7 +47,10 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(tmp_path, changes):
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert not (folder / "model").exists()
+    left_by_a_kill = folder / "checkpoints" / ".step_00000999.tmp-1"
+    left_by_a_kill.mkdir()
     _, err = run_to_the_end(words)
+    assert not left_by_a_kill.exists()
     assert re.search(r"from step_\d{8}", err), err
     assert same_bits(weights(whole), weights(folder))
     assert losses(whole) == losses(folder)
