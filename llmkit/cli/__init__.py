@@ -4,15 +4,17 @@
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from llmkit.cli.app import app
 from llmkit.cli.failures import complain
 from llmkit.cli.output import close_quietly
-from llmkit.errors import ExitCode
+from llmkit.errors import ExitCode, InterruptedRunError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `llmkit`; by default those of this process.
     """
     _set_torch_up()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
     words = list(sys.argv[1:] if arguments is None else arguments)
     flags = words[: words.index("--")] if "--" in words else words
     try:
@@ -37,6 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in flags:
             traceback.print_exc()
         return complain(error, as_json="--json" in flags)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """What a request to stop does while nothing better is set up: training saves first, the rest only leaves."""
+    raise InterruptedRunError(
+        f"stopped by {signal.Signals(number).name}; what was complete is kept",
+        hint="The same command goes on from there.",
+    )
 
 
 def _set_torch_up() -> None:

@@ -68,13 +68,14 @@ class Corpus:
         )
 
 
-def corpus_of(recipe: Recipe, *, base: Path, cache: Path) -> Corpus:
-    """The text that a recipe trains on.
+def corpus_of(recipe: Recipe, *, base: Path, cache: Path, for_tokenizer: bool = False) -> Corpus:
+    """The text that a recipe trains its model on, or its tokenizer: each by default what the other section names.
 
     Raises:
         UsageError: The recipe names none.
     """
-    sections = [section for section in (recipe.pretrain, recipe.tokenize) if section is not None]
+    order = (recipe.tokenize, recipe.pretrain) if for_tokenizer else (recipe.pretrain, recipe.tokenize)
+    sections = [section for section in order if section is not None]
     named = next((section.data for section in sections if section.data), None)
     if named is None:
         raise UsageError("the recipe names no text", hint="add `data: {files: ...}` to `pretrain`")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmkit import registry
@@ -16,6 +15,7 @@ from llmkit.data.shards import TokenStream
 from llmkit.errors import DataError, MissingError
 from llmkit.evaluate.split import sum_over
 from llmkit.models.attention import use_attention
+from llmkit.models.build import check_loaded
 from llmkit.objectives.base import LossModule, Objective
 
 
@@ -26,14 +26,20 @@ def load_model(folder: Path) -> PreTrainedModel:
         MissingError: The folder holds no model that can be loaded.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, local_files_only=folder.exists()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=folder.exists(),
+            output_loading_info=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise MissingError(
             f"{folder}: no model that can be loaded ({str(error).splitlines()[0]})",
             hint="give a run, its folder, or a folder with config.json and model.safetensors",
         ) from error
+    check_loaded(str(folder), info)
     model.eval()
     return model
 
@@ -68,22 +74,18 @@ def evaluate_model(
     Raises:
         DataError: There is nothing to measure on.
     """
-    accelerator = Accelerator(cpu=device == "cpu")
     goal: Objective = registry.load(registry.OBJECTIVES, objective, "objective")()
     use_attention(model, "sdpa", isolate=isolate)
-    core = LossModule(model, goal, bf16=bf16).to(accelerator.device)
+    core = LossModule(model, goal, bf16=bf16).to(device)
     rows = Rows(streams, context, partial=True)
     if len(rows) == 0:
         raise DataError("no text to measure on: nothing was held out", hint="give other text: --data FILES")
     batches = (
-        {
-            name: tensor.to(accelerator.device)
-            for name, tensor in goal.collate(list(map(goal.encode, micro))).items()
-        }
+        {name: tensor.to(device) for name, tensor in goal.collate(list(map(goal.encode, micro))).items()}
         for micro in evaluation_rows(rows, micro_batch_size=batch_size, max_rows=max_rows, isolate=isolate)
     )
     started = time.perf_counter()
-    sums = sum_over(core, batches, accelerator)
+    sums = sum_over(core, batches)
     seconds = time.perf_counter() - started
     num_bytes = sum(stream.num_bytes for stream in streams)
     num_tokens = sum(stream.num_tokens for stream in streams)

@@ -1,14 +1,15 @@
 """A model over a whole split: sums, then metrics. Training, `llmkit eval` and the tests use this same code."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
-from accelerate import Accelerator
 
 from llmkit.objectives.base import Batch, LossModule
 
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 
-def sum_over(core: LossModule, batches: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
+
+def sum_over(core: LossModule, batches: Iterable[Batch], reduce: Reduce = torch.clone) -> dict[str, float]:
     """Add up loss and targets over this process's batches, and then over all processes.
 
     No logits are gathered and no batch is padded to another's size, so nothing is counted twice; the result
@@ -17,7 +18,7 @@ def sum_over(core: LossModule, batches: Iterable[Batch], accelerator: Accelerato
     Args:
         core: Model and objective; its compiled form is passed by, for batches of every size come here.
         batches: This process's share, on the device.
-        accelerator: For the reduction.
+        reduce: A vector of sums -> the same over all processes; by default there is one process.
 
     Returns:
         `total` (nats), `num_targets`, and the objective's further sums.
@@ -28,19 +29,12 @@ def sum_over(core: LossModule, batches: Iterable[Batch], accelerator: Accelerato
     with torch.inference_mode():
         for batch in batches:
             loss = core.forward(batch)
-            for name, value in {
-                **loss.sums,
-                "total": loss.total,
-                "num_targets": batch["num_targets"],
-            }.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+            found = {**loss.sums, "total": loss.total, "num_targets": batch["num_targets"]}
+            for name, value in found.items():
+                # In float64, on the host: not every device has it.
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
     core.train(training)
-    return _reduce(sums, accelerator)
-
-
-def _reduce(sums: Mapping[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
     # A process may have had no batch at all; it still takes part, with zeros.
     names = sorted({"total", "num_targets", *sums})
-    zero = torch.zeros((), dtype=torch.float64)
-    values = torch.stack([sums.get(name, zero) for name in names])
-    return dict(zip(names, accelerator.reduce(values, "sum").tolist(), strict=True))
+    values = torch.stack([sums.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
+    return dict(zip(names, reduce(values).tolist(), strict=True))

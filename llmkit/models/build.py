@@ -39,6 +39,7 @@ def build_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config = GenerationConfig(**special_ids)
+    model.train()  # what is loaded comes in evaluation mode
     return model
 
 
@@ -126,6 +127,7 @@ def _load_pretrained(spec: Model, vocab_size: int) -> PreTrainedModel:
             dtype=torch.float32,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
+            use_safetensors=True,
             local_files_only=Path(name).exists(),
         )
     except OSError as error:
@@ -133,7 +135,7 @@ def _load_pretrained(spec: Model, vocab_size: int) -> PreTrainedModel:
             f"model.name: {name!r} cannot be loaded ({str(error).splitlines()[0]})",
             hint="give a folder with config.json and weights, or a Hub id while online",
         ) from error
-    _check_loaded(name, info)
+    check_loaded(name, info)
     limit = max_length(model.config)
     if limit is not None and limit < spec.context:
         raise UsageError(
@@ -153,8 +155,16 @@ def _load_pretrained(spec: Model, vocab_size: int) -> PreTrainedModel:
     return model
 
 
-def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
-    # A missing tensor would be random in silence.
+def check_loaded(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse weights that do not belong to the configuration: a missing tensor would be random in silence.
+
+    Args:
+        name: The model, for the message.
+        info: What `from_pretrained(..., output_loading_info=True)` says.
+
+    Raises:
+        UsageError: Tensors are missing, left over or of another shape.
+    """
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         keys = sorted(map(str, info.get(kind, ())))
         if keys:

@@ -6,16 +6,18 @@ import torch
 
 
 def measure_peak_flops(
-    device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3
+    device: torch.device, dtype: torch.dtype, *, size: int | None = None, seconds: float = 0.3
 ) -> float:
     """Multiply two square matrices for a while; return the best FLOP/s seen.
 
     Args:
         device: Where to compute; with the number of threads that torch uses now.
         dtype: The type of the matrices: what the run computes its matrix products in.
-        size: Rows and columns of the matrices.
+        size: Rows and columns of the matrices; by default enough to fill the device.
         seconds: How long to measure.
     """
+    if size is None:
+        size = 1024 if device.type == "cpu" else 8192
     a = torch.ones(size, size, device=device, dtype=dtype)
     b = torch.ones(size, size, device=device, dtype=dtype)
     _timed_product(a, b)

@@ -37,7 +37,7 @@ class Objective(Protocol):
     """Four methods; no state that changes."""
 
     def encode(self, row: Any) -> Example:
-        """One row of the source -> one example. Runs on a loader thread; numpy only, no tensors."""
+        """One row of the source -> one example; numpy only, no tensors."""
         ...
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:

@@ -231,7 +231,8 @@ class Pretrain(Block):
     data: Sources | None = None
     """The text; by default what `tokenize.data` names."""
     held_out: Part = 0.01
-    """The share of documents kept out of training for evaluation, chosen by document hash."""
+    """The share of documents kept out of training for evaluation, chosen by document hash. The pieces that a long
+    text file is cut into (see `documents`) count as documents: parts of one file may be on both sides."""
     isolate_documents: bool = False
     """Keep documents that share a row from seeing each other."""
     train: Train

@@ -68,12 +68,14 @@ class RunLog:
     """Appends records to a run folder; each line is handed to the system at once.
 
     `resume_step` is the step of the checkpoint that the run goes on from: records of later steps are removed,
-    and a line that a crash cut short with them. 0 is a fresh start, which keeps nothing.
+    and a line that a crash cut short with them. 0 is a fresh start, which keeps nothing. `measure_again` says
+    that what was measured at `resume_step` itself will be measured once more: those records go too.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, resume_step: int = 0, *, measure_again: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = {name: _reopen(folder / name, resume_step) for name in (METRICS, SAMPLES)}
+        redone = resume_step if measure_again else None
+        self._files = {name: _reopen(folder / name, resume_step, redone) for name in (METRICS, SAMPLES)}
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl; it needs a `step`. NaN and infinities are written as null."""
@@ -110,10 +112,16 @@ class RunLog:
         file.flush()
 
 
-def _reopen(path: Path, resume_step: int) -> TextIO:
+def _reopen(path: Path, resume_step: int, redone: int | None) -> TextIO:
     """Open `path` for appending, holding exactly the records up to `resume_step`."""
     if path.exists():
-        kept = [r for r in _read(path) if resume_step > 0 and r.get("step", 0) <= resume_step]
+        kept = [
+            r
+            for r in _read(path)
+            if resume_step > 0
+            and r.get("step", 0) <= resume_step
+            and (r.get("step") != redone or "train/loss" in r)
+        ]
         wanted = "".join(map(_line, kept)).encode("utf-8", "backslashreplace")
         if wanted != path.read_bytes():
             write_file(path, wanted)

@@ -1,8 +1,10 @@
 """The verbs: from a recipe to artefacts. Each finds what is done, makes what is missing, says what is next."""
 
+import os
 from typing import Any
 
 from llmkit.errors import UsageError
+from llmkit.launch.world import detect_world
 from llmkit.recipe import Loaded
 from llmkit.report.console import Reporter
 from llmkit.run.evaluate import evaluate
@@ -34,14 +36,18 @@ def run_all(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     """
     recipe = loaded.recipe
     done: dict[str, Result] = {}
-    if recipe.tokenize is not None:
+    world = detect_world(os.environ)
+    first = (
+        world is None or world.rank == 0
+    )  # the others meet it in training, where shards and tokenizer are found
+    if recipe.tokenize is not None and first:
         done["tokenize"] = tokenize(loaded, options, reporter)
     if recipe.pretrain is not None:
         done["pretrain"] = pretrain(loaded, options, reporter)
-    if recipe.eval is not None:
+    if recipe.eval is not None and first:
         done["eval"] = evaluate(None, loaded, options, reporter)
-    if not done:
+    if not done and first:
         raise UsageError("the recipe has no section to run", hint="`llmkit init gpt` shows a whole one")
     summary: dict[str, Any] = {verb: result.summary for verb, result in done.items()}
-    last = done.get("pretrain") or list(done.values())[-1]
-    return Result(options.runs / recipe.name, summary, last.next_command)
+    last = done.get("pretrain") or next(reversed(done.values()), None)
+    return Result(options.runs / recipe.name, summary, last.next_command if last else "")

@@ -14,7 +14,7 @@ from llmkit.recipe import Loaded, load_recipe
 from llmkit.report.console import Reporter
 from llmkit.report.formatting import format_number
 from llmkit.report.report import write_report
-from llmkit.run.folders import CACHE, Options, Result, base_of, find_model, run_folder, writing
+from llmkit.run.folders import CACHE, Options, Result, base_of, find_model, leave_record, locked, run_folder
 
 if TYPE_CHECKING:
     from llmkit.data.shards import TokenShards, TokenStream
@@ -59,7 +59,8 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
     about = loaded or run
     assert about is not None
     folder = run_folder(about, options, "eval")
-    with writing(folder, about):
+    with locked(folder):
+        leave_record(folder, about)
         reporter.phase("eval", str(place))
         model = load_model(place)
         text = _text(place, loaded, options, reporter)
@@ -70,6 +71,7 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
             objective=trained.objective if trained else "clm",
             context=context,
             device=detect_hardware(about.recipe.machine).device,
+            bf16=_precision_of(place) == "bf16",
             isolate=trained.isolate_documents if trained else False,
             max_rows=section.rows if section else None,
         )
@@ -93,6 +95,12 @@ def _write(
     write_json(folder / "data.json", data_card(text.shards))
     facts = {"name": about.recipe.name, "kind": "eval", "status": "done", "command": options.command}
     write_report(folder, {**facts, "model": {"folder": str(place)}, "final": final})
+
+
+def _precision_of(model: Path) -> str:
+    """What the model's run computed in, so that its own evaluation and this one agree; fp32 for other models."""
+    path = model.parent / "plan.json"
+    return str(json.loads(path.read_bytes())["precision"]) if path.is_file() else "fp32"
 
 
 def _trained_by(model: Path) -> Loaded | None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def base_of(loaded: Loaded) -> Path:
 
 
 @contextmanager
-def writing(folder: Path, loaded: Loaded, world: World | None = None) -> Iterator[None]:
-    """Hold the folder's lock and leave the recipe and the environment in it.
+def locked(folder: Path, world: World | None = None) -> Iterator[None]:
+    """Be the folder's one writer, and remove what a killed one left half-written.
 
     Of the processes that another launcher started, the first alone locks and writes.
     """
@@ -77,9 +77,42 @@ def writing(folder: Path, loaded: Loaded, world: World | None = None) -> Iterato
     with naming_full_disks(folder), RunLock(folder):
         for place in (folder, folder / "checkpoints"):
             sweep(place)
-        write_file(folder / "recipe.yaml", loaded.text)
-        write_environment(folder)
         yield
+
+
+def leave_record(folder: Path, loaded: Loaded) -> None:
+    """Leave the recipe as given and the environment in the run folder."""
+    write_file(folder / "recipe.yaml", loaded.text)
+    write_environment(folder)
+
+
+def anchored(loaded: Loaded) -> Loaded:
+    """The recipe with its files' paths made absolute, so that it means the same from any folder.
+
+    As everywhere, a relative path counts from the current folder if something is there, else from the recipe's.
+    """
+    base = base_of(loaded).absolute()
+
+    def absolute(pattern: str) -> str:
+        if pattern == "-" or pattern.startswith("stdlib:") or Path(pattern).is_absolute():
+            return pattern
+        here = any(Path().glob(pattern)) or Path(pattern).exists()
+        return str((Path.cwd() if here else base) / pattern)
+
+    def anchor(section: Any) -> Any:
+        if section is None or section.data is None:
+            return section
+        data = [
+            source.model_copy(update={"files": [absolute(pattern) for pattern in source.files]})
+            if source.files
+            else source
+            for source in section.data
+        ]
+        return section.model_copy(update={"data": data})
+
+    recipe = loaded.recipe
+    sections = {name: anchor(getattr(recipe, name)) for name in ("tokenize", "pretrain", "eval")}
+    return replace(loaded, recipe=recipe.model_copy(update=sections))
 
 
 def find_model(word: str, runs: Path) -> Path:

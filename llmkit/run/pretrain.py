@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.durable import read_manifest, write_file, write_json
+from llmkit.durable import verify_folder, write_file, write_json
 from llmkit.errors import (
     CorruptError,
     CtrlCError,
@@ -28,7 +28,7 @@ from llmkit.plan import Plan
 from llmkit.recipe import Loaded, resolved_yaml
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
-from llmkit.run.folders import Options, Result, report_of, run_folder, writing
+from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
 from llmkit.run.planning import plan as plan_ahead
 from llmkit.run.planning import plan_run
 from llmkit.run.tokenize import corpus, find_tokenizer
@@ -55,17 +55,21 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     world = detect_world(os.environ)
     if world is None:
         plan_ahead(loaded, options)  # what cannot fit is told before anything is read
-    with writing(folder, loaded, world):
-        if options.fresh and (world is None or world.rank == 0):
+    first = world is None or world.rank == 0
+    with locked(folder, world):
+        if options.fresh and first:
             _clear(folder)
-        job = _prepare(loaded, options, reporter, folder, world)
+        job, shards = _prepare(loaded, options, reporter, folder, world)
         if _is_trained(folder, job):
             reporter.note(f"{folder} is trained already; --fresh trains it anew")
         else:
+            _refuse_another_run(folder, job)
+            if first:
+                _leave_plan(folder, loaded, job, shards, reporter)
             try:
                 _train(job, reporter, world)
             except LlmkitError as error:
-                if world is None or world.rank == 0:
+                if first:
                     _report_end(folder, options, error)
                 raise
     report = report_of(folder)
@@ -81,9 +85,9 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
 
 def _prepare(
     loaded: Loaded, options: Options, reporter: Reporter, folder: Path, world: World | None
-) -> "Job":
-    """Everything decided: tokenizer, shards, plan, identity. The first process leaves it in the run folder."""
-    from llmkit.data.prepare import data_card, data_facts
+) -> "tuple[Job, list[TokenShards]]":
+    """Everything decided: tokenizer, shards, plan, identity. Nothing in the run folder is touched."""
+    from llmkit.data.prepare import data_facts
     from llmkit.data.tokenizers import fingerprint, load_tokenizer
     from llmkit.train.job import Job
 
@@ -109,13 +113,22 @@ def _prepare(
         command=options.command,
         face={"json": options.json, "quiet": options.quiet},
     )
-    if world is None or world.rank == 0:
-        write_json(folder / "data.json", data_card(shards))
-        write_json(folder / "plan.json", plan.to_dict())
-        write_file(folder / "resolved.yaml", resolved_yaml(loaded, plan.choices))
-        for note in plan.notes:
-            reporter.note(note)
-    return job
+    return job, shards
+
+
+def _leave_plan(
+    folder: Path, loaded: Loaded, job: "Job", shards: "Sequence[TokenShards]", reporter: Reporter
+) -> None:
+    """Leave what was decided in the run folder: only now, when it is known to be this run's."""
+    from llmkit.data.prepare import data_card
+
+    plan = job.checked_plan()
+    leave_record(folder, loaded)
+    write_json(folder / "data.json", data_card(shards))
+    write_json(folder / "plan.json", plan.to_dict())
+    write_file(folder / "resolved.yaml", resolved_yaml(anchored(loaded), plan.choices))
+    for note in plan.notes:
+        reporter.note(note)
 
 
 def _train(job: "Job", reporter: Reporter, world: World | None) -> None:
@@ -168,11 +181,13 @@ def _as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
     What the recipe pins wins. The number of processes may change.
     """
     path = folder / "plan.json"
-    if not path.is_file() or not any((folder / "checkpoints").glob("step_*")):
+    if not path.is_file():
         return plan
     try:
         begun = Plan.from_dict(json.loads(path.read_bytes()))
     except (ValueError, KeyError, TypeError) as error:
+        if not any((folder / "checkpoints").glob("step_*")):
+            return plan  # nothing was trained by it
         raise RunError(
             f"{path}: not a plan of this version of llmkit ({error})", hint="start over with --fresh"
         ) from error
@@ -182,7 +197,7 @@ def _as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
         for key in ("precision", "compile", "attention")
         if getattr(machine, key) == "auto"
     }
-    if plan.num_steps is None or plan.deferred:
+    if (plan.num_steps is None or plan.deferred) and begun.length_seconds == plan.length_seconds:
         kept |= {
             key: getattr(begun, key)
             for key in (
@@ -223,7 +238,7 @@ def _identity(
         "seed": recipe.seed,
         **_flat(settings, "pretrain"),
         "rows per step": plan.rows_per_step,
-        "text": {shard.name: shard.folder.name for shard in shards},
+        "text": [[shard.name, shard.folder.name] for shard in shards],
         "weights": weights,
         "tokenizer": tokenizer,
     }
@@ -246,13 +261,26 @@ def _is_trained(folder: Path, job: "Job") -> bool:
         RunError: It is another one: the recipe has changed.
     """
     try:
-        manifest = read_manifest(folder / "model")
+        manifest = verify_folder(folder / "model")
     except CorruptError:
         return False
     from llmkit.train.checkpoint import check_identity
 
     check_identity(folder, manifest.get("identity", {}), job.identity)
     return report_of(folder).get("status") == "done"
+
+
+def _refuse_another_run(folder: Path, job: "Job") -> None:
+    """Refuse to go on from checkpoints of another recipe, before anything is written over its record.
+
+    Raises:
+        RunError: Shows what has changed.
+    """
+    from llmkit.train.checkpoint import check_identity, saved_identity
+
+    saved = saved_identity(folder)
+    if saved is not None:
+        check_identity(folder, saved, job.identity)
 
 
 def _clear(folder: Path) -> None:

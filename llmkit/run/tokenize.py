@@ -1,5 +1,6 @@
 """`llmkit tokenize`: text to tokenizer and shards."""
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from llmkit.durable import write_json
@@ -7,7 +8,7 @@ from llmkit.errors import MissingError, UsageError
 from llmkit.recipe import Loaded
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
-from llmkit.run.folders import CACHE, Options, Result, base_of, run_folder, writing
+from llmkit.run.folders import CACHE, Options, Result, base_of, leave_record, locked, run_folder
 
 if TYPE_CHECKING:
     from llmkit.data.prepare import Corpus
@@ -27,7 +28,10 @@ def tokenize(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     if recipe.tokenize is None:
         raise UsageError("the recipe has no `tokenize` section", hint="add `tokenize: {vocab_size: 8k}`")
     folder = run_folder(loaded, options, "tokenize")
-    with writing(folder, loaded):
+    with locked(folder):
+        leave_record(folder, loaded)
+        if options.fresh:
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
         name, figures = find_tokenizer(loaded, options, reporter)
         if figures.get("found"):
             reporter.note(f"the tokenizer is there already: {name}")
@@ -47,11 +51,12 @@ def tokenize(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     return Result(folder, summary, follows)
 
 
-def corpus(loaded: Loaded, options: Options) -> "Corpus":
-    """The text that the recipe trains on."""
+def corpus(loaded: Loaded, options: Options, *, for_tokenizer: bool = False) -> "Corpus":
+    """The text that the recipe trains its model on, or its tokenizer."""
     from llmkit.data.prepare import corpus_of
 
-    return corpus_of(loaded.recipe, base=base_of(loaded), cache=options.runs / CACHE)
+    cache = options.runs / CACHE
+    return corpus_of(loaded.recipe, base=base_of(loaded), cache=cache, for_tokenizer=for_tokenizer)
 
 
 def find_tokenizer(loaded: Loaded, options: Options, reporter: Reporter) -> tuple[str, dict[str, Any]]:
@@ -71,7 +76,7 @@ def find_tokenizer(loaded: Loaded, options: Options, reporter: Reporter) -> tupl
     if recipe.tokenize is not None:
         folder = run_folder(loaded, options, "tokenize") / "tokenizer"
         length = recipe.pretrain.model.context if recipe.pretrain else None
-        text = corpus(loaded, options)
+        text = corpus(loaded, options, for_tokenizer=True)
         return str(folder), ensure_tokenizer(recipe.tokenize, text, folder, reporter, max_length=length)
     if recipe.pretrain is not None and recipe.pretrain.model.name is not None:
         return recipe.pretrain.model.name, {}

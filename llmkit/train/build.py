@@ -26,7 +26,6 @@ from llmkit.train.job import Job
 from llmkit.train.loop import MicroBatch, Schedule
 
 _RECORDS_A_RUN = 500
-_SAMPLING_KEY = 1 << 40
 
 
 @dataclass(frozen=True)

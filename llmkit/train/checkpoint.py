@@ -39,14 +39,22 @@ class Checkpoints:
     identity: Mapping[str, Any]
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Path:
-        """Write the checkpoint of `state`, then remove the oldest beyond `keep`. One process calls this."""
+        """Write the checkpoint of `state`, then remove the oldest beyond `keep`. One process calls this.
+
+        A whole checkpoint of this step stays as it is. Later ones, which were damaged and not gone on from, go.
+        """
         path = self.folder / f"step_{state.step:08d}"
+        if _is_whole(path):
+            return path
         with write_folder(path, facts={"step": state.step}) as temporary:
             save_file(model_tensors(model), temporary / "model.safetensors")
             save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
             write_json(temporary / "state.json", {"state": state.to_dict(), "identity": dict(self.identity)})
-        for old in self._steps()[: -self.keep]:
-            remove_folder(self.folder / f"step_{old:08d}")
+        steps = self._steps()
+        kept = [step for step in steps if step <= state.step][-self.keep :]
+        for step in steps:
+            if step not in kept:
+                remove_folder(self.folder / f"step_{step:08d}")
         return path
 
     def newest(self, warn: Callable[[str], None]) -> Path | None:
@@ -108,6 +116,26 @@ def check_identity(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, 
             f"{folder}: the recipe has changed since this run was begun:\n" + "\n".join(changes),
             hint="Start over with --fresh, give the changed recipe another `name`, or change it back.",
         )
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify_folder(path)
+    except CorruptError:
+        return False
+    return True
+
+
+def saved_identity(folder: Path) -> Mapping[str, Any] | None:
+    """The identity in the newest readable checkpoint of a run folder; None where there is none."""
+    for path in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            verify_folder(path, only={"state.json"})
+        except CorruptError:  # `newest` names it when it comes to loading
+            continue
+        identity: Mapping[str, Any] = json.loads((path / "state.json").read_bytes())["identity"]
+        return identity
+    return None
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -95,6 +95,7 @@ def train(run: Training, state: TrainState) -> tuple[TrainState, Mapping[str, fl
         RunError: The loss or the gradient is not finite.
     """
     schedule = run.schedule
+    run.module.train()
     if state.step == 0:
         observe(run, state, schedule.eval_rows)
     clock = Clock()
@@ -105,14 +106,15 @@ def train(run: Training, state: TrainState) -> tuple[TrainState, Mapping[str, fl
             save(run, state)
             raise _interrupted(signum, state)
         total, grad_norm = train_step(run, step, micro_batches, num_targets)
-        state = state.after(tokens=schedule.tokens_per_step, seconds=clock.lap(schedule.tokens_per_step))
 
-        saving = _due(state.step, schedule.checkpoint_every) or state.step == schedule.num_steps
-        logging = _due(state.step, schedule.log_every) or state.step == schedule.num_steps
+        saving = _due(step + 1, schedule.checkpoint_every) or step + 1 == schedule.num_steps
+        logging = _due(step + 1, schedule.log_every) or step + 1 == schedule.num_steps
         if saving or logging or run.accelerator.device.type == "cpu":  # elsewhere, looking costs a sync
-            loss = _finite_loss(run, total / num_targets, grad_norm, state)
-            if logging:
-                _record_step(run, state, loss, float(grad_norm), clock.tokens_per_s())
+            loss = _finite_loss(run, total / num_targets, grad_norm, step + 1)
+        # After the sync, if there was one: before it, a GPU has only been given the work.
+        state = state.after(tokens=schedule.tokens_per_step, seconds=clock.lap(schedule.tokens_per_step))
+        if logging:
+            _record_step(run, state, loss, float(grad_norm), clock.tokens_per_s())
         if _due(state.step, schedule.eval_every) and state.step < schedule.num_steps:
             observe(run, state, schedule.eval_rows)
         if saving:
@@ -186,6 +188,8 @@ def observe(run: Training, state: TrainState, rows: int | None) -> Mapping[str, 
 def save(run: Training, state: TrainState) -> None:
     """Save a checkpoint; the first process writes, the others wait."""
     if run.accelerator.is_main_process:
+        if not all(bool(torch.isfinite(weight).all()) for weight in run.core.parameters()):
+            raise RunError(f"step {state.step}: weights are not finite, so nothing is saved over good ones")
         for callback in run.callbacks:
             callback.on_save(state.step)
         run.checkpoints.save(run.core.model, run.optimizer, state)
@@ -220,12 +224,12 @@ class Clock:
         return speed
 
 
-def _finite_loss(run: Training, mine: torch.Tensor, grad_norm: torch.Tensor, state: TrainState) -> float:
+def _finite_loss(run: Training, mine: torch.Tensor, grad_norm: torch.Tensor, step: int) -> float:
     loss = float(run.accelerator.reduce(mine, "sum"))
     if math.isfinite(loss) and math.isfinite(float(grad_norm)):
         return loss
     raise RunError(
-        f"step {state.step}: the loss is {loss}, the gradient's norm {float(grad_norm)}: not finite",
+        f"step {step}: the loss is {loss}, the gradient's norm {float(grad_norm)}: not finite",
         hint="The last checkpoint is untouched. A lower `train.optim.lr`, a longer `warmup` or "
         "`machine.precision=fp32` usually helps.",
     )

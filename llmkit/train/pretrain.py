@@ -39,6 +39,7 @@ from llmkit.train.devices import leave, peak_memory_bytes, start_accelerator
 from llmkit.train.finish import finish
 from llmkit.train.job import Job
 from llmkit.train.loop import Training, train
+from llmkit.train.prove import prove_head, prove_isolation
 from llmkit.train.state import TrainState, mix_seed
 
 T = TypeVar("T")
@@ -66,6 +67,9 @@ def pretrain(job: Job, reporter: Reporter) -> None:
     saved = _from_first(accelerator, lambda: checkpoints.newest(reporter.warn))
     state = checkpoints.load(saved, core.model, optimizer) if saved else TrainState()
     reporter.phase("prove", "one step of the largest shape" + (", compiling" if plan.compile else ""))
+    prove_head(core.model)
+    if section.isolate_documents:
+        prove_isolation(core.model)
     plan = _with_length(plan, _try_largest_batch(accelerator, module, feed, plan), accelerator)
     schedule = make_schedule(section, plan)
 
@@ -100,7 +104,7 @@ def evaluate(
     core: LossModule, feed: Feed, data: Data, accelerator: Accelerator, rows: int | None
 ) -> dict[str, float]:
     """Figures on `rows` held-out rows (None: all), named `eval/...`; every process calls it."""
-    sums = sum_over(core, feed.held_out(rows), accelerator)
+    sums = sum_over(core, feed.held_out(rows), lambda sums: accelerator.reduce(sums, "sum"))
     if not sums["num_targets"]:
         return {}  # `held_out: 0`
     sums["num_bytes"] = sums["num_targets"] * data.bytes_per_token
@@ -174,9 +178,11 @@ def _callbacks(
         return ()
     folder = Path(job.folder)
     write_json(folder / "plan.json", plan.to_dict())
+    # The last step's measurement comes after its checkpoint: a run that was stopped in between repeats it.
+    log = RunLog(folder, state.step, measure_again=state.step == plan.num_steps)
     resolved = folder / "resolved.yaml"
     write_file(resolved, resolved_yaml(load_recipe(resolved), plan.choices))
-    return LogCallback(stack.enter_context(RunLog(folder, state.step))), ConsoleCallback(reporter)
+    return LogCallback(stack.enter_context(log)), ConsoleCallback(reporter)
 
 
 def _sample(core: LossModule, data: Data, job: Job, step: int) -> list[tuple[str, str]]:

@@ -10,8 +10,8 @@ class TrainState:
 
     Attributes:
         step: Optimizer steps made.
-        tokens: Targets learned from, over all devices.
-        elapsed_s: Wall seconds spent, over all sessions of the run.
+        tokens: Positions computed, over all devices.
+        elapsed_s: Wall seconds spent in steps, over all sessions of the run.
     """
 
     step: int = 0

@@ -1,6 +1,7 @@
 """A run that is stopped in any way and started again ends with the weights of one that was not stopped."""
 
 import re
+import shutil
 import signal
 import time
 
@@ -151,3 +152,57 @@ def test_numbers_that_are_not_finite_end_the_run_and_keep_the_last_good_state(tm
         pretrain(tmp_path, pretrain__train__optim__lr=1e30, pretrain__train__grad_clip=None)
     folder = tmp_path / "runs" / "tiny" / "pretrain"
     assert not (folder / "model").exists()
+
+
+def test_a_pretrained_model_resumes_exactly_too(tmp_path):
+    """A loaded model comes in evaluation mode: without care its dropout is off until the first evaluation."""
+    shape = {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "attn_pdrop": 0.2,
+        "resid_pdrop": 0.2,
+    }
+    first = pretrain(tmp_path, "first", pretrain__model={"config": shape, "context": 32})
+    changes = {"tokenize": None, "pretrain__model": {"name": str(first / "model"), "context": 32}}
+    whole = pretrain(tmp_path, "second", **changes)
+    before = weights(whole), losses(whole), losses(whole, "eval/loss")
+    (whole / "model" / "manifest.json").unlink()
+    for step in (15, 20):
+        shutil.rmtree(whole / "checkpoints" / f"step_{step:08d}")
+    again = pretrain(tmp_path, "second", **changes)
+    assert same_bits(before[0], weights(again))
+    assert before[1:] == (losses(again), losses(again, "eval/loss"))
+
+
+def test_a_refused_recipe_leaves_the_record_of_the_run_alone(tmp_path):
+    folder = pretrain(tmp_path)
+    names = ("recipe.yaml", "resolved.yaml", "plan.json", "data.json", "report.json", "metrics.jsonl")
+    before = {name: (folder / name).read_bytes() for name in names}
+    for done in (True, False):
+        if not done:
+            (folder / "model" / "manifest.json").unlink()
+        with pytest.raises(RunError, match="length"):
+            pretrain(tmp_path, pretrain__train__length="17 steps")
+        assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_after_the_last_checkpoint_only_the_measurement_is_repeated(tmp_path):
+    folder = pretrain(tmp_path)
+    before = weights(folder), (folder / "metrics.jsonl").read_bytes(), (folder / "samples.jsonl").read_bytes()
+    (folder / "model" / "model.safetensors").unlink()
+    again = pretrain(tmp_path)
+    assert same_bits(before[0], weights(again))
+    after = (folder / "metrics.jsonl").read_bytes(), (folder / "samples.jsonl").read_bytes()
+    assert after == before[1:]
+
+
+def test_the_order_of_sources_is_part_of_a_run(tmp_path):
+    sources = [
+        {"name": name, "files": str(tmp_path / "corpus" / f"{number}-*.txt")}
+        for number, name in enumerate(("one", "two"))
+    ]
+    pretrain(tmp_path, pretrain__data=sources)
+    with pytest.raises(RunError, match="text"):
+        pretrain(tmp_path, pretrain__data=sources[::-1])

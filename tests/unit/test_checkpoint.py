@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmkit.durable import verify_folder
 from llmkit.errors import RunError
 from llmkit.optim import make_optimizer
 from llmkit.recipe.schema import Optim
@@ -95,3 +96,24 @@ def test_seeds_are_functions_of_their_parts_and_spread():
     assert all(0 <= seed < 2**63 for seed in seeds)
     bits = [sum(seed >> bit & 1 for seed in seeds) / len(seeds) for bit in range(62)]
     assert max(abs(share - 0.5) for share in bits) < 0.05
+
+
+def test_a_whole_checkpoint_is_not_written_again_and_a_damaged_one_is(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, identity={})
+    net, optimizer = trained(0)
+    path = checkpoints.save(net, optimizer, TrainState(step=4))
+    inode = path.stat().st_ino
+    checkpoints.save(net, optimizer, TrainState(step=4))
+    assert path.stat().st_ino == inode
+    (path / "state.json").unlink()
+    checkpoints.save(net, optimizer, TrainState(step=4))
+    verify_folder(path)
+
+
+def test_rotation_never_removes_the_one_just_written_for_a_damaged_later_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, identity={})
+    net, optimizer = trained(0)
+    later = checkpoints.save(net, optimizer, TrainState(step=10))
+    (later / "state.json").unlink()
+    checkpoints.save(net, optimizer, TrainState(step=7))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000007"]
