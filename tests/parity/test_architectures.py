@@ -1,5 +1,6 @@
 """The same loop trains what transformers offers: new models by configuration, and pretrained ones by folder."""
 
+import gzip
 import json
 
 import pytest
@@ -59,3 +60,15 @@ def test_dropout_is_set_where_the_architecture_has_it_and_refused_elsewhere():
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.25, 0.25, 0.25)
     with pytest.raises(UsageError, match="no dropout"):
         set_dropout(AutoConfig.for_model("mamba"), 0.1)
+
+
+def test_a_data_set_in_a_folder_and_compressed_text_train_although_their_size_says_little(tmp_path):
+    import datasets
+
+    rows = [f"row {n}: the number {n * n} is the square of {n}, and {n * n * n} its cube" for n in range(300)]
+    datasets.Dataset.from_dict({"text": rows}).to_parquet(str(tmp_path / "set" / "train-00000.parquet"))
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress("".join(json.dumps({"text": row}) + "\n" for row in rows).encode()))
+    for source in ({"dataset": str(tmp_path / "set")}, {"files": str(packed)}):
+        folder = pretrain(tmp_path, "set" if "dataset" in source else "packed", pretrain__data=source)
+        assert losses(folder)[STEPS] < losses(folder)[1]

@@ -1,12 +1,13 @@
 """The loop against a plain reference, against itself in other splits, and its export against transformers."""
 
 import json
+import socket
 import subprocess
 
 import pytest
 import torch
 from torch.nn import functional
-from training import STEPS, command, losses, options, pretrain, recipe, weights
+from training import STEPS, command, losses, options, pretrain, recipe, start, weights
 
 from llmkit.data.order import RowOrder
 from llmkit.data.rows import Rows
@@ -118,3 +119,23 @@ def test_initial_weights_depend_on_the_seed_alone(tmp_path):
     other = weights(pretrain(tmp_path, "c", pretrain__train__length="1 steps", seed=8))
     assert all((same[0][key] == same[1][key]).all() for key in same[0])
     assert any((same[0][key] != other[key]).any() for key in other)
+
+
+def test_another_launchers_two_processes_do_the_whole_recipe_together(tmp_path):
+    """As torchrun or srun would start them: one environment each, no parent of ours."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = command(tmp_path, "pair", "--json", machine__micro_batch=2)
+    words[words.index("pretrain")] = "run"
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pair = [start(words, RANK=str(n), LOCAL_RANK=str(n), GLOO_SOCKET_IFNAME="lo", **world) for n in (0, 1)]
+    said = [process.communicate(timeout=240) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert said[1][0] == "", "only the first speaks"
+    result = json.loads(said[0][0])
+    assert result["eval"]["metrics"]["loss"] == pytest.approx(
+        result["pretrain"]["metrics"]["eval/loss"], abs=1e-5
+    )
+    one = pretrain(tmp_path, "one", machine__micro_batch=2)
+    close(losses(one), losses(tmp_path / "runs" / "pair" / "pretrain"), 1e-5)
