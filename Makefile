@@ -62,7 +62,7 @@ demo: $(STAMP)  ## Train a small model on this machine, in minutes
 	@$(BIN)/llmkit demo
 
 test: check  ## Everything that must hold: formatting, lint, import direction, types, tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 test-slow: $(STAMP)  ## The tests that take longer
 	$(BIN)/python -m pytest -m slow $(TESTS)
