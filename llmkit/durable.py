@@ -168,8 +168,14 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         with naming_full_disks(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+")
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = self.path.open("a+")
+            except FileNotFoundError as error:
+                raise RunError(
+                    f"the folder {self.path.parent} cannot be made",
+                    hint="Choose another place with --runs DIR or LLMKIT_RUNS.",
+                ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

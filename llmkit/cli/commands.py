@@ -324,6 +324,7 @@ def generate(
     """`llmkit generate`."""
     from llmkit import run
     from llmkit.recipe.schema import Sampling
+    from llmkit.report.formatting import visible
 
     if not prompts and sys.stdin.isatty():
         say("one prompt a line; Ctrl-D ends")
@@ -331,6 +332,8 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p
     )
     texts = list(prompts or ()) or [line.rstrip("\r\n") for line in sys.stdin]
+    if not texts:
+        raise UsageError("no prompt: stdin is empty", hint=f'llmkit generate {shlex.quote(model)} "Once"')
     with reporting(Settings(runs, as_json=as_json)) as reporter:
         written = run.generate(
             model, texts, sampling, samples=samples, seed=seed, runs=runs, reporter=reporter
@@ -338,7 +341,8 @@ def generate(
     if as_json:
         give_json({"samples": written})
         return
-    give("\n---\n".join(f"{sample['prompt']}{sample['text']}" for sample in written))
+    # A young model writes control bytes too; only --json gives them back as they are.
+    give("\n---\n".join(visible(f"{sample['prompt']}{sample['text']}") for sample in written))
     say(
         "next: "
         + as_typed(f"llmkit generate {shlex.quote(model)} {shlex.quote(texts[0])} -n 3 --seed {seed + 1}")

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from llmkit.report.console import Reporter
 
 _ENTROPY_TOKENS = 10_000_000
 _HELD_OUT = 0.01
+_UNPACKED = 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,13 @@ class Corpus:
             for source in self.sources
         ]
 
+    def expected_bytes(self) -> int:
+        """A guess at the bytes of the text itself: compressed files and parquet hold a few times their size."""
+        return sum(
+            size * (_UNPACKED if any(map(_is_packed, source.files or ())) else 1)
+            for source, (_, size) in zip(self.sources, self.sizes(), strict=True)
+        )
+
     def shards(self, tokenizer: Any, reporter: Reporter) -> list[TokenShards]:
         """The shards, one of them a source; made where they are not there yet."""
         return build_shards(
@@ -86,32 +95,46 @@ def corpus_of(recipe: Recipe, *, base: Path, cache: Path, for_tokenizer: bool = 
 
 
 def ensure_tokenizer(
-    spec: Tokenize, corpus: Corpus, folder: Path, reporter: Reporter, *, max_length: int | None
-) -> dict[str, Any]:
-    """Make the tokenizer in `folder`, or find it there if the same text and settings made it.
+    spec: Tokenize, corpus: Corpus, reporter: Reporter, *, max_length: int | None
+) -> tuple[Path, dict[str, Any]]:
+    """Make the tokenizer in the cache, or find it there if the same text and settings made it.
 
     Args:
         spec: The recipe's `tokenize` section.
         corpus: The text to learn from; held-out documents are not learnt from.
-        folder: Where it goes; another tokenizer there is replaced.
         reporter: Told what happens.
         max_length: The longest input of the model it is made for.
 
     Returns:
-        Figures about it, see `tokenizers.train_bpe`, and whether it was `found`.
+        Its folder, named by what made it, and figures about it, see `tokenizers.train_bpe`, and whether it was `found`.
     """
+    threshold = held_out_threshold(corpus.sources, corpus.held_out, base=corpus.base, cache=corpus.cache)
+    identity = _identity(spec, corpus, threshold, max_length)
+    folder = corpus.cache / "tokenizers" / identity[:32]
     with _alone(folder):
-        threshold = held_out_threshold(corpus.sources, corpus.held_out, base=corpus.base, cache=corpus.cache)
-        identity = _identity(spec, corpus, threshold, max_length)
         found = _found(folder, identity)
         if found is not None:
-            return {**found, "found": True}
+            return folder, {**found, "found": True}
         reporter.phase("tokenizer", _what(spec))
         facts: dict[str, object] = {"kind": "tokenizer", "identity": identity}
         with write_folder(folder, facts=facts) as temporary:
             figures = _make(spec, corpus, threshold, temporary, max_length)
             facts["figures"] = figures
-    return {**figures, "found": False}
+        if figures.get("note"):
+            reporter.note(str(figures["note"]))
+    return folder, {**figures, "found": False}
+
+
+def publish_tokenizer(made: Path, folder: Path) -> None:
+    """Put a tokenizer of the cache into a run folder, in the place of another one."""
+    manifest = verify_folder(made)
+    if _found(folder, manifest["identity"]) is not None:
+        return
+    with write_folder(
+        folder, facts={key: manifest[key] for key in ("kind", "identity", "figures")}
+    ) as temporary:
+        for name in manifest["files"]:
+            shutil.copyfile(made / name, temporary / name)
 
 
 def data_facts(shards: Sequence[TokenShards]) -> DataFacts:
@@ -174,6 +197,10 @@ def _source_card(shard: TokenShards) -> dict[str, Any]:
         "num_held_out_tokens": held_out.tokens,
         "address": shard.folder.name,
     }
+
+
+def _is_packed(pattern: str) -> bool:
+    return pattern.endswith((".gz", ".zst", ".parquet"))
 
 
 def _identity(spec: Tokenize, corpus: Corpus, threshold: int, max_length: int | None) -> str:

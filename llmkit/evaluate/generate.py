@@ -79,11 +79,13 @@ def _generate_batch(
     sampling: Sampling,
 ) -> list[Continuation]:
     limit = max_length(model.config) or 1 << 30
-    num_new = min(sampling.max_new_tokens, limit - 1)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    encoded = [tokenizer(p, add_special_tokens=False)["input_ids"] or [start] for p in prompts]
-    fitting = [ids[-(limit - num_new) :] for ids in encoded]
+    encoded = [tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"] or [start] for p in prompts]
+    # The prompt goes before what is to come: only one that would leave under a quarter of the length is cut.
+    longest = limit - min(sampling.max_new_tokens, max(1, limit // 4))
+    fitting = [ids[-longest:] for ids in encoded]
     width = max(map(len, fitting))
+    num_new = min(sampling.max_new_tokens, limit - width)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     padded = [[pad] * (width - len(ids)) + ids for ids in fitting]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in fitting]

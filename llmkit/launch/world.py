@@ -31,14 +31,24 @@ class World:
 
         Where the launcher names no meeting point, it is the node the job step was launched from, at a port made
         from the job's number, so that two jobs on one node do not meet.
+
+        Raises:
+            RunError: Nobody says where the workers meet.
         """
+        by_slurm = "SLURM_LAUNCH_NODE_IPADDR" in env
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not env.get(name) and not by_slurm:
+                raise RunError(
+                    f"the environment says this is rank {self.rank} of {self.world_size}, but {name} is not set",
+                    hint="start the workers with torchrun or srun, or let llmkit: --processes N",
+                )
         job = env.get("SLURM_JOB_ID", "0")
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.local_world_size),
-            "MASTER_ADDR": env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1",
+            "MASTER_ADDR": env.get("MASTER_ADDR") or env["SLURM_LAUNCH_NODE_IPADDR"],
             "MASTER_PORT": env.get("MASTER_PORT") or str(29500 + int(job) % 1000),
         }
 

@@ -26,6 +26,9 @@ CPU_MICRO_BATCH_TOKENS = 2048
 MEMORY_SHARE = 0.85
 """Share of a device's memory that the estimate may fill; the rest is for workspaces and for its errors."""
 
+FEW_STEPS = 50
+"""Optimizer steps below which a run is most likely a mistake."""
+
 MANY_EPOCHS = 4
 """Passes over the data from which repetition starts to cost (Source: Muennighoff et al. 2023)."""
 
@@ -328,6 +331,11 @@ def _remarks(
     if epochs is not None and epochs > MANY_EPOCHS:
         remarks.append(
             f"every row is read {epochs:.1f} times; beyond about {MANY_EPOCHS} there is little to gain"
+        )
+    if epochs is not None and epochs * num_rows / rows < FEW_STEPS:
+        remarks.append(
+            f"under {FEW_STEPS} steps teach a model next to nothing: a smaller train.batch or a longer train.length "
+            "gives more"
         )
     if rows > num_rows:
         remarks.append(f"one step holds {rows} rows, but the data only {num_rows}: rows repeat within a step")

@@ -58,12 +58,12 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
         raise UsageError(f"{word}: nothing says what to measure it on", hint="give text: --data FILES")
     about = loaded or run
     assert about is not None
-    folder = run_folder(about, options, "eval")
+    reporter.phase("eval", str(place))
+    text = _text(place, loaded, options, reporter)
+    folder = _folder(place, about, options, text)
     with locked(folder):
         leave_record(folder, about)
-        reporter.phase("eval", str(place))
         model = load_model(place)
-        text = _text(place, loaded, options, reporter)
         context = trained.model.context if trained else min(max_length(model.config) or 512, _LONGEST_ROW)
         figures = evaluate_model(
             model,
@@ -79,11 +79,12 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
         _write(folder, about, options, text, place, final)
     for name in section.metrics if section else ("loss", "perplexity", "bits_per_byte"):
         reporter.note(f"{name} {format_number(figures[name])}")
+    prompts = (trained.prompts if trained else []) or ["Once"]
     metrics = {name.removeprefix("eval/"): value for name, value in final.items()}
     return Result(
         folder,
         {"model": str(place), "metrics": metrics, "context": context, "report": str(folder / "report.html")},
-        f"llmkit generate {shlex.quote(str(place))} -n 3",
+        shlex.join(["llmkit", "generate", str(place), prompts[0], "-n", "3"]),
     )
 
 
@@ -95,6 +96,19 @@ def _write(
     write_json(folder / "data.json", data_card(text.shards))
     facts = {"name": about.recipe.name, "kind": "eval", "status": "done", "command": options.command}
     write_report(folder, {**facts, "model": {"folder": str(place)}, "final": final})
+
+
+def _folder(place: Path, about: Loaded, options: Options, text: _Text) -> Path:
+    """Where the figures go: beside the model's run where it has one, one folder for each text.
+
+    `eval/` is for what the run held out; other text has its address in the name, so that nothing is overwritten.
+    """
+    home = run_folder(about, options, "eval").parent
+    if place.resolve().is_relative_to(options.runs.resolve()):
+        home = options.runs / place.resolve().relative_to(options.runs.resolve()).parts[0]
+    if text.held_out:
+        return home / "eval"
+    return home / f"eval-{text.shards[0].folder.name[:8]}"
 
 
 def _precision_of(model: Path) -> str:

@@ -41,6 +41,11 @@ def generate(
     model, tokenizer = load_model(place), load_tokenizer(str(place))
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     written = write(model, tokenizer, repeated, sampling, seed=seed)
+    longest = max((one.num_tokens for one in written if not one.finished), default=sampling.max_new_tokens)
+    if longest < sampling.max_new_tokens:
+        reporter.warn(
+            f"the model's length has room for {longest} new tokens here, not {sampling.max_new_tokens}"
+        )
     for one in written[::samples]:
         if one.prompt_cut:
             reporter.warn(

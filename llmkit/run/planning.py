@@ -89,7 +89,7 @@ def model_shape(spec: Model, vocab_size: int) -> ModelShape:
 def estimated_facts(loaded: Loaded, options: Options) -> DataFacts:
     """Tokens and documents guessed from file sizes."""
     text = corpus(loaded, options)
-    num_bytes = sum(size for _, size in text.sizes())
+    num_bytes = text.expected_bytes()
     han = loaded.recipe.language[:2] in ("zh", "ja", "ko")
     tokens = int(num_bytes / (_BYTES_PER_TOKEN_HAN if han else _BYTES_PER_TOKEN))
     held_out = int(tokens * text.held_out)

@@ -21,7 +21,7 @@ from llmkit.errors import (
     RunError,
     UsageError,
 )
-from llmkit.hardware import detect_hardware
+from llmkit.hardware import detect_hardware, usable_cores
 from llmkit.launch.local import run_local_workers
 from llmkit.launch.world import World, check_world, detect_world
 from llmkit.plan import Plan
@@ -120,10 +120,12 @@ def _leave_plan(
     folder: Path, loaded: Loaded, job: "Job", shards: "Sequence[TokenShards]", reporter: Reporter
 ) -> None:
     """Leave what was decided in the run folder: only now, when it is known to be this run's."""
-    from llmkit.data.prepare import data_card
+    from llmkit.data.prepare import data_card, publish_tokenizer
 
     plan = job.checked_plan()
     leave_record(folder, loaded)
+    if "found" in job.tokenizer_figures:  # made by this recipe
+        publish_tokenizer(Path(job.tokenizer), folder.parent / "tokenize" / "tokenizer")
     write_json(folder / "data.json", data_card(shards))
     write_json(folder / "plan.json", plan.to_dict())
     write_file(folder / "resolved.yaml", resolved_yaml(anchored(loaded), plan.choices))
@@ -139,6 +141,10 @@ def _train(job: "Job", reporter: Reporter, world: World | None) -> None:
 
         if world is not None:
             os.environ.update(world.environment())
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // world.local_world_size)))
+            if world.source != "llmkit" and world.rank == 0:
+                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                reporter.note(f"meeting {world.world_size - 1} other processes at {place}")
         train_here(job, reporter)
         return
     path = Path(job.folder) / "job.json"
@@ -234,9 +240,13 @@ def _identity(
         mode="json",
         exclude={"data", "tokenizer", "held_out", "checkpoint", "eval", "prompts", "sampling"},
     )
+    made_by = {}
+    if recipe.tokenize is not None and recipe.pretrain.tokenizer is None:
+        made_by = recipe.tokenize.model_dump(mode="json", exclude={"data", "held_out"})
     return {
         "seed": recipe.seed,
         **_flat(settings, "pretrain"),
+        **_flat(made_by, "tokenize"),
         "rows per step": plan.rows_per_step,
         "text": [[shard.name, shard.folder.name] for shard in shards],
         "weights": weights,

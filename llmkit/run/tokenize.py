@@ -1,6 +1,6 @@
 """`llmkit tokenize`: text to tokenizer and shards."""
 
-import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.durable import write_json
@@ -21,7 +21,7 @@ def tokenize(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
         UsageError: The recipe has no `tokenize` section.
         DataError: The text cannot be used.
     """
-    from llmkit.data.prepare import data_card
+    from llmkit.data.prepare import data_card, publish_tokenizer
     from llmkit.data.tokenizers import load_tokenizer
 
     recipe = loaded.recipe
@@ -30,11 +30,11 @@ def tokenize(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     folder = run_folder(loaded, options, "tokenize")
     with locked(folder):
         leave_record(folder, loaded)
-        if options.fresh:
-            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
         name, figures = find_tokenizer(loaded, options, reporter)
+        if "found" in figures:
+            publish_tokenizer(Path(name), folder / "tokenizer")
         if figures.get("found"):
-            reporter.note(f"the tokenizer is there already: {name}")
+            reporter.note("the tokenizer is there already")
         shards = corpus(loaded, options).shards(load_tokenizer(name), reporter)
         card = data_card(shards)
         write_json(folder / "data.json", card)
@@ -74,10 +74,10 @@ def find_tokenizer(loaded: Loaded, options: Options, reporter: Reporter) -> tupl
     if recipe.pretrain is not None and recipe.pretrain.tokenizer is not None:
         return recipe.pretrain.tokenizer, {}
     if recipe.tokenize is not None:
-        folder = run_folder(loaded, options, "tokenize") / "tokenizer"
         length = recipe.pretrain.model.context if recipe.pretrain else None
         text = corpus(loaded, options, for_tokenizer=True)
-        return str(folder), ensure_tokenizer(recipe.tokenize, text, folder, reporter, max_length=length)
+        folder, figures = ensure_tokenizer(recipe.tokenize, text, reporter, max_length=length)
+        return str(folder), figures
     if recipe.pretrain is not None and recipe.pretrain.model.name is not None:
         return recipe.pretrain.model.name, {}
     raise MissingError("the recipe has no tokenizer", hint="add `tokenize: {vocab_size: 8k}`")

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 from datetime import timedelta
 
 import torch
@@ -11,7 +12,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from llmkit.errors import RunError
 from llmkit.plan import Plan
 
-_TIMEOUT = timedelta(minutes=30)
+_TIMEOUT = timedelta(minutes=10)
 
 
 def start_accelerator(plan: Plan) -> Accelerator:
@@ -25,14 +26,7 @@ def start_accelerator(plan: Plan) -> Accelerator:
             train by itself.
     """
     if plan.world_size > 1:
-        meeting = os.environ.get("LLMKIT_RENDEZVOUS")
-        torch.distributed.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if plan.device == "cuda" else "gloo",
-            init_method=f"file://{meeting}" if meeting else "env://",
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=_TIMEOUT,
-        )
+        _join(plan)
     accelerator = Accelerator(
         cpu=plan.device == "cpu",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -44,6 +38,30 @@ def start_accelerator(plan: Plan) -> Accelerator:
     if accelerator.device.type != plan.device:
         raise RunError(f"the plan is for {plan.device}, but accelerate chose {accelerator.device}")
     return accelerator
+
+
+def _join(plan: Plan) -> None:
+    meeting = os.environ.get("LLMKIT_RENDEZVOUS")
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    # While it waits for the others no Python handler runs: the signals must do what they do by themselves.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        torch.distributed.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if plan.device == "cuda" else "gloo",
+            init_method=f"file://{meeting}" if meeting else "env://",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=_TIMEOUT,
+        )
+    except torch.distributed.DistError as error:
+        raise RunError(
+            f"rank {os.environ['RANK']} could not meet the other {plan.world_size - 1} processes: {error}",
+            hint="were all of them started, with the same MASTER_ADDR and MASTER_PORT?",
+        ) from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def leave() -> None:

@@ -22,6 +22,7 @@ from llmkit.train.callbacks import Callback
 from llmkit.train.checkpoint import Checkpoints
 from llmkit.train.state import TrainState, mix_seed
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MicroBatch = tuple[int, Batch]
 """A micro-batch and its number within the step, counted over all devices."""
 
@@ -165,11 +166,12 @@ def agree(run: Training, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]
     """
     mine = sum(int(batch["num_targets"]) for _, batch in micro_batches)
     signum = run.stop_signal()
-    facts = torch.tensor([mine, signum == signal.SIGINT, signum != 0], dtype=torch.int64)
-    num_targets, ctrl_c, stop = run.accelerator.reduce(facts, "sum").tolist()
+    asked = [signum == known for known in _STOP_SIGNALS]
+    facts = torch.tensor([mine, *asked], dtype=torch.int64)
+    num_targets, *counts = run.accelerator.reduce(facts, "sum").tolist()
     if num_targets == 0:
         raise RunError("a step without a single target: nothing to learn from", hint="look at the data")
-    return num_targets, signal.SIGINT if ctrl_c else signal.SIGTERM if stop else 0
+    return num_targets, next((known for known, count in zip(_STOP_SIGNALS, counts, strict=True) if count), 0)
 
 
 def observe(run: Training, state: TrainState, rows: int | None) -> Mapping[str, float]:
