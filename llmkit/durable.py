@@ -159,6 +159,18 @@ def _errno_of(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for an exclusive lock on the file `path` and hold it; who comes next finds what was made meanwhile.
+
+    The kernel drops the lock when its holder dies. The empty file stays behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class RunLock:
     """One writer a run folder. The kernel drops the lock when its holder dies, so a lock is never stale."""
 

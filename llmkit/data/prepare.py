@@ -1,11 +1,9 @@
 """A recipe's text as a tokenizer and shards: made once, found again, never stale."""
 
-import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from llmkit.data import sources as text
 from llmkit.data.order import common_weights
 from llmkit.data.shards import SPLITS, TokenShards, build_shards, held_out_threshold
 from llmkit.data.tokenizers import fingerprint, load_tokenizer, save_tokenizer, train_bpe
-from llmkit.durable import verify_folder, write_folder
+from llmkit.durable import naming_full_disks, one_at_a_time, verify_folder, write_folder
 from llmkit.errors import CorruptError, UsageError
 from llmkit.plan import DataFacts, SourceFacts
 from llmkit.recipe.schema import Recipe, Source, Tokenize
@@ -111,7 +109,7 @@ def ensure_tokenizer(
     threshold = held_out_threshold(corpus.sources, corpus.held_out, base=corpus.base, cache=corpus.cache)
     identity = _identity(spec, corpus, threshold, max_length)
     folder = corpus.cache / "tokenizers" / identity[:32]
-    with _alone(folder):
+    with naming_full_disks(folder), one_at_a_time(folder.with_name(f".{folder.name}.lock")):
         found = _found(folder, identity)
         if found is not None:
             return folder, {**found, "found": True}
@@ -252,12 +250,3 @@ def _what(spec: Tokenize) -> str:
     if spec.tokenizer is not None:
         return f"taking {spec.tokenizer}"
     return f"learning {spec.vocab_size:,} entries by {spec.algorithm}"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the others wait, and then find what the first one made."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -9,13 +9,11 @@ end-of-text id; `train-documents.npy` and `held_out-documents.npy` the position 
 (int64).
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -28,7 +26,7 @@ from llmkit.data.rows import Ints
 from llmkit.data.sources import Tally
 from llmkit.data.split import document_hash, find_threshold, nothing_to_train_on
 from llmkit.data.tokenizers import encode_documents, eos_id, fingerprint, token_dtype
-from llmkit.durable import naming_full_disks, read_manifest, verify_folder, write_folder
+from llmkit.durable import naming_full_disks, one_at_a_time, read_manifest, verify_folder, write_folder
 from llmkit.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -248,7 +246,7 @@ def _find_or_build(
         return found
     with naming_full_disks(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{job.address}.lock")):
+        with one_at_a_time(folder.with_name(f"{job.address}.lock")):
             # While this process waited for the lock, the one that held it may have made them.
             found = _opened(folder, name)
             if found is None:
@@ -384,14 +382,6 @@ class _Meter:
 
 def _token_file(folder: Path, split: Split, number: int) -> Path:
     return folder / f"{split}-{number:05d}.npy"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the kernel drops it when the process dies. The empty file stays behind."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _sweep(folder: Path) -> None:
