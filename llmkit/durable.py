@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace the file `path` by `content`, atomically and durably."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{_own_name()}")
     with naming_full_disks(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -57,7 +57,7 @@ def write_folder(path: Path, *, facts: Mapping[str, object] | None = None) -> It
         path: Where the folder appears; what is there already is replaced.
         facts: Further entries of the manifest. A caller may go on filling the mapping inside the block.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{_own_name()}")
     with naming_full_disks(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -114,7 +114,7 @@ def hash_file(path: Path) -> str:
 
 def remove_folder(path: Path) -> None:
     """Remove a published folder so that a kill midway cannot leave something that looks complete."""
-    doomed = path.with_name(f".{path.name}.old-{os.getpid()}")
+    doomed = path.with_name(f".{path.name}.old-{_own_name()}")
     path.rename(doomed)
     _fsync_folder(path.parent)
     shutil.rmtree(doomed)
@@ -208,6 +208,11 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _own_name() -> str:
+    """What tells this process from others, also from those of other machines that share the folder."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _publish(temporary: Path, path: Path, facts: dict[str, object]) -> None:

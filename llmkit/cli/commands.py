@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmkit.cli import tokenize as tokenizing
 from llmkit.cli.options import (
     AsJson,
     Debug,
@@ -37,8 +38,9 @@ DEMO = "quickstart"
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line, in the order in which a person meets them."""
-    for verb, text in VERBS.items():
-        _add_verb(app, verb, **text)
+    _add_verb(app, "run", **VERBS["run"])
+    app.command("tokenize", help=tokenizing.HELP, short_help=tokenizing.SHORT_HELP)(tokenizing.tokenize)
+    _add_verb(app, "pretrain", **VERBS["pretrain"])
     app.command("eval", help=EVAL_HELP, short_help="Measure a model on held-out text.")(evaluate)
     app.command("generate", help=GENERATE_HELP, short_help="Let a trained model write.")(generate)
     app.command("plan", help=PLAN_HELP, short_help="Show what a recipe will take here: steps, memory, time.")(
@@ -58,16 +60,6 @@ VERBS: dict[str, dict[str, str]] = {
             llmkit run my.yaml --dry-run                        the plan, nothing written
             """,
             "Do all that the recipe holds, in order; what is done already is not done again.",
-        ),
-    },
-    "tokenize": {
-        "short_help": "Make the tokenizer and the token shards.",
-        "help": described(
-            """
-            llmkit tokenize my.yaml
-            llmkit tokenize my.yaml tokenize.vocab_size=8k
-            """,
-            "Learn a tokenizer from the recipe's text and turn the text into token shards.",
         ),
     },
     "pretrain": {
@@ -113,7 +105,7 @@ def call_verb(verb: str, recipe: str, overrides: Sequence[str], settings: Settin
     if settings.dry_run:
         show_plan(loaded, settings, [recipe, *overrides])
         return None
-    function = {"tokenize": run.tokenize, "pretrain": run.pretrain, "run": run.run_all}[verb]
+    function = {"pretrain": run.pretrain, "run": run.run_all}[verb]
     with reporting(settings) as reporter:
         smoke = ["--smoke"] if settings.smoke else []
         return function(loaded, to_options(settings, [recipe, *overrides, *smoke]), reporter)

@@ -2,16 +2,49 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmkit.data.files import hash_of, resolve
+from llmkit.data.places import Fault, Faults, FileFault
 from llmkit.data.tables import checked_text, pick
 from llmkit.errors import DataError, MissingError
 
 
-def dataset_texts(dataset: str, split: str, column: str, base: Path) -> Iterator[tuple[str, str]]:
-    """Where each row is (`owner/name:train:17`) and its text.
+@dataclass(frozen=True)
+class Shard:
+    """One of the pieces that a data set comes in.
+
+    Attributes:
+        dataset: The recipe's `dataset`.
+        base: The recipe's folder.
+        commit: The commit on the Hub; empty for a folder.
+        index: Which piece.
+        count: Of how many.
+    """
+
+    dataset: str
+    base: Path
+    commit: str
+    index: int
+    count: int
+
+
+def dataset_shards(dataset: str, split: str, base: Path) -> tuple[str, int]:
+    """The data set's commit on the Hub (empty for a folder), and how many pieces of its own it comes in.
+
+    Raises:
+        MissingError: The data set cannot be reached.
+        DataError: There is no such split or configuration.
+    """
+    name = _name_and_config(dataset)[0]
+    commit = "" if _folder(name, base) is not None else _commit(name)
+    return commit, max(int(_open(dataset, split, base, commit).num_shards), 1)
+
+
+def dataset_rows(shard: Shard, split: str, column: str, faults: Faults) -> Iterator[tuple[int, str]]:
+    """The number of each row, from 0 in its shard, and its text.
 
     Raises:
         MissingError: The data set cannot be reached.
@@ -19,15 +52,26 @@ def dataset_texts(dataset: str, split: str, column: str, base: Path) -> Iterator
     """
     import datasets
 
-    where = f"{dataset}:{split}"
     try:
-        for number, row in enumerate(_open(dataset, split, base)):
-            place = f"{where}:{number}"
-            yield place, checked_text(pick(row, column, place), column, place)
+        rows = _open(shard.dataset, split, shard.base, shard.commit)
+        if shard.count > 1:
+            rows = rows.shard(num_shards=shard.count, index=shard.index)
+        for number, row in enumerate(rows):
+            try:
+                text = checked_text(pick(row, column), column)
+            except Fault as fault:
+                faults.row(number, fault)
+            else:
+                yield number, text
     except _network_errors() as error:
-        raise _out_of_reach(dataset, error) from error
+        raise _out_of_reach(shard.dataset, error) from error
+    except DataError:
+        raise
     except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"data set {dataset!r} cannot be read: {_first_line(error)}") from error
+        raise FileFault(
+            f"data set {shard.dataset!r} cannot be read: {_first_line(error)}",
+            reason="data set cannot be read",
+        ) from error
 
 
 def dataset_fingerprint(dataset: str, split: str, base: Path) -> list[str]:
@@ -43,13 +87,13 @@ def dataset_fingerprint(dataset: str, split: str, base: Path) -> list[str]:
     return ["hub", name, config, split, _commit(name)]
 
 
-def _open(dataset: str, split: str, base: Path) -> Any:
+def _open(dataset: str, split: str, base: Path, commit: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
     name, config = _name_and_config(dataset)
     folder = _folder(name, base)
-    revision = {} if folder is not None else {"revision": _commit(name)}
+    revision = {"revision": commit} if commit else {}
     try:
         return datasets.load_dataset(
             str(folder or name),

@@ -7,6 +7,7 @@ for, so that step 5,000,000 costs what step 0 costs and a resumed run has nothin
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from math import fsum, inf
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ _LARGEST = 2**48
 _BLOCK = 1024
 _LARGEST_BLOCK = 2**20
 _SLOTS_OF_SMALLEST = 16
+_CAP_SLACK = 1e-9
 
 
 class Permutation:
@@ -201,3 +203,45 @@ def common_weights(weights: Sequence[float | None]) -> list[float] | None:
             hint="give every source a `weight`, or none (then each counts by its size)",
         )
     return given
+
+
+def capped_weights(
+    sizes: Sequence[int], weights: Sequence[float], caps: Sequence[float | None], num_rows: int
+) -> list[float]:
+    """The sources' shares, lowered so that none is read more than its cap times over in a run.
+
+    What a capped source then lacks goes to the others in proportion to their weights, which may bring further
+    ones to their caps, until all hold.
+
+    Args:
+        sizes: Rows in each source.
+        weights: Relative share of each source.
+        caps: How often at most each source may be read, None for any number of times.
+        num_rows: Rows the run takes from all sources together.
+
+    Returns:
+        Shares that sum to 1.
+
+    Raises:
+        RecipeError: All sources are capped, and together they do not have so many rows.
+        DataError: A source has no rows.
+    """
+    if min(sizes) == 0:
+        raise DataError(f"no rows to train on (rows per source: {list(sizes)})")
+    most = [inf if cap is None else cap * size / num_rows for cap, size in zip(caps, sizes, strict=True)]
+    if sum(most) < 1 - _CAP_SLACK:
+        rows = int(sum(most) * num_rows)
+        raise RecipeError(
+            f"with `max_epochs` the sources have {rows:,} rows to read, and the run takes {num_rows:,}",
+            hint=f"shorten the run to {rows:,} rows, raise `max_epochs` by {1 / sum(most):.3g} times, "
+            "leave it out for one source, or add text",
+        )
+    capped: set[int] = set()
+    while True:
+        room = 1 - sum(most[i] for i in capped)
+        free = fsum(weight for i, weight in enumerate(weights) if i not in capped)
+        shares = [most[i] if i in capped else room * weight / free for i, weight in enumerate(weights)]
+        over = {i for i, share in enumerate(shares) if i not in capped and share > most[i]}
+        if not over:
+            return [share / fsum(shares) for share in shares]
+        capped |= over

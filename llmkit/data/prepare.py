@@ -4,92 +4,28 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmkit.data import sources as text
-from llmkit.data.order import common_weights
-from llmkit.data.shards import SPLITS, TokenShards, build_shards, held_out_threshold
-from llmkit.data.tokenizers import fingerprint, load_tokenizer, save_tokenizer, train_bpe
+from llmkit.data.corpus import Corpus
+from llmkit.data.shards import SPLITS, TokenShards
+from llmkit.data.tokenizers import LightTokenizer, fingerprint, load_tokenizer, open_tokenizer, save_tokenizer
+from llmkit.data.tokenizers.learn import learn, refuse_impossible
+from llmkit.data.tokenizers.special import CHAT_TOKENS, chat_template
 from llmkit.durable import naming_full_disks, one_at_a_time, verify_folder, write_folder
-from llmkit.errors import CorruptError, UsageError
+from llmkit.errors import CorruptError
 from llmkit.plan import DataFacts, SourceFacts
-from llmkit.recipe.schema import Recipe, Source, Tokenize
+from llmkit.recipe.schema import Tokenize
 from llmkit.report.console import Reporter
 
+_LEARNER = 2
+"""Part of a tokenizer's identity: raised when the same text and settings come to give another one."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_NOT_LEARNT = {"tokenizer", "data", "prepare", "held_out", "chat_template"}
 _ENTROPY_TOKENS = 10_000_000
-_HELD_OUT = 0.01
-_UNPACKED = 3
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Where a recipe's text is, and how it is divided.
-
-    Attributes:
-        sources: The text.
-        held_out: Share of documents kept out of training.
-        base: The recipe's folder.
-        cache: Where shards are kept.
-    """
-
-    sources: Sequence[Source]
-    held_out: float
-    base: Path
-    cache: Path
-
-    @property
-    def weights(self) -> list[float] | None:
-        """The sources' weights, or None where they count by size."""
-        return common_weights([source.weight for source in self.sources])
-
-    def sizes(self) -> list[tuple[str, int]]:
-        """Each source's name and the bytes of its files as they lie on the disk; 0 where it is not known."""
-        return [
-            (
-                text.source_name(source, self.base, cache=self.cache),
-                text.num_bytes(source, self.base, cache=self.cache),
-            )
-            for source in self.sources
-        ]
-
-    def expected_bytes(self) -> int:
-        """A guess at the bytes of the text itself: compressed files and parquet hold a few times their size."""
-        return sum(
-            size * (_UNPACKED if any(map(_is_packed, source.files or ())) else 1)
-            for source, (_, size) in zip(self.sources, self.sizes(), strict=True)
-        )
-
-    def shards(self, tokenizer: Any, reporter: Reporter) -> list[TokenShards]:
-        """The shards, one of them a source; made where they are not there yet."""
-        return build_shards(
-            self.sources,
-            tokenizer,
-            held_out=self.held_out,
-            cache=self.cache,
-            base=self.base,
-            progress=lambda done, total: reporter.progress("encode", done, total or None, unit="bytes"),
-        )
-
-
-def corpus_of(recipe: Recipe, *, base: Path, cache: Path, for_tokenizer: bool = False) -> Corpus:
-    """The text that a recipe trains its model on, or its tokenizer: each by default what the other section names.
-
-    Raises:
-        UsageError: The recipe names none.
-    """
-    order = (recipe.tokenize, recipe.pretrain) if for_tokenizer else (recipe.pretrain, recipe.tokenize)
-    sections = [section for section in order if section is not None]
-    named = next((section.data for section in sections if section.data), None)
-    if named is None:
-        raise UsageError("the recipe names no text", hint="add `data: {files: ...}` to `pretrain`")
-    held_out = recipe.tokenize.held_out if recipe.tokenize else None
-    if held_out is None:
-        held_out = recipe.pretrain.held_out if recipe.pretrain else _HELD_OUT
-    return Corpus(named if isinstance(named, list) else [named], held_out, base, cache)
 
 
 def ensure_tokenizer(
@@ -104,19 +40,20 @@ def ensure_tokenizer(
         max_length: The longest input of the model it is made for.
 
     Returns:
-        Its folder, named by what made it, and figures about it, see `tokenizers.train_bpe`, and whether it was `found`.
+        Its folder, named by what made it, and figures about it, see `tokenizers.learn`, and whether it was `found`.
     """
-    threshold = held_out_threshold(corpus.sources, corpus.held_out, base=corpus.base, cache=corpus.cache)
-    identity = _identity(spec, corpus, threshold, max_length)
+    if spec.tokenizer is None:
+        refuse_impossible(spec)
+    identity = _identity(spec, corpus, max_length)
     folder = corpus.cache / "tokenizers" / identity[:32]
     with naming_full_disks(folder), one_at_a_time(folder.with_name(f".{folder.name}.lock")):
-        found = _found(folder, identity)
+        found = None if corpus.fresh else _found(folder, identity)
         if found is not None:
             return folder, {**found, "found": True}
         reporter.phase("tokenizer", _what(spec))
         facts: dict[str, object] = {"kind": "tokenizer", "identity": identity}
         with write_folder(folder, facts=facts) as temporary:
-            figures = _make(spec, corpus, threshold, temporary, max_length)
+            figures = _make(spec, corpus, temporary, max_length)
             facts["figures"] = figures
         if figures.get("note"):
             reporter.note(str(figures["note"]))
@@ -165,7 +102,19 @@ def data_card(shards: Sequence[TokenShards]) -> dict[str, Any]:
     sources = [_source_card(shard) for shard in shards]
     counted = [key for key in sources[0] if key.startswith("num_")]
     totals = {key: sum(source[key] for source in sources) for key in counted}
-    return {**totals, "unigram_entropy": unigram_entropy(shards), "sources": sources}
+    lengths = document_lengths(shards)
+    return {**totals, "lengths": lengths, "unigram_entropy": unigram_entropy(shards), "sources": sources}
+
+
+def document_lengths(shards: Sequence[TokenShards]) -> list[dict[str, int]]:
+    """How many training documents have up to 2, 4, 8, ... tokens, and more than half of that."""
+    bins = np.zeros(64, dtype=np.int64)
+    for shard in shards:
+        lengths = shard.split("train").document_lengths()
+        if len(lengths):
+            bins += np.bincount(np.ceil(np.log2(np.maximum(lengths, 2))).astype(np.int64), minlength=64)
+    used = np.flatnonzero(bins)
+    return [{"up_to": 2 ** int(power), "documents": int(bins[power])} for power in used]
 
 
 def unigram_entropy(shards: Sequence[TokenShards]) -> float:
@@ -193,24 +142,27 @@ def _source_card(shard: TokenShards) -> dict[str, Any]:
         "num_chars": train.chars,
         "num_held_out_documents": held_out.documents,
         "num_held_out_tokens": held_out.tokens,
+        "longest_document": max(train.longest, held_out.longest),
+        "shortest_document": train.shortest,
+        "encoder": shard.manifest["encoder"],
+        "skipped": shard.manifest["skipped"],
         "address": shard.folder.name,
     }
 
 
-def _is_packed(pattern: str) -> bool:
-    return pattern.endswith((".gz", ".zst", ".parquet"))
-
-
-def _identity(spec: Tokenize, corpus: Corpus, threshold: int, max_length: int | None) -> str:
-    settings = spec.model_dump(mode="json", include={"algorithm", "vocab_size", "sample", "special_tokens"})
-    content = {
-        "settings": settings,
-        "held_out_below": threshold,
-        "max_length": max_length,
-        "sources": [text.fingerprint(s, corpus.base, cache=corpus.cache) for s in corpus.sources],
-    }
+def _identity(spec: Tokenize, corpus: Corpus, max_length: int | None) -> str:
     if spec.tokenizer is not None:
-        content = {"tokenizer": fingerprint(load_tokenizer(spec.tokenizer))}
+        fixed = fingerprint(open_tokenizer(spec.tokenizer))
+        content: dict[str, Any] = {"tokenizer": fixed, "special_tokens": spec.special_tokens}
+    else:
+        content = {
+            "version": _LEARNER,
+            "settings": spec.model_dump(mode="json", exclude=_NOT_LEARNT),
+            "held_out_below": corpus.held_out_below,
+            "max_length": max_length,
+            "sources": [texts.identity for texts in corpus.texts],
+        }
+    content["chat_template"] = chat_template(spec, corpus.base)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -223,27 +175,30 @@ def _found(folder: Path, identity: str) -> Mapping[str, Any] | None:
     return figures if manifest.get("identity") == identity else None
 
 
-def _make(
-    spec: Tokenize, corpus: Corpus, threshold: int, folder: Path, max_length: int | None
-) -> dict[str, Any]:
+def _make(spec: Tokenize, corpus: Corpus, folder: Path, max_length: int | None) -> dict[str, Any]:
     if spec.tokenizer is not None:
-        tokenizer = load_tokenizer(spec.tokenizer)
-        save_tokenizer(tokenizer, folder)
-        return {"vocab_size": len(tokenizer), "taken_from": spec.tokenizer}
-    documents = (
-        document.text
-        for source in corpus.sources
-        for document in text.read_documents(source, base=corpus.base, cache=corpus.cache)
-    )
-    return train_bpe(
-        documents,
-        vocab_size=spec.vocab_size,
-        special_tokens=spec.special_tokens,
-        sample_bytes=spec.sample,
-        folder=folder,
-        held_out_below=threshold,
-        max_length=max_length,
-    )
+        return _take(spec.tokenizer, spec, corpus.base, folder)
+    sample = corpus.sample(spec.sample)
+    return learn(sample.learn, sample.measure, spec, folder, max_length, base=corpus.base)
+
+
+def _take(name: str, spec: Tokenize, base: Path, folder: Path) -> dict[str, Any]:
+    """An existing tokenizer: its files as they are, or written anew where the recipe adds tokens or a template."""
+    template = chat_template(spec, base)
+    tokens = [*spec.special_tokens, *(CHAT_TOKENS if spec.chat_template == "chatml" else ())]
+    tokenizer = open_tokenizer(name)
+    if isinstance(tokenizer, LightTokenizer) and template is None and not tokens:
+        for file in _TOKENIZER_FILES:
+            if (path := Path(tokenizer.name_or_path) / file).is_file():
+                shutil.copyfile(path, folder / file)
+        return {"vocab_size": len(tokenizer), "taken_from": name}
+    tokenizer = load_tokenizer(name)
+    if tokens:
+        tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    if template is not None:
+        tokenizer.chat_template = template
+    save_tokenizer(tokenizer, folder)
+    return {"vocab_size": len(tokenizer), "taken_from": name}
 
 
 def _what(spec: Tokenize) -> str:

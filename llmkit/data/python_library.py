@@ -6,8 +6,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmkit.data.files import Tally, shown, unreadable
-from llmkit.errors import DataError, MissingError
+from llmkit.data.files import shown, unreadable
+from llmkit.data.places import FileFault, Tally
+from llmkit.errors import MissingError
 
 SOURCES = "stdlib:"
 DOCSTRINGS = "stdlib:docs"
@@ -57,7 +58,8 @@ def _docstrings(content: bytes, path: Path) -> str:
     try:
         module = ast.parse(content)
     except (SyntaxError, ValueError) as error:
-        raise DataError(f"{shown(path)}: Python cannot parse it ({error})") from error
+        reason = "Python cannot parse it"
+        raise FileFault(f"{shown(path)}: {reason} ({error})", reason=reason) from error
     found = [ast.get_docstring(node, clean=False) for node in _in_order(module)]
     return "\n\n".join(inspect.cleandoc(text).strip() for text in found if text and text.strip())
 

@@ -1,43 +1,49 @@
 """Token shards: documents as ids in `.npy` files, memory-mapped, found again by what made them.
 
-A source's shards lie in a folder named by a hash of all that decides their content: the tokenizer, the bytes
-of the files, the settings of the source that matter, the split. A stale one cannot be taken for a fresh one:
-it has another address.
+A source's shards lie in a folder named by a hash of all that decides their content: the tokenizer, the texts, the
+split. A stale one cannot be taken for a fresh one: it has another address.
 
 Layout: `train-00000.npy`, ... and `held_out-00000.npy`, ... hold each document's ids followed by one
 end-of-text id; `train-documents.npy` and `held_out-documents.npy` the position at which each document begins
 (int64).
+
+They are made in parts (`pipeline.py`), by as many processes as there are, and then joined in order.
 """
 
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from llmkit.data import sources as sources_module
+from llmkit.data.encode import PROOF_CHARS, CheckedEncoder, Ids, Verdict, prove
+from llmkit.data.npy import NpyWriter
+from llmkit.data.pipeline import HERE, Engine, Fill, Progress, Stage, finish
+from llmkit.data.places import Tally
 from llmkit.data.rows import Ints
-from llmkit.data.sources import Tally
-from llmkit.data.split import document_hash, find_threshold, nothing_to_train_on
-from llmkit.data.tokenizers import encode_documents, eos_id, fingerprint, token_dtype
-from llmkit.durable import naming_full_disks, one_at_a_time, read_manifest, verify_folder, write_folder
+from llmkit.data.split import hash_bytes, nothing_to_train_on
+from llmkit.data.texts import Texts
+from llmkit.data.tokenizers import LightTokenizer, eos_id, fingerprint, token_dtype
+from llmkit.durable import (
+    naming_full_disks,
+    one_at_a_time,
+    read_manifest,
+    remove_folder,
+    verify_folder,
+    write_folder,
+)
 from llmkit.errors import CorruptError
-
-if TYPE_CHECKING:
-    from llmkit.recipe.schema import Source
 
 FORMAT = 1
 MAX_FILE_BYTES = 256 * 2**20
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, Split] = ("train", "held_out")
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -52,14 +58,25 @@ class SplitCounts:
     shortest: int = 0
     tokens_per_file: int = 0
 
-    def add(self, text: str, num_tokens: int) -> None:
-        """Count one document."""
-        self.shortest = num_tokens if self.documents == 0 else min(self.shortest, num_tokens)
-        self.longest = max(self.longest, num_tokens)
-        self.documents += 1
-        self.tokens += num_tokens
-        self.bytes += len(text) if text.isascii() else len(text.encode())
-        self.chars += len(text)
+    def add(self, lengths: npt.NDArray[Any], num_bytes: int, num_chars: int) -> None:
+        """Count documents of `lengths` tokens each, the end of text included."""
+        if not len(lengths):
+            return
+        self.shortest = min(self.shortest or int(lengths.min()), int(lengths.min()))
+        self.longest = max(self.longest, int(lengths.max()))
+        self.documents += len(lengths)
+        self.tokens += int(lengths.sum())
+        self.bytes += num_bytes
+        self.chars += num_chars
+
+    def include(self, other: "SplitCounts") -> None:
+        """Add what another part holds."""
+        self.longest = max(self.longest, other.longest)
+        self.shortest = min(self.shortest or other.shortest, other.shortest or self.shortest)
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bytes += other.bytes
+        self.chars += other.chars
 
 
 class TokenStream:
@@ -103,6 +120,10 @@ class TokenStream:
         """The positions in [start, stop) at which documents begin, sorted."""
         first, last = np.searchsorted(self._starts, [start, stop])
         return np.asarray(self._starts[first:last])
+
+    def document_lengths(self) -> Ints:
+        """The tokens of each document, its end of text included."""
+        return np.diff(self._starts, append=self.num_tokens)
 
 
 class TokenShards:
@@ -165,7 +186,7 @@ class _Job:
     """What decides a source's shards, and hence their address."""
 
     tokenizer: str
-    source: str
+    texts: str
     held_out_below: int
     eos: int
     dtype: str
@@ -178,13 +199,15 @@ class _Job:
 
 
 def build_shards(
-    sources: "Sequence[Source]",
+    sources: Sequence[Texts],
     tokenizer: Any,
     *,
     held_out: float,
+    held_out_below: int,
     cache: Path,
-    base: Path,
+    engine: Engine = HERE,
     progress: Progress | None = None,
+    fresh: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> list[TokenShards]:
     """The shards of each source, in order: found in the cache, else made.
@@ -192,68 +215,244 @@ def build_shards(
     Several processes may call this at once: one makes a source's shards, the others wait and find them.
 
     Args:
-        sources: Where the text comes from.
-        tokenizer: A transformers tokenizer with an end-of-text token.
-        held_out: Share of documents kept out of training. Above 0 at least one document of all is held out.
+        sources: The texts.
+        tokenizer: A tokenizer with an end-of-text token.
+        held_out: Share of documents kept out of training, for the message when nothing is left.
+        held_out_below: Documents whose split hash is below this are held out (`split.find_threshold`).
         cache: The cache folder; shards go to `shards/` in it.
-        base: Folder of the recipe, see `sources.resolve_files`.
-        progress: Called with the bytes read so far and in all (0 in all where the size is unknown).
+        engine: What does the work.
+        progress: Called with the bytes done so far and in all.
+        fresh: Make them anew, also if they are there.
         max_file_bytes: Size above which tokens go on in another file.
 
     Raises:
         DataError: The text cannot be read or divided, or the tokenizer has no end of text.
     """
-    threshold = held_out_threshold(sources, held_out, base=base, cache=cache)
-    dtype = token_dtype(tokenizer)
+    dtype = np.dtype(token_dtype(tokenizer))
     fixed: dict[str, Any] = {
         "tokenizer": fingerprint(tokenizer),
         "eos": eos_id(tokenizer),
-        "dtype": np.dtype(dtype).name,
-        "tokens_per_file": max_file_bytes // np.dtype(dtype).itemsize,
-        "held_out_below": threshold,
+        "dtype": dtype.name,
+        "tokens_per_file": max_file_bytes // dtype.itemsize,
+        "held_out_below": held_out_below,
     }
-    meter = _Meter(progress, [sources_module.num_bytes(source, base, cache=cache) for source in sources])
+    total, before = sum(sum(texts.sizes) for texts in sources), 0
     shards = []
-    for source in sources:
-        job = _Job(source=sources_module.fingerprint(source, base, cache=cache), **fixed)
-        shards.append(_find_or_build(job, source, tokenizer, cache=cache, base=base, meter=meter))
-        meter.source_done()
+    for texts in sources:
+        builder = _Builder(texts, tokenizer, _Job(texts=texts.identity, **fixed), cache / "shards", engine)
+        if fresh:
+            builder.forget()
+        shards.append(builder.find_or_build(_after(progress, before, total)))
+        before += sum(texts.sizes)
     if held_out < 1 and sum(shard.counts("train").documents for shard in shards) == 0:
         raise nothing_to_train_on(one=False, ratio=held_out)
     return shards
 
 
-def held_out_threshold(sources: "Sequence[Source]", held_out: float, *, base: Path, cache: Path) -> int:
-    """The split hash below which a document of these sources is held out (`split.find_threshold`).
+@dataclass(frozen=True)
+class _Builder:
+    texts: Texts
+    tokenizer: Any
+    job: _Job
+    store: Path
+    engine: Engine
 
-    It reads documents until one of each side was seen, about 1/`held_out` of them.
-    """
-    texts = (
-        document.text
-        for source in sources
-        for document in sources_module.read_documents(source, base=base, cache=cache)
-    )
-    return find_threshold(texts, held_out)
+    def forget(self) -> None:
+        """Remove what is there, finished or not."""
+        folder = self.store / self.job.address
+        for place in (folder, folder.with_name(f"{self.job.address}.parts")):
+            if place.is_dir():
+                remove_folder(place)
+
+    def find_or_build(self, progress: Progress | None) -> TokenShards:
+        folder = self.store / self.job.address
+        found = _opened(folder, self.texts.name)
+        if found is not None:
+            return found
+        with naming_full_disks(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(folder.with_name(f"{self.job.address}.lock")):
+                # While this process waited for the lock, the one that held it may have made them.
+                return _opened(folder, self.texts.name) or self._build(folder, progress)
+
+    def _build(self, folder: Path, progress: Progress | None) -> TokenShards:
+        _sweep(folder)
+        parts = folder.with_name(f"{self.job.address}.parts")
+        verdict = prove(self.tokenizer, _sample(self.texts))
+        work = EncodeWork(self.texts, _portable(self.tokenizer), verdict.encoder, self.job)
+        made = finish(Stage(work, parts, self.texts.sizes), self.engine, progress=progress)
+        self._join(made, folder, verdict)
+        shutil.rmtree(parts, ignore_errors=True)
+        return TokenShards.open(folder, name=self.texts.name)
+
+    def _join(self, made: Sequence[Path], folder: Path, verdict: Verdict) -> None:
+        """One array a split, in files of a fixed size, whatever the parts were."""
+        facts: dict[str, object] = {"kind": "shards", "format": FORMAT, "address": folder.name}
+        manifests = [read_manifest(part) for part in made]
+        with write_folder(folder, facts=facts) as temporary:
+            facts |= {"name": self.texts.name, **asdict(self.job), "encoder": asdict(verdict)}
+            facts["splits"] = {
+                split: asdict(_join_split(split, made, manifests, temporary, self.job)) for split in SPLITS
+            }
+            tally = _tallied(manifests)
+            self.texts.check(tally)
+            facts["skipped"] = tally.shown()
 
 
-def _find_or_build(
-    job: _Job, source: "Source", tokenizer: Any, *, cache: Path, base: Path, meter: "_Meter"
-) -> TokenShards:
-    name = sources_module.source_name(source, base)
-    folder = cache / "shards" / job.address
-    found = _opened(folder, name)
-    if found is not None:
-        return found
-    with naming_full_disks(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(folder.with_name(f"{job.address}.lock")):
-            # While this process waited for the lock, the one that held it may have made them.
-            found = _opened(folder, name)
-            if found is None:
-                _sweep(folder)
-                _build(folder, job, source, tokenizer, name=name, cache=cache, base=base, meter=meter)
-                found = TokenShards.open(folder, name=name)
-    return found
+@dataclass(frozen=True)
+class EncodeWork:
+    """Texts to ids: each part becomes, for each split, the ids of its documents and how long they are."""
+
+    texts: Texts
+    tokenizer: Any
+    encoder: str
+    job: _Job
+
+    def open(self) -> Fill:
+        """Load the encoder."""
+        encoder = CheckedEncoder(self.tokenizer, self.encoder)
+        return lambda number, folder: self._fill(encoder, number, folder)
+
+    def _fill(self, encoder: CheckedEncoder, number: int, folder: Path) -> Mapping[str, object]:
+        tally = Tally()
+        writers = {split: _PartWriter(folder, split, self.job) for split in SPLITS}
+        for batch in batches(self.texts.read(number, tally), BATCH_CHARS):
+            data = [text.encode() for text in batch]
+            below = self.job.held_out_below
+            sides = [below > 0 and hash_bytes(text) < below for text in data]
+            ids = encoder(batch)
+            for split, writer in writers.items():
+                chosen = [place for place, side in enumerate(sides) if side == (split == "held_out")]
+                writer.add(
+                    [ids[place] for place in chosen],
+                    sum(len(data[place]) for place in chosen),
+                    sum(len(batch[place]) for place in chosen),
+                )
+        counts = {split: asdict(writer.close()) for split, writer in writers.items()}
+        return {"splits": counts, "skipped": tally.as_json()}
+
+
+class _PartWriter:
+    """Writes one split of one part: `train.npy` and `train-lengths.npy`."""
+
+    def __init__(self, folder: Path, split: Split, job: _Job) -> None:
+        self._eos = job.eos
+        self._dtype = np.dtype(job.dtype)
+        self._tokens = NpyWriter(folder / f"{split}.npy", self._dtype)
+        self._lengths = NpyWriter(folder / f"{split}-lengths.npy", np.dtype(np.int64))
+        self._counts = SplitCounts(tokens_per_file=job.tokens_per_file)
+
+    def add(self, documents: Sequence[Ids], num_bytes: int, num_chars: int) -> None:
+        """Append documents, each followed by the end of text."""
+        if not documents:
+            return
+        lengths = np.fromiter((len(ids) + 1 for ids in documents), dtype=np.int64, count=len(documents))
+        ends = np.cumsum(lengths)
+        joined = np.empty(int(ends[-1]), dtype=self._dtype)
+        joined[ends - 1] = self._eos
+        for ids, end, length in zip(documents, ends.tolist(), lengths.tolist(), strict=True):
+            joined[end - length : end - 1] = ids
+        self._tokens.append(joined)
+        self._lengths.append(lengths)
+        self._counts.add(lengths, num_bytes, num_chars)
+
+    def close(self) -> SplitCounts:
+        self._tokens.close()
+        self._lengths.close()
+        return self._counts
+
+
+def _join_split(
+    split: Split, made: Sequence[Path], manifests: Sequence[Mapping[str, Any]], folder: Path, job: _Job
+) -> SplitCounts:
+    counts = SplitCounts(tokens_per_file=job.tokens_per_file)
+    starts = NpyWriter(folder / f"{split}-documents.npy", np.dtype(np.int64))
+    tokens = _TokenFiles(folder, split, job)
+    for part, manifest in zip(made, manifests, strict=True):
+        lengths: Ints = np.load(part / f"{split}-lengths.npy")
+        starts.append(counts.tokens + np.cumsum(lengths) - lengths)
+        tokens.append(np.load(part / f"{split}.npy", mmap_mode="r"))
+        counts.include(SplitCounts(**manifest["splits"][split]))
+    starts.close()
+    tokens.close()
+    return counts
+
+
+class _TokenFiles:
+    """One array of ids in files of `tokens_per_file` each, but the last."""
+
+    def __init__(self, folder: Path, split: Split, job: _Job) -> None:
+        self._folder = folder
+        self._split = split
+        self._dtype = np.dtype(job.dtype)
+        self._size = job.tokens_per_file
+        self._number = 0
+        self._file: NpyWriter | None = None
+
+    def append(self, ids: npt.NDArray[Any]) -> None:
+        while len(ids):
+            if self._file is None:
+                self._file = NpyWriter(_token_file(self._folder, self._split, self._number), self._dtype)
+            room = self._size - self._file.length
+            self._file.append(ids[:room])
+            ids = ids[room:]
+            if self._file.length == self._size:
+                self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._number += 1
+
+
+def _after(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of one source as progress of all."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
+
+
+def _portable(tokenizer: Any) -> Any:
+    """What another process needs of the tokenizer; that one need not import transformers."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return tokenizer if backend is None else LightTokenizer(backend, str(tokenizer.name_or_path), {})
+
+
+BATCH_CHARS = 1_000_000
+"""Text handed to the encoder at once."""
+
+
+def batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts in lists of about `size` characters."""
+    batch: list[str] = []
+    room = size
+    for text in texts:
+        batch.append(text)
+        room -= len(text)
+        if room <= 0:
+            yield batch
+            batch, room = [], size
+    if batch:
+        yield batch
+
+
+def _sample(texts: Texts) -> Iterator[str]:
+    """Texts from up to sixteen parts spread over the source, `PROOF_CHARS` characters in all."""
+    count = len(texts.sizes)
+    places = sorted({count * i // 16 for i in range(16)})
+    for place in places:
+        room = PROOF_CHARS // len(places)
+        for text in texts.read(place, Tally()):
+            yield text[:room]
+            room -= len(text)
+            if room <= 0:
+                break
+
+
+def _tallied(manifests: Sequence[Mapping[str, Any]]) -> Tally:
+    total = Tally()
+    for manifest in manifests:
+        total.add(Tally.from_json(manifest["skipped"]))
+    return total
 
 
 def _opened(folder: Path, name: str) -> TokenShards | None:
@@ -262,122 +461,6 @@ def _opened(folder: Path, name: str) -> TokenShards | None:
         return TokenShards.open(folder, name=name)
     except CorruptError:
         return None
-
-
-def _build(
-    folder: Path,
-    job: _Job,
-    source: "Source",
-    tokenizer: Any,
-    *,
-    name: str,
-    cache: Path,
-    base: Path,
-    meter: "_Meter",
-) -> None:
-    tally = Tally()
-    documents = sources_module.read_documents(source, base=base, cache=cache, tally=tally)
-    texts = meter.watch((document.text for document in documents), tally)
-    started = time.perf_counter()
-    facts: dict[str, object] = {"kind": "shards", "format": FORMAT, "address": folder.name, "name": name}
-    with write_folder(folder, facts=facts) as temporary:
-        writers = {split: _SplitWriter(temporary, split, job) for split in SPLITS}
-        for text, ids in encode_documents(texts, tokenizer):
-            held_out = document_hash(text) < job.held_out_below
-            writers["held_out" if held_out else "train"].add(text, ids)
-        facts.update(asdict(job))
-        facts["splits"] = {split: asdict(writer.close()) for split, writer in writers.items()}
-        facts["skipped"] = {"empty_files": tally.empty_files, "empty_documents": tally.empty_documents}
-        facts["seconds"] = round(time.perf_counter() - started, 3)
-
-
-class _SplitWriter:
-    """Writes one split's files."""
-
-    def __init__(self, folder: Path, split: Split, job: _Job) -> None:
-        self._folder = folder
-        self._split = split
-        self._dtype = np.dtype(job.dtype)
-        self._eos = np.array([job.eos], dtype=self._dtype)
-        self._counts = SplitCounts(tokens_per_file=job.tokens_per_file)
-        self._starts = _NpyWriter(folder / f"{split}-documents.npy", np.dtype(np.int64))
-        self._file: _NpyWriter | None = None
-
-    def add(self, text: str, ids: npt.NDArray[np.unsignedinteger]) -> None:
-        self._starts.append(np.array([self._counts.tokens], dtype=np.int64))
-        tokens = np.concatenate([ids, self._eos])
-        position = self._counts.tokens
-        while tokens.size:
-            room = self._counts.tokens_per_file - position % self._counts.tokens_per_file
-            self._current(position).append(tokens[:room])
-            position += min(room, tokens.size)
-            tokens = tokens[room:]
-        self._counts.add(text, position - self._counts.tokens)
-
-    def close(self) -> SplitCounts:
-        self._starts.close()
-        if self._file is not None:
-            self._file.close()
-        return self._counts
-
-    def _current(self, position: int) -> "_NpyWriter":
-        """The file that the token at `position` belongs to; a new one at each multiple of its capacity."""
-        if self._file is None or position % self._counts.tokens_per_file == 0:
-            if self._file is not None:
-                self._file.close()
-            number = position // self._counts.tokens_per_file
-            self._file = _NpyWriter(_token_file(self._folder, self._split, number), self._dtype)
-        return self._file
-
-
-class _NpyWriter:
-    """Appends to a one-dimensional `.npy` file whose length is written when it is closed."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._file: BinaryIO = path.open("wb", buffering=2**20)
-        self._dtype = dtype
-        self._length = 0
-        self._write_header()
-        self._header_bytes = self._file.tell()
-
-    def append(self, values: npt.NDArray[Any]) -> None:
-        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
-        self._length += len(values)
-
-    def close(self) -> None:
-        self._file.seek(0)
-        self._write_header()
-        # numpy pads the header so that a growing length never changes its size.
-        assert self._file.tell() == self._header_bytes
-        self._file.close()
-
-    def _write_header(self) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
-class _Meter:
-    """Adds up the progress over sources and tells it, a few times a second at most."""
-
-    def __init__(self, progress: Progress | None, sizes: Sequence[int]) -> None:
-        self._progress = progress
-        self._sizes = list(sizes)
-        self._total = sum(sizes) if all(sizes) else 0
-        self._before = 0
-        self._last = 0.0
-
-    def watch(self, texts: Iterable[str], tally: Tally) -> Iterator[str]:
-        for text in texts:
-            yield text
-            now = time.monotonic()
-            if self._progress is not None and now - self._last > 0.2:
-                self._last = now
-                self._progress(self._before + tally.bytes_read, self._total)
-
-    def source_done(self) -> None:
-        self._before += self._sizes.pop(0)
-        if self._progress is not None:
-            self._progress(self._before, self._total)
 
 
 def _token_file(folder: Path, split: Split, number: int) -> Path:

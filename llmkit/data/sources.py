@@ -1,15 +1,22 @@
 """Sources of text: what a recipe names, as a stream of documents and as a fingerprint of its content."""
 
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from llmkit.data import files, hub, python_library, tables, text
-from llmkit.data.files import Tally
+from llmkit.data import files, hub, python_library
+from llmkit.data.inputs import default_cache, format_of, patterns, resolve_files
+from llmkit.data.parts import parts_of, read_part
+from llmkit.data.places import Document, Tally
+from llmkit.data.remote import is_url
 from llmkit.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -18,33 +25,21 @@ if TYPE_CHECKING:
 __all__ = [
     "Document",
     "Tally",
+    "check_found",
+    "default_cache",
     "fingerprint",
     "num_bytes",
     "read_documents",
     "resolve_files",
     "source_name",
+    "source_names",
 ]
 
-_READER = 1
+_READER = 2
 """Part of every fingerprint: raised when the same files come to give other documents."""
-
-_FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
-_LONGEST_ROW = 2**20
-"""Characters a table's row may have as one document; a longer one is cut into pieces (`text.pieces`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document: its text, and where it was found (`books/a.txt` or `web.jsonl:17`)."""
-
-    text: str
-    where: str
+_PART_BYTES = 2**26
+_MAGIC = re.compile(r"[*?\[]")
+_SAY_NOTHING = {"part", "parts", "shard", "data", "train", "file", "chunk", "split", "text"}
 
 
 def read_documents(
@@ -65,46 +60,35 @@ def read_documents(
         MissingError: A package or data set is missing.
     """
     tally = tally or Tally()
-    found = False
-    room = source.limit
-    for document in _all_documents(source, base, cache, tally):
-        if not document.text or document.text.isspace():
-            tally.empty_documents += 1
-            continue
-        if room is not None:
-            room -= len(document.text.encode())
-            if room < 0 and found:
-                return
-        found = True
-        yield document
-    if not found:
-        name = source_name(source, base, cache=cache)
+    before = tally.documents
+    for part in parts_of(source, base, cache=cache, part_bytes=_PART_BYTES):
+        yield from read_part(part, source, tally=tally)
+    if tally.documents == before:
+        check_found(replace(tally, documents=0), source_name(source, base, cache=cache))
+
+
+def check_found(tally: Tally, name: str) -> None:
+    """Check that a source gave documents; `tally` is that of all its parts together.
+
+    Raises:
+        DataError: It gave none; says what there was instead.
+    """
+    if tally.documents:
+        return
+    if not tally.num_skipped:
         raise DataError(
             f"source {name!r} holds no text: "
             f"{tally.empty_files} empty files, {tally.empty_documents} blank documents, nothing else",
             hint="name files with text in `files:`",
         )
-
-
-def resolve_files(source: "Source", base: Path, *, cache: Path | None = None) -> list[Path]:
-    """The files of a source, in the order they are read; none for a data set by name.
-
-    A relative path is looked for in the current folder, then in `base`. `-` is standard input, kept in the
-    cache; `stdlib:` and `stdlib:docs` are the Python standard library.
-
-    Raises:
-        DataError: A path, glob or folder holds nothing; the message names what is near.
-        RecipeError: The source names neither files nor a data set, or both.
-    """
-    found: dict[Path, None] = {}
-    for pattern in _patterns(source):
-        if pattern == "-":
-            found[files.spool_stdin(cache or default_cache())] = None
-        elif pattern in (python_library.SOURCES, python_library.DOCSTRINGS):
-            found.update(dict.fromkeys(python_library.library_files()))
-        else:
-            found.update(dict.fromkeys(files.resolve([pattern], base)))
-    return list(found)
+    reasons = [f"{count:,} rows: {reason}" for reason, count in tally.skipped_rows.items()]
+    reasons += [f"{count:,} files: {reason}" for reason, count in tally.skipped_files.items()]
+    example = tally.examples[0]
+    what = example.what if example.number is None else f"{example.where}: {example.what}"
+    raise DataError(
+        f"source {name!r} gave no document, for all of it was skipped ({'; '.join(reasons)}); the first: {what}",
+        hint=example.hint,
+    )
 
 
 def fingerprint(source: "Source", base: Path, *, cache: Path | None = None) -> str:
@@ -112,13 +96,13 @@ def fingerprint(source: "Source", base: Path, *, cache: Path | None = None) -> s
 
     Names and dates do not count, so a renamed or touched file stays the same and a changed one does not.
     """
-    docstrings = python_library.DOCSTRINGS in _patterns(source)
+    docstrings = python_library.DOCSTRINGS in patterns(source)
     content: list[object] = [_READER, source.columns.text, source.documents, source.encoding, source.limit]
     if source.dataset is not None:
         content += hub.dataset_fingerprint(source.dataset, source.split, base)
     else:
         for path in resolve_files(source, base, cache=cache):
-            content.append([docstrings, _format_of(path, source), files.ending(path)[1], files.hash_of(path)])
+            content.append([docstrings, format_of(path, source), files.ending(path)[1], files.hash_of(path)])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -129,91 +113,67 @@ def num_bytes(source: "Source", base: Path, *, cache: Path | None = None) -> int
     """
     if source.dataset is not None:
         return source.limit or 0
-    size = sum(path.stat().st_size for path in resolve_files(source, base, cache=cache))
+    size = sum(files.size_of(path) for path in resolve_files(source, base, cache=cache))
     return size if source.limit is None else min(size, source.limit)
 
 
 def source_name(source: "Source", base: Path, *, cache: Path | None = None) -> str:
-    """What reports call the source: its `name`, else made from what it reads."""
+    """What reports call the source: its `name`, else made from what it reads.
+
+    A file gives its name without endings, a folder its own, a glob the name's beginning (`web-*.jsonl`) if
+    that says something, else the folder before it.
+    """
     if source.name is not None:
         return source.name
     if source.dataset is not None:
         return source.dataset
-    first = _patterns(source)[0]
+    first = patterns(source)[0]
     if first == "-":
         return "stdin"
     if first.startswith(python_library.SOURCES):
         return first.strip(":").replace(":", "-")
-    path = resolve_files(source, base, cache=cache)[0]
+    return _name_of(first) or _stem(resolve_files(source, base, cache=cache)[0].stem)
+
+
+def source_names(sources: Sequence["Source"], base: Path, cache: Path | None = None) -> list[str]:
+    """The sources' names, all different: of those that we made, equal ones get `-2`, `-3` and so on.
+
+    Raises:
+        RecipeError: The recipe gives two sources one name.
+    """
+    given = [source.name for source in sources if source.name is not None]
+    twice = next((name for name in given if given.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"two sources are called {twice!r}", hint="give each `name:` once")
+    taken = set(given)
+    names = []
+    for source in sources:
+        name = source_name(source, base, cache=cache)
+        if source.name is None:
+            tries = (f"{name}-{number}" if number > 1 else name for number in count(1))
+            name = next(attempt for attempt in tries if attempt not in taken)
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def _name_of(pattern: str) -> str:
+    """A name for a path, glob or URL; empty if it says nothing (`*.txt`)."""
+    path = urlsplit(pattern).path if is_url(pattern) else pattern
+    folders, last = os.path.split(path.rstrip("/"))
+    magic = _MAGIC.search(last)
+    if magic is None and not glob.has_magic(folders):
+        return _stem(last) if last not in (".", "..") else ""
+    stem = last[: magic.start()].strip("-_. ") if magic else ""
+    if len(stem) > 1 and stem.lower() not in _SAY_NOTHING:
+        return stem
+    plain = [folder for folder in folders.split("/") if folder not in ("", ".", "..", "~")]
+    before = list(takewhile(lambda folder: not glob.has_magic(folder), plain))
+    return before[-1] if before else ""
+
+
+def _stem(name: str) -> str:
+    """A file's name without its ending, and without the one before a compression's: `web.jsonl.gz` is `web`."""
+    path = Path(name)
     stem = Path(path.stem).stem if files.ending(path)[1] else path.stem
-    return stem or path.name
-
-
-def default_cache() -> Path:
-    """The cache folder in the folder of runs."""
-    return Path(os.environ.get("LLMKIT_RUNS") or "runs") / ".cache"
-
-
-def _patterns(source: "Source") -> list[str]:
-    given = [source.files] if isinstance(source.files, str) else list(source.files or [])
-    if bool(given) == (source.dataset is not None):
-        raise RecipeError(
-            "a data source names either `files` or `dataset`" + (", not both" if given else ""),
-            hint="files: data/*.txt",
-        )
-    if python_library.DOCSTRINGS in given and len(given) > 1:
-        raise RecipeError(
-            f"`{python_library.DOCSTRINGS}` stands alone in `files`",
-            hint="make two sources of it, each with a name",
-        )
-    return given
-
-
-def _all_documents(source: "Source", base: Path, cache: Path | None, tally: Tally) -> Iterator[Document]:
-    patterns = _patterns(source)
-    if source.dataset is not None:
-        yield from _of_rows(hub.dataset_texts(source.dataset, source.split, source.columns.text, base))
-        return
-    paths = resolve_files(source, base, cache=cache)
-    if python_library.DOCSTRINGS in patterns:
-        yield from _of_rows(python_library.docstring_documents(paths, tally))
-        return
-    for path in paths:
-        if _size(path) == 0:
-            tally.empty_files += 1
-        else:
-            yield from _of_file(path, source, tally)
-
-
-def _of_file(path: Path, source: "Source", tally: Tally) -> Iterator[Document]:
-    form, column, where = _format_of(path, source), source.columns.text, files.shown(path)
-    if form == "parquet":
-        yield from _of_rows(tables.parquet_texts(path, column, tally))
-        return
-    chunks = text.decode(files.read_chunks(path, tally), source.encoding, where)
-    if form == "jsonl":
-        yield from _of_rows(tables.jsonl_texts(chunks, column, where))
-    elif form in ("csv", "tsv"):
-        yield from _of_rows(tables.csv_texts(chunks, column, where, tabs=form == "tsv"))
-    else:
-        for number, document in text.documents(chunks, source.documents, where):
-            yield Document(document, where if number == 1 else f"{where}:{number}")
-
-
-def _of_rows(rows: Iterable[tuple[str, str]]) -> Iterator[Document]:
-    for place, row in rows:
-        if len(row) <= _LONGEST_ROW:
-            yield Document(row, place)
-        else:
-            yield from (Document(piece, place) for _, piece in text.pieces([row]))
-
-
-def _format_of(path: Path, source: "Source") -> str:
-    return source.format if source.format != "auto" else _FORMATS.get(files.ending(path)[0], "text")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise files.unreadable(path, error) from error
+    return stem or name

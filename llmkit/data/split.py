@@ -14,7 +14,12 @@ _RANGE = 2**64
 
 def document_hash(text: str, purpose: str = "split") -> int:
     """A 64-bit hash of the text, uniform and different for each `purpose`."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=purpose.encode()[:16]).digest()
+    return hash_bytes(text.encode(), purpose)
+
+
+def hash_bytes(data: bytes, purpose: str = "split") -> int:
+    """`document_hash` of a text that is UTF-8 bytes already."""
+    digest = hashlib.blake2b(data, digest_size=8, person=purpose.encode()[:16]).digest()
     return int.from_bytes(digest, "little")
 
 

@@ -4,7 +4,9 @@ import codecs
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from llmkit.errors import DataError, RecipeError
+from llmkit.data.cuts import is_cuttable
+from llmkit.data.places import Fault, Faults, FileFault
+from llmkit.errors import RecipeError
 
 DocumentKind = Literal["auto", "file", "paragraph", "line"]
 
@@ -18,33 +20,81 @@ _SAMPLE_BYTES = 64 * 1024
 _WIDE = ("utf_16", "utf_32")  # encodings in which a byte 0 is nothing special
 
 
-def decode(chunks: Iterable[bytes], encoding: str, where: str) -> Iterator[str]:
+def decode(
+    chunks: Iterable[bytes], encoding: str, where: str, *, start: int = 0, mark: bool = False
+) -> Iterator[str]:
     """Decode a stream; CRLF becomes LF, a byte-order mark at the beginning goes.
+
+    What comes before a fault is given before the error is raised.
 
     Args:
         chunks: The bytes in pieces, cut anywhere.
         encoding: The recipe's `encoding`.
         where: The file, for messages.
+        start: The byte of the file at which the stream begins, for messages.
+        mark: Make bytes that are not text half surrogate pairs (`has_bad_bytes`), and let NUL bytes pass, so
+            that the lines which hold them can be left out. For encodings in which `is_cuttable`.
 
     Raises:
         DataError: The bytes are not text in this encoding; names file and byte, and the encoding that would
         do. RecipeError: There is no such encoding.
     """
-    decoder = _decoder(encoding)
-    wide = codecs.lookup(encoding).name.replace("-", "_").startswith(_WIDE)
-    offset, carried, at_start = 0, "", True
+    decoder = _decoder(encoding, "surrogateescape" if mark else "strict")
+    nul_is_text = mark or codecs.lookup(encoding).name.replace("-", "_").startswith(_WIDE)
+    offset, carried, at_start = start, "", start == 0
     for chunk in _with_last(chunks):
-        text = carried + _decode_chunk(decoder, chunk, offset=offset, encoding=encoding, where=where)
-        if not wide and (zero := chunk.find(0)) >= 0:
-            raise _looks_binary(where, offset + zero)
+        text, fault = _decode_chunk(decoder, chunk, offset=offset, encoding=encoding, where=where)
+        text = carried + text
+        if not nul_is_text and (zero := chunk.find(0)) >= 0 and "\0" in text:
+            text, fault = text[: text.index("\0")], _looks_binary(where, offset + zero)
         offset += len(chunk)
         if at_start and text:
             text, at_start = text.removeprefix("\ufeff"), False
         # A \r at the end may be the first half of a \r\n: wait for the next piece.
-        carried = "\r" if chunk and text.endswith("\r") else ""
+        carried = "\r" if chunk and not fault and text.endswith("\r") else ""
         text = text.removesuffix("\r") if carried else text
         if text:
-            yield text.replace("\r\n", "\n")
+            yield text.replace("\r\n", "\n") if "\r" in text else text
+        if fault:
+            raise fault
+
+
+def has_bad_bytes(text: str) -> bool:
+    """Whether the text holds bytes that `decode` marked as no text."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def check_bytes(line: str) -> None:
+    """Check a line that came from `decode` with `mark`.
+
+    Raises:
+        Fault: It holds bytes that are no text, or a NUL.
+    """
+    if has_bad_bytes(line):
+        reason, what = "not text in this encoding", "bytes that are not text in the source's `encoding`"
+    elif "\0" in line:
+        reason, what = "NUL byte", "a NUL byte (0x00)"
+    else:
+        return
+    raise Fault(reason, f"the line holds {what}", value=line)
+
+
+def line_documents(chunks: Iterable[str], faults: Faults) -> Iterator[tuple[int, str]]:
+    """One document a line, as `documents` with `line` gives them; faulty lines go to `faults`."""
+    for number, line in documents(chunks, "line", faults.place.name):
+        if faults.marked:
+            try:
+                check_bytes(line)
+            except Fault as fault:
+                faults.row(number, fault)
+                continue
+        yield number, line
 
 
 def documents(chunks: Iterable[str], kind: DocumentKind, where: str) -> Iterator[tuple[int, str]]:
@@ -81,20 +131,29 @@ def lines(chunks: Iterable[str], limit: int) -> Iterator[tuple[int, str, bool]]:
     """
     number, held, size = 1, list[str](), 0
     for chunk in chunks:
-        for i, part in enumerate(chunk.split("\n")):
-            if i > 0:  # a line end came before this part
-                yield number, "".join(held), True
-                number, held, size = number + 1, [], 0
-            held.append(part)
-            size += len(part)
-            if size > limit:
-                text = "".join(held)
-                for start in range(0, size - limit, limit):
-                    yield number, text[start : start + limit], False
-                held = [text[(size - 1) // limit * limit :]]
-                size = len(held[0])
+        *whole, rest = chunk.split("\n")
+        for line in whole:
+            if held:
+                line = "".join(held) + line
+                held, size = [], 0
+            if len(line) > limit:
+                *parts, line = _in_parts(line, limit)
+                yield from ((number, part, False) for part in parts)
+            yield number, line, True
+            number += 1
+        if rest:
+            held.append(rest)
+            size += len(rest)
+        if size > limit:
+            *parts, last = _in_parts("".join(held), limit)
+            yield from ((number, part, False) for part in parts)
+            held, size = [last], len(last)
     if size:
         yield number, "".join(held), True
+
+
+def _in_parts(line: str, limit: int) -> list[str]:
+    return [line[start : start + limit] for start in range(0, len(line), limit)]
 
 
 def pieces(chunks: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -129,7 +188,7 @@ def _place_to_cut(text: str, start: int) -> int:
 def _paragraphs(chunks: Iterable[str]) -> Iterator[tuple[int, str]]:
     begin, held, size = 1, list[str](), 0
     for number, text, ends in lines(chunks, LONGEST_WHOLE):
-        blank = ends and not text.strip() and (not held or held[-1].endswith("\n"))
+        blank = ends and (not text or text.isspace()) and (not held or held[-1].endswith("\n"))
         if held and (blank or size + len(text) > LONGEST_WHOLE):
             yield begin, "".join(held).strip("\n")
             held, size = [], 0
@@ -147,9 +206,10 @@ def _whole(chunks: Iterable[str], where: str) -> str:
         held.append(chunk)
         size += len(chunk)
         if size > LONGEST_FILE:
-            raise DataError(
+            raise FileFault(
                 f"{where}: more than {LONGEST_FILE:,} characters are too much for one document",
                 hint="use `documents: auto`, which cuts long files at paragraph ends",
+                reason="too large for one document",
             )
     return "".join(held)
 
@@ -160,11 +220,11 @@ def _with_last(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield b""
 
 
-def _decoder(encoding: str) -> codecs.IncrementalDecoder:
+def _decoder(encoding: str, errors: str = "strict") -> codecs.IncrementalDecoder:
     try:
         info = codecs.lookup(encoding)
         if info._is_text_encoding and info.incrementaldecoder is not None:
-            return info.incrementaldecoder("strict")
+            return info.incrementaldecoder(errors)
     except LookupError:
         pass
     raise RecipeError(
@@ -175,26 +235,30 @@ def _decoder(encoding: str) -> codecs.IncrementalDecoder:
 
 def _decode_chunk(
     decoder: codecs.IncrementalDecoder, chunk: bytes, *, offset: int, encoding: str, where: str
-) -> str:
+) -> tuple[str, FileFault | None]:
+    """The chunk's text, up to a fault if there is one."""
     try:
-        return decoder.decode(chunk, final=not chunk)
+        return decoder.decode(chunk, final=not chunk), None
     except UnicodeDecodeError as error:
         # The decoder puts the bytes it still held before the chunk.
         at = offset + len(chunk) - len(error.object) + error.start
-        raise _not_text(bytes(error.object), error.start, at, encoding, where) from error
+        before = bytes(error.object[: error.start]).decode(encoding) if is_cuttable(encoding) else ""
+        return before, _not_text(bytes(error.object), error.start, at, encoding, where)
     except UnicodeError as error:
-        raise DataError(
-            f"{where}: not {encoding} text ({error})", hint="set the source's `encoding:`"
-        ) from error
+        hint = "set the source's `encoding:`"
+        return "", FileFault(
+            f"{where}: not {encoding} text ({error})", hint=hint, reason=f"not {encoding} text"
+        )
 
 
-def _not_text(data: bytes, start: int, at: int, encoding: str, where: str) -> DataError:
+def _not_text(data: bytes, start: int, at: int, encoding: str, where: str) -> FileFault:
     # From a line's beginning on: there every encoding in question is at a character's beginning.
     begin = data.rfind(b"\n", 0, start) + 1
     sample = data[begin : begin + _SAMPLE_BYTES]
-    return DataError(
+    return FileFault(
         f"{where}: byte {at:,} (0x{data[start]:02x}) is not {encoding} text",
         hint=_advice(sample, at_file_start=at < 4, encoding=encoding),
+        reason=f"not {encoding} text",
     )
 
 
@@ -227,8 +291,9 @@ def _mostly_han(sample: bytes) -> bool:
     return False
 
 
-def _looks_binary(where: str, at: int) -> DataError:
-    return DataError(
+def _looks_binary(where: str, at: int) -> FileFault:
+    return FileFault(
         f"{where}: byte {at:,} is NUL (0x00), so this looks like a binary file, not text",
         hint="leave it out of `files`; if it is UTF-16 text, set `encoding: utf-16-le` on the source",
+        reason="NUL byte",
     )

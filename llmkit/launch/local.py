@@ -158,21 +158,25 @@ def _start(rank: int, command: list[str], shared: Mapping[str, str], logs: Path)
             stdout=output,
             stderr=output,
             process_group=0,
-            preexec_fn=_die_with_parent(),
+            preexec_fn=end_with_parent(),
         )
     return _Worker(rank, process, log, start)
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child does before it becomes the worker: ask Linux to kill it when the parent ends, however."""
+def end_with_parent(parent: int | None = None) -> Callable[[], None] | None:
+    """What a child does before it becomes a worker: ask Linux to kill it when the parent ends, however.
+
+    Args:
+        parent: The parent's process id; by default this process's, for a child that it is about to start.
+    """
     if not sys.platform.startswith("linux"):
         return None
     # Both are looked up here: between fork and exec only system calls are safe.
-    libc, parent = ctypes.CDLL(None), os.getpid()
+    libc, expected = ctypes.CDLL(None), os.getpid() if parent is None else parent
 
     def prepare() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the request took hold
+        if os.getppid() != expected:  # it died before the request took hold
             os._exit(ExitCode.FAILED)
 
     return prepare

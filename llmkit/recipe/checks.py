@@ -13,6 +13,10 @@ from llmkit.recipe.units import listing, parse_whole
 
 BYTES = 256
 BUILT_IN_TOKENS = ("<|endoftext|>", "<|pad|>")
+BERT_LIKE = ("wordpiece", "chars")
+BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BYTES_TWICE = 511
+"""For `wordpiece` and `chars`: each byte at the beginning of a word and within it, but one that never is within."""
 _DATA_KEYS: tuple[Path, ...] = (("tokenize", "data"), ("pretrain", "data"), ("eval", "data"))
 
 
@@ -79,6 +83,18 @@ def _weights_all_or_none(root: Node, meant: tuple[str, ...]) -> Iterator[Problem
                 yield Problem(key_spot(root, source), "this source has no `weight` but others have", hint)
 
 
+def _caps_of_weights(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """How often a source is read at most says nothing where no share of the rows is asked for."""
+    for path in _DATA_KEYS:
+        for source in _sources(root, path):
+            if _plain(root, (*source, "max_epochs")) is None or _plain(root, (*source, "weight")) is not None:
+                continue
+            if not _excused(source, ("weight",), meant):
+                spot = key_spot(root, (*source, "max_epochs"))
+                hint = "give every source a `weight`, or leave `max_epochs` out"
+                yield Problem(spot, "`max_epochs` goes with `weight`", hint)
+
+
 def _distinct_names(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
     for path in _DATA_KEYS:
         seen: set[str] = set()
@@ -116,17 +132,22 @@ def _some_tokenizer(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
 
 
 def _room_for_bytes(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
-    """A byte-level vocabulary holds the 256 bytes and the special tokens at least."""
+    """A vocabulary that can spell any text holds the 256 bytes and the special tokens at least."""
     tokenize = find(root, ("tokenize",))
     node = find(root, ("tokenize", "vocab_size"))
     if tokenize is None or node is None or written(root, "tokenize.tokenizer"):
         return
+    algorithm = _plain(root, ("tokenize", "algorithm")) or "bpe"
+    if _plain(root, ("tokenize", "byte_fallback")) is False and algorithm != "bpe":
+        return
     special = _plain(root, ("tokenize", "special_tokens"))
-    extra = set(special) - set(BUILT_IN_TOKENS) if _is_texts(special) else set()
-    least = BYTES + len(BUILT_IN_TOKENS) + len(extra)
+    alphabet, built_in = (BYTES_TWICE, BERT_TOKENS) if algorithm in BERT_LIKE else (BYTES, BUILT_IN_TOKENS)
+    extra = set(special) - set(built_in) if _is_texts(special) else set()
+    least = alphabet + len(built_in) + len(extra)
     size = parse_whole(node.value)
     if isinstance(size, int) and not isinstance(size, bool) and 2 <= size < least:
-        message = f"`vocab_size`: `{size}` cannot hold the {BYTES} bytes and {least - BYTES} special tokens"
+        bytes_ = f"{BYTES} bytes" if alphabet == BYTES else f"{alphabet} forms of the {BYTES} bytes"
+        message = f"`vocab_size`: `{size}` cannot hold the {bytes_} and {least - alphabet} special tokens"
         yield Problem(node.spot, message, f"at least {least}; common sizes are 8k, 16k, 32k")
 
 
@@ -138,6 +159,7 @@ _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _one_model,
     _source_from_one_place,
     _weights_all_or_none,
+    _caps_of_weights,
     _distinct_names,
     _some_data,
     _some_tokenizer,

@@ -6,8 +6,9 @@ from typing import Any
 
 from llmkit.errors import UsageError
 from llmkit.recipe import fields
+from llmkit.recipe.block import Block
 from llmkit.recipe.emit import to_yaml
-from llmkit.recipe.schema import Block, Recipe
+from llmkit.recipe.schema import Recipe
 from llmkit.recipe.units import Amount
 from llmkit.registry import nearest
 

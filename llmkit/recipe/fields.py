@@ -8,7 +8,8 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from llmkit.recipe.schema import Block, Recipe
+from llmkit.recipe.block import Block
+from llmkit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

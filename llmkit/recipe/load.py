@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmkit.errors import RecipeError
+from llmkit.recipe.block import Block
 from llmkit.recipe.checks import check
 from llmkit.recipe.emit import to_yaml
 from llmkit.recipe.environment import interpolate, is_secret
@@ -18,7 +19,7 @@ from llmkit.recipe.overrides import layer, out_of_reach
 from llmkit.recipe.positions import Keys, Kind, Node, Origin, Spot, Text, find, key_spot, merged, without
 from llmkit.recipe.problems import Problem, as_error
 from llmkit.recipe.reading import UnreadableError, read_yaml
-from llmkit.recipe.schema import Block, Recipe
+from llmkit.recipe.schema import Recipe
 from llmkit.recipe.smoke import smoke_words
 
 

@@ -2,7 +2,8 @@
 
 What JSON Schema cannot say, and only the loader checks:
 
-- `vocab_size` must hold the further `special_tokens` too; that sources have distinct names;
+- `vocab_size` must hold the further `special_tokens` too, and more of them for some algorithms; that sources have
+  distinct names;
 - what a recipe that extends another lacks: the schema cannot see the other, so it asks for less;
 - the value of `${env:NAME}`: any complete expression is accepted where a number or a word belongs, also one
   that quotes keep text;
@@ -14,8 +15,9 @@ import json
 from typing import Any
 
 from llmkit.recipe import fields
+from llmkit.recipe.block import Block
 from llmkit.recipe.checks import BUILT_IN_TOKENS, BYTES
-from llmkit.recipe.schema import Block, Recipe
+from llmkit.recipe.schema import Recipe
 from llmkit.recipe.units import Amount
 
 Json = dict[str, Any]
@@ -157,6 +159,7 @@ def _add_rules(blocks: Json) -> None:
         },
     ]
     blocks["Source"]["oneOf"] = [_given("files"), _given("dataset")]
+    blocks["Source"]["if"], blocks["Source"]["then"] = _given("max_epochs"), _given("weight")
     least = BYTES + len(BUILT_IN_TOKENS)
     small = {"type": "integer", "maximum": least - 1}
     blocks["Tokenize"]["anyOf"] = [_given("tokenizer"), {"properties": {"vocab_size": {"not": small}}}]

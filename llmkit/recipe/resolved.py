@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmkit.recipe.block import Block
 from llmkit.recipe.emit import Expression, to_yaml
 from llmkit.recipe.load import Loaded, leaves
-from llmkit.recipe.schema import Block
 from llmkit.recipe.units import Amount
 
 _HEAD = """\

@@ -7,8 +7,10 @@ Rules that tie several settings together are in `checks.py`, and in `published.p
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from llmkit.recipe.block import Block, Files, as_list
+from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.units import (
     Amount,
     Batch,
@@ -29,11 +31,6 @@ Preset = Literal["gpt-tiny", "gpt-mini", "gpt-small", "gpt-base", "gpt-medium", 
 DEFAULT_PRESET: Final[Preset] = "gpt-mini"
 
 
-def _as_list(value: object) -> object:
-    """One source or file may stand without the brackets of a list."""
-    return [value] if isinstance(value, str | dict | BaseModel) else value
-
-
 def _version(value: object) -> object:
     """Say that another version needs another llmkit, rather than that 2 is not 1."""
     if value == 1 and not isinstance(value, bool):
@@ -47,19 +44,6 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-class Block(BaseModel):
-    """A group of settings: frozen, strictly typed, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-
 class Columns(Block):
     """Which column of a table-like source holds what."""
 
@@ -67,23 +51,20 @@ class Columns(Block):
     """The column (or JSON key, dots for nested ones: `meta.body`) that holds the text."""
 
 
-Files = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
-
-
 class Source(Block):
     """Where text comes from: files (globs, folders, `-` for stdin) or a data set by name."""
 
     name: str | None = None
-    """What reports call this source; by default made from the first file's name."""
+    """What reports call this source; by default the name of its file or folder."""
     files: Files | None = None
-    """Paths, globs (`data/**/*.jsonl.zst`) or folders, from the current folder or else the recipe's; `-` reads
-    stdin, `stdlib:` is the Python standard library's own sources. txt, md, py, jsonl, csv, tsv, parquet, each
-    also .gz or .zst."""
+    """Paths, globs (`data/**/*.jsonl.zst`), folders or URLs (`s3://bucket/*.parquet`), from the current folder or
+    else the recipe's; `-` reads stdin, `stdlib:` is the Python standard library's own sources. txt, md, py, jsonl,
+    csv, tsv, parquet, warc, each also .gz or .zst."""
     dataset: str | None = None
     """A data set on the Hub or in a folder, read with `datasets`: `owner/name` or `owner/name:config`."""
     split: str = "train"
     """Which split of `dataset` to read."""
-    format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "warc"] = "auto"
     """The form of the files; `auto` goes by the name's ending."""
     columns: Columns = Columns()
     """Which column holds the text, for formats that have columns."""
@@ -94,18 +75,36 @@ class Source(Block):
     """The encoding of text files, such as `utf-8` or `gb18030`."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """This source's share of the training rows, relative to the other weights; by default its size."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """With `weight`: read this source at most so many times over; what it then lacks goes to the others."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do with a row that is no text or a file that cannot be read: `stop` names it and ends, `skip` counts
+    it, keeps an example and goes on."""
     limit: Size | None = None
     """Read at most so much text of this source, whole documents in their order; by default all of it."""
 
 
-Sources = Annotated[list[Source], BeforeValidator(_as_list, json_schema_input_type=Source | list[Source])]
+Sources = Annotated[list[Source], BeforeValidator(as_list, json_schema_input_type=Source | list[Source])]
+
+
+class TextForm(Block):
+    """What a tokenizer does to text before it looks for its pieces; anything but the defaults loses something."""
+
+    unicode: Literal["keep", "nfc", "nfkc"] = "keep"
+    """Unicode form: `nfc` joins letters and accents, `nfkc` also makes full-width forms and ligatures plain."""
+    lowercase: bool = False
+    """Make capitals small."""
+    strip_accents: bool = False
+    """Take accents away."""
 
 
 class Tokenize(Block):
     """Make a tokenizer from text (or take an existing one) and turn the text into token shards."""
 
-    algorithm: Literal["bpe"] = "bpe"
-    """How the vocabulary is learnt: `bpe` is byte-level byte-pair encoding, which can spell any text."""
+    algorithm: Literal["bpe", "wordpiece", "unigram", "chars", "words"] = "bpe"
+    """How the vocabulary is learnt: `bpe` (byte-level pair encoding), `wordpiece` (BERT's), `unigram`
+    (SentencePiece's), `chars` (one token a Han character, pieces for the rest), `words` (whole words, Chinese ones
+    as a dictionary cuts them). Each can spell any text."""
     vocab_size: Several = 16_000
     """Entries of the vocabulary, special tokens included."""
     tokenizer: str | None = None
@@ -113,9 +112,17 @@ class Tokenize(Block):
     sample: Size = 100_000_000
     """How much text the tokenizer learns from: a deterministic sample of the training documents."""
     special_tokens: list[str] = []
-    """Further special tokens, after `<|endoftext|>` and `<|pad|>`."""
+    """Further special tokens, after the algorithm's own."""
+    normalise: TextForm = TextForm()
+    """What the tokenizer does to text before it looks for its pieces; by default nothing, so decoding is exact."""
+    byte_fallback: bool = True
+    """Spell what the vocabulary lacks by its bytes; `false` makes it `[UNK]`. `bpe` always spells by bytes."""
+    chat_template: str | None = None
+    """How a conversation becomes text: `chatml`, or a file with a Jinja template; kept with the tokenizer."""
     data: Sources | None = None
     """The text; by default what `pretrain.data` names."""
+    prepare: Prepare = Prepare()
+    """What is done to the text before it is learnt from, by tokenizer and model; by default nothing."""
     held_out: Part | None = None
     """The share of documents kept out of training, by document hash; by default `pretrain.held_out`."""
 
@@ -260,6 +267,25 @@ class Eval(Block):
     """At most so many rows; `null` takes all."""
 
 
+class Slurm(Block):
+    """What Slurm has to know about the jobs of `machine.engine: slurm`."""
+
+    partition: str = ""
+    """The partition; needed."""
+    time: Annotated[str, Field(pattern=r"^[0-9]+([:-][0-9:]+)?$")] = "24:00:00"
+    """The limit of a job, as sbatch takes it."""
+    cpus: Count = 1
+    """Processor cores of a job."""
+    memory: Size = 4_000_000_000
+    """Memory of a core."""
+    arguments: dict[str, str] = {}
+    """Further settings of sbatch by their long names: `{account: nlp}`."""
+    setup: str = ""
+    """Shell commands that a job runs first, such as `module load python`."""
+    max_array: Several = 1000
+    """The largest job array that this Slurm takes (its MaxArraySize)."""
+
+
 class Machine(Block):
     """How the work is done here. No shipped recipe needs it: `auto` is chosen for the machine at hand."""
 
@@ -275,6 +301,13 @@ class Machine(Block):
     """The attention kernel; `auto` probes which is fastest here for the run's shapes."""
     micro_batch: Count | Literal["auto"] = "auto"
     """Rows a device holds at once; the rest of the batch is accumulated."""
+    workers: Annotated[Whole, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes that prepare and tokenize text; `auto`: one a core. The result is the same with any number."""
+    engine: Literal["here", "local", "slurm"] = "here"
+    """Who prepares and tokenizes text: `here`, this command's own processes; `slurm`, a job array on a cluster
+    that shares this folder, by datatrove; `local`, the same on this machine, to try it. The result is the same."""
+    slurm: Slurm = Slurm()
+    """What Slurm has to know."""
 
 
 class Recipe(Block):

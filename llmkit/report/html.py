@@ -1,9 +1,9 @@
 """`report.html`: one page without network, scripts or fonts of its own; every text in it is escaped."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from llmkit.report import html_text, html_tokenizer
 from llmkit.report.formatting import (
     format_bytes,
     format_count,
@@ -13,9 +13,9 @@ from llmkit.report.formatting import (
     format_rate,
     format_value,
 )
+from llmkit.report.page import Card, Facts, details, objects, pairs, records, section, table, words
 from llmkit.report.svg import Kind, Reference, Series, chart, escape, smooth, stacked_bar
 
-Facts = Mapping[str, Any]
 _STYLE = Path(__file__).with_name("report.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -26,11 +26,14 @@ def render(report: Facts) -> str:
     parts = (
         _header(report),
         _headline(report),
+        html_text.preparation(report),
+        html_text.dropped(report.get("dropped_examples")),
+        html_text.skipped(report),
         _learning(report),
         _samples(report["samples"]),
         _speed(report),
         _data(report["data"]),
-        _tokenizer(report),
+        html_tokenizer.tokenizer(report),
         _plan(report["plan"]),
         _recipe(report["recipe"]),
         _environment(report["environment"]),
@@ -44,51 +47,6 @@ def render(report: Facts) -> str:
         f"<title>{escape(title)}</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head>"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
-
-
-def _section(title: str, *parts: str, lead: str = "") -> str:
-    body = "".join(parts)
-    if not body:
-        return ""
-    words = f'<p class="lead">{escape(lead)}</p>' if lead else ""
-    return f"<section><h2>{escape(title)}</h2>{words}{body}</section>"
-
-
-def _details(summary: str, body: str, *, opened: bool = False) -> str:
-    return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>{body}</details>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[int] = ()) -> str:
-    """A table of texts; the columns in `numeric` are set to the right. Empty when there are no rows."""
-    marks = [' class="n"' if i in numeric else "" for i in range(len(head))]
-    body = "".join(
-        "<tr>" + "".join(f"<td{m}>{escape(c)}</td>" for m, c in zip(marks, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    cells = "".join(f"<th{m}>{escape(h)}</th>" for m, h in zip(marks, head, strict=True))
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-        if body
-        else ""
-    )
-
-
-def _pairs(facts: Facts) -> str:
-    """Names and values as a definition list; values that are empty or nested are left out."""
-    rows = "".join(
-        f"<div><dt>{escape(_words(key))}</dt><dd>{escape(format_value(key, value))}</dd></div>"
-        for key, value in facts.items()
-        if value not in (None, "") and not isinstance(value, list | dict)
-    )
-    return f'<dl class="pairs">{rows}</dl>' if rows else ""
-
-
-def _words(key: str) -> str:
-    """A field's name as words: `num_documents` -> `documents`, `peak_memory_bytes` -> `peak memory`."""
-    name = key.rsplit("/", 1)[-1].removeprefix("num_")
-    for ending in ("_bytes", "_s", "_seconds"):
-        name = name.removesuffix(ending)
-    return name.replace("_", " ")
 
 
 # --- the top of the page
@@ -114,37 +72,33 @@ def _sentence(report: Facts) -> str:
     learnt = top.get("num_tokens")
     where = plan.get("device_name") or environment.get("device_name") or environment.get("processor")
     if size and learnt:
-        words = f"A model of {format_count(size)} parameters learned from {format_count(learnt)} tokens"
+        said = f"A model of {format_count(size)} parameters learned from {format_count(learnt)} tokens"
     elif top.get("data_documents"):
-        words = f"{top['data_documents']:,} documents"
-        words += f", {format_bytes(top['data_bytes'])} of text" if top.get("data_bytes") else ""
+        said = f"{top['data_documents']:,} documents"
+        said += f", {format_bytes(top['data_bytes'])} of text" if top.get("data_bytes") else ""
+        said += f", became {format_count(top['data_tokens'])} tokens" if top.get("data_tokens") else ""
     else:
         return f"On {where}." if where else ""
     took = f" in {format_duration(top['seconds'])}" if top.get("seconds") else ""
-    return words + took + (f" on {where}." if where else ".")
+    return said + took + (f" on {where}." if where else ".")
 
 
 def _headline(report: Facts) -> str:
     top = report["headline"]
     first, planned = top.get("eval_loss_first"), (report["plan"].get("memory") or {}).get("total")
-    cards: list[tuple[str, str, Callable[[float], str], str]] = [
+    cards: list[Card] = [
         ("eval_loss", "held-out loss", format_number,
          f"nats a token, at first {format_number(first)}" if first else "nats a token"),
         ("perplexity", "perplexity", format_number, "like a pick among so many"),
         ("bits_per_byte", "bits per byte", format_number, "8 would be no compression"),
         ("num_tokens", "tokens seen", format_count, f"{top.get('num_steps', 0):,} steps"),
+        *(html_text.cards(report) if "num_tokens" not in top else ()),
         ("seconds", "time", format_duration, "of training" if "num_steps" in top else ""),
         ("tokens_per_s", "speed", format_rate, "median after the start"),
         ("mfu", "of peak arithmetic", format_percent, "model FLOPs utilisation"),
         ("peak_memory_bytes", "peak memory", format_bytes,
          f"planned {format_bytes(planned)}" if planned else ""),
     ]  # fmt: skip
-    if "num_tokens" not in top:
-        cards += [
-            ("data_tokens", "tokens", format_count, "in the shards"),
-            ("data_documents", "documents", format_count, ""),
-            ("bytes_per_token", "bytes per token", format_number, "of text"),
-        ]
     shown = "".join(
         f'<div class="card"><p class="what">{escape(name)}</p><p class="value">{escape(form(top[key]))}</p>'
         f'<p class="why">{escape(why)}</p></div>'
@@ -182,8 +136,8 @@ def _learning(report: Facts) -> str:
         for r in metrics
         if "eval/loss" in r
     ]
-    table = _table(["step", *(_words(k) for k in _EVAL)], rows, numeric=range(len(_EVAL) + 1))
-    return _section("How it learned", loss, _details(f"All {len(rows)} evaluations", table) if rows else "")
+    every = table(["step", *(words(k) for k in _EVAL)], rows, numeric=range(len(_EVAL) + 1))
+    return section("How it learned", loss, details(f"All {len(rows)} evaluations", every))
 
 
 _EVAL = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
@@ -199,11 +153,11 @@ def _samples(samples: Sequence[Facts]) -> str:
         columns = "".join(_sample(own[i], prompt) for i in chosen)
         rest = "".join(_sample(s, prompt) for s in own)
         more = (
-            _details(f"All {len(own)} samples", f'<div class="samples">{rest}</div>') if len(own) > 3 else ""
+            details(f"All {len(own)} samples", f'<div class="samples">{rest}</div>') if len(own) > 3 else ""
         )
         blocks.append(f'<div class="samples">{columns}</div>{more}')
     lead = "The same prompts, early, halfway and at the end." if len(samples) > len(prompts) else ""
-    return _section("What it wrote", *blocks, lead=lead)
+    return section("What it wrote", *blocks, lead=lead)
 
 
 def _sample(sample: Facts, prompt: str) -> str:
@@ -231,41 +185,28 @@ def _speed(report: Facts) -> str:
     ]
     parts = [(name, value) for name, value in timings if name != "total"]
     bar = f"<h3>Where the time went</h3>{stacked_bar(parts, format_duration)}" if len(parts) > 1 else ""
-    return _section("The machine at work", f'<div class="grid">{drawn}</div>' if drawn else "", bar)
+    return section("The machine at work", f'<div class="grid">{drawn}</div>' if drawn else "", bar)
 
 
 # --- what went in
 
 
 def _data(data: Facts) -> str:
-    sources = [s for s in data.get("sources") or data.get("per_source") or [] if isinstance(s, dict)]
+    sources = objects(data.get("sources") or data.get("per_source"))
     total = {k: v for k, v in data.items() if k not in ("unigram_entropy", "exact", "tokenizer")}
     tokens = [(str(s.get("name", "")), float(s.get("num_tokens") or 0)) for s in sources]
     bar = stacked_bar(tokens, lambda v: f"{format_count(v)} tokens") if len(tokens) > 1 else ""
-    return _section("The data", _pairs(total), bar, _records(sources))
-
-
-def _records(records: Sequence[Facts]) -> str:
-    """A table of like records: a column for every plain field that any of them has."""
-    keys = dict.fromkeys(
-        k for r in records for k, v in r.items() if not isinstance(v, list | dict) and v is not None
+    shown = [{k: v for k, v in source.items() if k != "address"} for source in sources]
+    addresses = [[str(s.get("name", "")), str(s["address"])] for s in sources if s.get("address")]
+    return section(
+        "The data",
+        pairs(total),
+        bar,
+        records(shown),
+        html_text.lengths(data.get("lengths")),
+        html_text.encoders(sources),
+        details("Addresses in the cache", table(["source", "address"], addresses)),
     )
-    numeric = [
-        i for i, k in enumerate(keys) if all(isinstance(r.get(k), int | float | None) for r in records)
-    ]
-    rows = [[format_value(k, r[k]) if r.get(k) is not None else "–" for k in keys] for r in records]
-    return _table([_words(k) for k in keys], rows, numeric=numeric)
-
-
-def _tokenizer(report: Facts) -> str:
-    facts = report.get("tokenizer") or report["data"].get("tokenizer") or {}
-    facts = facts if isinstance(facts, dict) else {"name": facts}
-    per_token = report["headline"].get("bytes_per_token")
-    shown = {**facts, **({"bytes_per_token": per_token} if facts and per_token else {})}
-    pieces = facts.get("example")
-    tokens = [str(p) for p in pieces] if isinstance(pieces, list) else []
-    row = "".join(f"<span>{escape(token)}</span>" for token in tokens)
-    return _section("The tokenizer", _pairs(shown), f'<p class="tokens">{row}</p>' if row else "")
 
 
 def _plan(plan: Facts) -> str:
@@ -278,13 +219,13 @@ def _plan(plan: Facts) -> str:
     low, high = plan.get("seconds_low"), plan.get("seconds_high")
     if low and high:
         facts["expected time"] = f"{format_duration(low)} to {format_duration(high)}"
-    chosen = _table(["setting", "chosen", "because"], rows)
-    return _section(
+    chosen = table(["setting", "chosen", "because"], rows)
+    return section(
         "The plan",
         f"<h3>What was chosen for this machine, and why</h3>{chosen}" if chosen else "",
         f'<ul class="notes">{notes}</ul>' if notes else "",
         bar,
-        _details("Every number of the plan", _pairs(facts)) if facts else "",
+        details("Every number of the plan", pairs(facts)) if facts else "",
     )
 
 
@@ -297,8 +238,8 @@ def _plain(value: object) -> str:
 def _recipe(text: str) -> str:
     if not text:
         return ""
-    return _section(
-        "The recipe", _details("As it ran, nothing left to choose", f"<pre><code>{escape(text)}</code></pre>")
+    return section(
+        "The recipe", details("As it ran, nothing left to choose", f"<pre><code>{escape(text)}</code></pre>")
     )
 
 
@@ -306,8 +247,8 @@ def _environment(environment: Facts) -> str:
     packages = environment.get("packages") or {}
     rows = [[str(name), str(version)] for name, version in packages.items()]
     facts = {k: v for k, v in environment.items() if k != "command"}
-    inner = _pairs(facts) + _table(["package", "version"], rows)
-    return _section("The environment", _details("Machine and versions", inner)) if inner else ""
+    inner = pairs(facts) + table(["package", "version"], rows)
+    return section("The environment", details("Machine and versions", inner)) if inner else ""
 
 
 def _command(report: Facts) -> str:
@@ -316,4 +257,4 @@ def _command(report: Facts) -> str:
     then = str(report.get("next_command") or "")
     again = f"<h3>This run</h3><pre><code>{escape(text)}</code></pre>" if text else ""
     following = f'<h3>Next</h3><pre class="next"><code>{escape(then)}</code></pre>' if then else ""
-    return _section("The command", again, following)
+    return section("The command", again, following)

@@ -30,7 +30,8 @@ def write_report(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
             `status` (`done`, `interrupted`, `failed`); `error`; `command` (text or words; secrets masked);
             `next_command`; `tokenizer` (facts to show, `example` a list of pieces); `final` (metric name to
             value, such as `eval/loss`); `timings` (part of the work to seconds); `references` (label to nats:
-            lines in the loss chart). Others are kept in report.json.
+            lines in the loss chart); `preparation` and `dropped_examples` (as `llmkit tokenize` leaves them: what
+            each step did to the text, and some of what it took out). Others are kept in report.json.
 
     Returns:
         What report.json holds.
@@ -57,7 +58,10 @@ def collect(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "name": facts.get("name") or folder.absolute().parent.name,
         "kind": facts.get("kind") or folder.absolute().name,
         "status": facts.get("status") or "unknown",
-        "headline": headline(metrics, final, data, facts.get("timings") or {}),
+        "headline": {
+            **headline(metrics, final, data, facts.get("timings") or {}),
+            **text_headline(facts),
+        },
         **_rest(facts),
         "references": {**default_references(plan, data), **(facts.get("references") or {})},
         "plan": plan,
@@ -98,6 +102,20 @@ def headline(
     return {key: value for key, value in found.items() if value is not None}
 
 
+def text_headline(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a tokenizer its vocabulary, of preparation the share of documents that it kept; what is known."""
+    tokenizer, preparation = (
+        value if isinstance(value, Mapping) else {}
+        for value in (facts.get("tokenizer"), facts.get("preparation"))
+    )
+    read, kept = ((preparation.get(key) or {}).get("documents") for key in ("read", "kept"))
+    found = {
+        "vocab_size": tokenizer.get("vocab_size"),
+        "kept_ratio": kept / read if read and isinstance(kept, int) else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def default_references(plan: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, float]:
     """Losses to compare with, in nats: guessing among the whole vocabulary, or by each token's frequency."""
     lines: dict[str, float] = {}
@@ -120,6 +138,10 @@ def _rest(facts: Mapping[str, Any]) -> dict[str, Any]:
         rest["command"] = shlex.join(mask_command([str(word) for word in command]))
     if isinstance(rest.get("error"), str):
         rest["error"] = mask_text(rest["error"])
+    if rest.get("dropped_examples"):
+        rest["dropped_examples"] = [
+            {**one, "text": mask_text(str(one.get("text", "")))} for one in rest["dropped_examples"]
+        ]
     return rest
 
 

@@ -173,6 +173,25 @@ def stacked_bar(parts: Sequence[tuple[str, float]], format_value: Callable[[floa
     return f'<div class="stack">{cells}</div><ul class="key">{keys}</ul>'
 
 
+def bar(shares: Sequence[tuple[str, float]]) -> str:
+    """One horizontal bar for a row of a table that holds the numbers as text; screen readers pass over it.
+
+    Args:
+        shares: Stretches from the left, each a style of the page (`f1`, `lost`) and its share of the whole
+            width, 0..1; what goes beyond the whole is cut off.
+    """
+    left, drawn = 0.0, []
+    for style, share in shares:
+        width = min(max(share, 0.0), 1.0 - left) if math.isfinite(share) else 0.0
+        if width > 0:
+            drawn.append(
+                f'<rect class="{style}" x="{left * _SIZE:.1f}" y="0" width="{width * _SIZE:.1f}" height="10"/>'
+            )
+        left += width
+    frame = 'class="bar" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-hidden="true"'
+    return f"<svg {frame}>{''.join(drawn)}</svg>"
+
+
 def _frame(series: Sequence[Series], references: Sequence[Reference], *, from_zero: bool) -> _Frame:
     xs = [x for s in series for x, _ in s.finite()]
     ys = [y for s in series for _, y in s.finite()] + [r.value for r in references]

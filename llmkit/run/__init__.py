@@ -12,7 +12,7 @@ from llmkit.run.folders import Options, Result, find_model
 from llmkit.run.generate import generate
 from llmkit.run.planning import outline, plan
 from llmkit.run.pretrain import pretrain
-from llmkit.run.tokenize import tokenize
+from llmkit.run.tokenize import tokenize, tokenizer_of
 
 __all__ = [
     "Options",
@@ -25,6 +25,7 @@ __all__ = [
     "pretrain",
     "run_all",
     "tokenize",
+    "tokenizer_of",
 ]
 
 

@@ -11,6 +11,7 @@ from llmkit.durable import write_json
 from llmkit.errors import MissingError, UsageError
 from llmkit.hardware import detect_hardware
 from llmkit.recipe import Loaded, load_recipe
+from llmkit.recipe.preparation import Prepare
 from llmkit.report.console import Reporter
 from llmkit.report.formatting import format_number
 from llmkit.report.report import write_report
@@ -125,15 +126,22 @@ def _trained_by(model: Path) -> Loaded | None:
 
 def _text(model: Path, loaded: Loaded | None, options: Options, reporter: Reporter) -> _Text:
     """The recipe's own `eval.data`, all of it; else what the model's run held out."""
-    from llmkit.data.prepare import Corpus
+    from llmkit.data.corpus import Corpus, engine_of
     from llmkit.data.shards import TokenShards
     from llmkit.data.tokenizers import load_tokenizer
 
     section = loaded.recipe.eval if loaded else None
     if loaded is not None and section is not None and section.data is not None:
-        sources = section.data if isinstance(section.data, list) else [section.data]
-        text = Corpus(sources, held_out=0.0, base=base_of(loaded), cache=options.runs / CACHE)
-        return _Text(text.shards(load_tokenizer(str(model)), reporter), held_out=False)
+        text = Corpus(
+            section.data,
+            Prepare(),
+            held_out=0.0,
+            base=base_of(loaded),
+            cache=options.runs / CACHE,
+            engine=engine_of(loaded.recipe.machine),
+            reporter=reporter,
+        )
+        return _Text(text.shards(load_tokenizer(str(model))), held_out=False)
     card = model.parent / "data.json"
     if not card.is_file():
         raise UsageError(f"{model}: nothing was held out for it", hint="give text: --data FILES")

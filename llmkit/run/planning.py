@@ -9,10 +9,11 @@ from llmkit.hardware import Hardware, detect_hardware
 from llmkit.launch.world import World
 from llmkit.plan import DataFacts, ModelShape, Plan, make_plan, shape_of_config, shape_of_preset
 from llmkit.recipe import Loaded
+from llmkit.recipe.block import Block
 from llmkit.recipe.schema import Model
 from llmkit.report.formatting import format_bytes, format_count, format_percent
 from llmkit.run.folders import Options
-from llmkit.run.tokenize import corpus
+from llmkit.run.tokenize import corpora
 
 _BYTES_PER_TOKEN = 4.0
 _BYTES_PER_TOKEN_HAN = 3.4
@@ -37,18 +38,34 @@ def outline(loaded: Loaded, options: Options) -> list[tuple[str, str, str]]:
         UsageError: The recipe names no text.
         DataError: A file it names is not there.
     """
-    text = corpus(loaded, options)
+    text, _ = corpora(loaded, options)
     facts = estimated_facts(loaded, options)
     spec = loaded.recipe.tokenize
     rows = [("text", name, f"{format_bytes(size)} on disk") for name, size in text.sizes()]
     rows.append(("text", "held out", format_percent(text.held_out)))
     rows.append(("text", "tokens", f"about {format_count(facts.num_tokens)}, guessed from the size"))
+    for name, block in spec.prepare if spec is not None else ():
+        if block is not None:
+            rows.append(("prepare", name, _settings_of(block)))
     if spec is not None and spec.tokenizer is not None:
         rows.append(("tokenizer", "taken from", spec.tokenizer))
     elif spec is not None:
         rows.append(("tokenizer", "learnt by", f"{spec.algorithm}, {spec.vocab_size:,} entries"))
         rows.append(("tokenizer", "from at most", format_bytes(spec.sample)))
     return rows
+
+
+def _settings_of(block: Block) -> str:
+    """A preparation step's settings that say something: `fix, unicode nfc`."""
+    words = []
+    for name, value in block:
+        if isinstance(value, Block):
+            words.append(f"{name} ({_settings_of(value)})")
+        elif value is True:
+            words.append(name)
+        elif value not in (None, False, []):
+            words.append(f"{name} {' '.join(value) if isinstance(value, list) else value}")
+    return ", ".join(words)
 
 
 def plan_run(
@@ -88,7 +105,7 @@ def model_shape(spec: Model, vocab_size: int) -> ModelShape:
 
 def estimated_facts(loaded: Loaded, options: Options) -> DataFacts:
     """Tokens and documents guessed from file sizes."""
-    text = corpus(loaded, options)
+    text, _ = corpora(loaded, options)
     num_bytes = text.expected_bytes()
     han = loaded.recipe.language[:2] in ("zh", "ja", "ko")
     tokens = int(num_bytes / (_BYTES_PER_TOKEN_HAN if han else _BYTES_PER_TOKEN))

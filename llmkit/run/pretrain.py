@@ -18,6 +18,7 @@ from llmkit.errors import (
     ExitCode,
     InterruptedRunError,
     LlmkitError,
+    RecipeError,
     RunError,
     UsageError,
 )
@@ -31,9 +32,10 @@ from llmkit.report.report import write_report
 from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
 from llmkit.run.planning import plan as plan_ahead
 from llmkit.run.planning import plan_run
-from llmkit.run.tokenize import corpus, find_tokenizer
+from llmkit.run.tokenize import corpora, find_tokenizer
 
 if TYPE_CHECKING:
+    from llmkit.data.corpus import Corpus
     from llmkit.data.shards import TokenShards
     from llmkit.train.job import Job
 
@@ -91,16 +93,18 @@ def _prepare(
     from llmkit.data.tokenizers import fingerprint, load_tokenizer
     from llmkit.train.job import Job
 
-    name, figures = find_tokenizer(loaded, options, reporter)
+    # Starting training over does not mean reading the text again.
+    text, text_for_tokenizer = corpora(loaded, replace(options, fresh=False), reporter)
+    name, figures = find_tokenizer(loaded, text_for_tokenizer, reporter)
     tokenizer = load_tokenizer(name)
-    text = corpus(loaded, options)
-    shards = text.shards(tokenizer, reporter)
+    shards = text.shards(tokenizer)
     hardware = detect_hardware(loaded.recipe.machine)
     facts = data_facts(shards)
     plan = plan_run(loaded, options, hardware, facts, vocab_size=len(tokenizer), world=world)
     plan = _as_begun(plan, folder, loaded)
     if world is not None:
         check_world(world, plan.world_size)
+    weights = _weights(text, shards, plan)
     job = Job(
         recipe=loaded.recipe.model_dump(mode="json"),
         plan=plan.to_dict(),
@@ -108,12 +112,33 @@ def _prepare(
         tokenizer=name,
         tokenizer_figures=figures,
         shards=[str(shard.folder) for shard in shards],
-        weights=text.weights,
-        identity=_identity(loaded, plan, fingerprint(tokenizer), shards, text.weights),
+        weights=weights,
+        identity=_identity(loaded, plan, fingerprint(tokenizer), shards, weights),
         command=options.command,
         face={"json": options.json, "quiet": options.quiet},
     )
     return job, shards
+
+
+def _weights(text: "Corpus", shards: "Sequence[TokenShards]", plan: Plan) -> list[float] | None:
+    """The sources' weights, lowered where a source would be read more than `max_epochs` times over.
+
+    Raises:
+        RecipeError: The sources have too little text for that, or the run's length cannot be counted.
+    """
+    from llmkit.data.order import capped_weights
+    from llmkit.data.rows import Rows
+
+    caps = [source.max_epochs for source in text.sources]
+    if text.weights is None or not any(caps):
+        return text.weights
+    if plan.num_steps is None:
+        raise RecipeError(
+            "`max_epochs` needs a run whose rows can be counted beforehand",
+            hint="give `train.length` in tokens, steps or epochs",
+        )
+    sizes = Rows([shard.split("train") for shard in shards], plan.context).sizes
+    return capped_weights(sizes, text.weights, caps, plan.num_steps * plan.rows_per_step)
 
 
 def _leave_plan(

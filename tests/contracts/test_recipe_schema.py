@@ -94,7 +94,7 @@ MUTATIONS: list[tuple[str, Any, bool]] = [
     ("tokenize.held_out", "2%", True),
     ("tokenize.held_out", 0.5, True),
     ("tokenize.held_out", "100%", False),
-    ("tokenize.algorithm", "unigram", False),
+    ("tokenize.algorithm", "trigram", False),
     ("tokenize.special_tokens", ["a"], True),
     ("tokenize.special_tokens", "a", False),
     ("tokenize.special_tokens", [1], False),

@@ -3,8 +3,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmkit.data.order import Permutation, RowOrder, common_weights, slots_per_block
+from llmkit.data.order import Permutation, RowOrder, capped_weights, common_weights, slots_per_block
 from llmkit.errors import DataError, RecipeError
 
 
@@ -121,3 +123,49 @@ def test_weights_for_all_or_for_none():
     assert common_weights([0.5, 2]) == [0.5, 2]
     with pytest.raises(RecipeError, match="1 of 2 sources"):
         common_weights([0.5, None])
+
+
+def test_a_capped_source_gives_its_surplus_to_the_others_by_their_weights():
+    assert capped_weights([100, 100], [1, 1], [None, None], 10_000) == [0.5, 0.5]
+    # 100 rows twice over are 200 of 1,000; the other two share the remaining 800 as 3 to 1.
+    assert capped_weights([100, 900, 900], [4, 3, 1], [2, None, None], 1000) == pytest.approx([0.2, 0.6, 0.2])
+    # The surplus of the first brings the second to its cap as well.
+    assert capped_weights([100, 100, 900], [5, 4, 1], [2, 5, None], 1000) == pytest.approx([0.2, 0.5, 0.3])
+    # A cap that is not reached changes nothing.
+    assert capped_weights([100, 900], [1, 9], [4, 4], 1000) == pytest.approx([0.1, 0.9])
+    assert capped_weights([10, 20], [1, 1], [1, 1], 30) == pytest.approx([1 / 3, 2 / 3])
+    assert capped_weights([10, 20], [1, 3], [0.5, None], 100) == pytest.approx([0.05, 0.95])
+
+
+def test_caps_that_leave_too_few_rows():
+    with pytest.raises(
+        RecipeError, match="the sources have 250 rows to read, and the run takes 1,000"
+    ) as caught:
+        capped_weights([100, 50], [1, 1], [1.5, 2], 1000)
+    assert "shorten the run to 250 rows, raise `max_epochs` by 4 times" in caught.value.hint
+    with pytest.raises(DataError, match="no rows"):
+        capped_weights([100, 0], [1, 1], [None, None], 10)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 10**9), st.floats(1e-3, 1e3), st.none() | st.floats(0.1, 50)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(1, 10**10),
+)
+def test_caps_hold_and_the_rest_keep_their_proportions(sources, num_rows):
+    sizes, weights, caps = (list(column) for column in zip(*sources, strict=True))
+    most = [float("inf") if cap is None else cap * size for cap, size in zip(caps, sizes, strict=True)]
+    if sum(most) < num_rows:
+        return
+    shares = capped_weights(sizes, weights, caps, num_rows)
+    assert sum(shares) == pytest.approx(1)
+    assert all(share * num_rows <= limit * (1 + 1e-6) for share, limit in zip(shares, most, strict=True))
+    free = [i for i in range(len(sizes)) if shares[i] * num_rows < most[i] * (1 - 1e-6)]
+    ratios = [shares[i] / weights[i] for i in free]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios) if ratios else [])
+    # A capped source never gets more for its weight than those that are not.
+    assert all(shares[i] / weights[i] <= ratios[0] * (1 + 1e-6) for i in range(len(sizes)) if ratios)

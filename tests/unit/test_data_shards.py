@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizing import train_bpe
 
+from llmkit.data.corpus import Corpus
+from llmkit.data.pipeline import Engine
 from llmkit.data.rows import Rows
-from llmkit.data.shards import SPLITS, TokenShards, build_shards, held_out_threshold
+from llmkit.data.shards import SPLITS, TokenShards, build_shards
 from llmkit.data.split import document_hash, is_held_out
-from llmkit.data.tokenizers import load_tokenizer, train_bpe
+from llmkit.data.tokenizers import load_tokenizer
 from llmkit.errors import CorruptError, DataError
+from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.schema import Source
 
 LINES = [f"line {i}: the cat sat on mat {i * i}, 从前有 {i} 座山 <|endoftext|> 😀" for i in range(400)]
@@ -33,9 +37,22 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def build(here, tokenizer, *sources, held_out=0.1, **options):
+def corpus(here, *sources, held_out=0.1, workers=1):
     found = sources or (Source(files=["a.txt", "b.txt"], documents="line", name="lines"),)
-    return build_shards(found, tokenizer, held_out=held_out, cache=here / "cache", base=here, **options)
+    return Corpus(found, Prepare(), held_out, here, here / "cache", Engine(workers))
+
+
+def build(here, tokenizer, *sources, held_out=0.1, workers=1, **options):
+    text = corpus(here, *sources, held_out=held_out, workers=workers)
+    return build_shards(
+        text.texts,
+        tokenizer,
+        held_out=held_out,
+        held_out_below=text.held_out_below,
+        cache=text.cache,
+        engine=text.engine,
+        **options,
+    )
 
 
 def reference(tokenizer, lines):
@@ -85,8 +102,16 @@ def test_manifest_says_what_made_it(here, tokenizer):
     assert manifest["name"] == "lines"
     assert manifest["address"] == shards.folder.name
     assert manifest["eos"] == 0
-    assert len(manifest["tokenizer"]) == len(manifest["source"]) == 64
-    assert manifest["skipped"] == {"empty_files": 0, "empty_documents": 0}
+    assert len(manifest["tokenizer"]) == len(manifest["texts"]) == 64
+    assert manifest["skipped"] == {
+        "empty_files": 0,
+        "empty_documents": 0,
+        "rows": {},
+        "files": {},
+        "examples": [],
+    }
+    assert manifest["encoder"]["encoder"] == "gigatoken"
+    assert manifest["encoder"]["compared_documents"] == len(LINES)
     assert set(manifest["files"]) == {f"{s}-{x}.npy" for s in SPLITS for x in ("00000", "documents")}
     shards.verify()
 
@@ -151,7 +176,7 @@ def test_at_least_one_document_is_held_out_over_all_sources(here, tokenizer):
     chosen = next(one for one in shards if one.counts("held_out").documents).split("held_out")
     smallest = min(lines, key=document_hash)
     assert chosen.read(0, chosen.num_tokens).tolist() == reference(tokenizer, [smallest])[0]
-    assert held_out_threshold(sources, 0.01, base=here, cache=here) == document_hash(smallest) + 1
+    assert corpus(here, *sources, held_out=0.01).held_out_below == document_hash(smallest) + 1
     empty = next(one for one in shards if not one.counts("held_out").documents).split("held_out")
     assert empty.num_tokens == len(empty.document_starts(0, 0)) == len(Rows([empty], 8, partial=True)) == 0
 
@@ -219,29 +244,23 @@ def test_progress_ends_at_the_whole(here, tokenizer):
 BUILDER = """
 import sys
 from pathlib import Path
-from llmkit.data import shards, sources
+from llmkit.data import shards
+from llmkit.data.corpus import Corpus
+from llmkit.data.pipeline import Engine
+from llmkit.data.tokenizers import open_tokenizer
+from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.schema import Source
-from tokenizers import Tokenizer
 
-class Bare:  # what the shards need of a tokenizer, without the seconds that importing transformers takes
-    eos_token_id, special_tokens_map = 0, {}
-    def __init__(self, path):
-        self.backend_tokenizer = Tokenizer.from_file(path)
-    def get_vocab(self):
-        return self.backend_tokenizer.get_vocab()
-    def __len__(self):
-        return len(self.get_vocab())
-
-here, tokenizer = Path(sys.argv[1]), Bare(sys.argv[2] + "/tokenizer.json")
-real = shards._build
-def build(*arguments, **options):
+here, tokenizer = Path(sys.argv[1]), open_tokenizer(sys.argv[2])
+real = shards.finish
+def finish(*arguments, **options):
     print("built", flush=True)
-    real(*arguments, **options)
-shards._build = build
+    return real(*arguments, **options)
+shards.finish = finish
 print("ready", flush=True)
 sys.stdin.readline()
 source = Source(files=["a.txt", "b.txt"], documents="line")
-[made] = shards.build_shards([source], tokenizer, held_out=0.1, cache=here / "cache", base=here)
+[made] = Corpus([source], Prepare(), 0.1, here, here / "cache", Engine()).shards(tokenizer)
 made.verify()
 print(made.folder.name)
 """

@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from llmkit.data import files, hub, python_library
+from llmkit.data.parts import parts_of, read_part
 from llmkit.data.sources import Tally, fingerprint, num_bytes, read_documents, resolve_files, source_name
 from llmkit.errors import DataError, MissingError, RecipeError
 from llmkit.recipe.schema import Source
@@ -153,7 +154,7 @@ def test_nothing_matches(here):
 def test_empty_files_are_skipped_and_counted_and_all_empty_is_an_error(here):
     write(here / "d/a.txt", b"")
     write(here / "d/b.txt", b" \n")
-    assert "'a' holds no text: 1 empty files, 1 blank documents" in error_of(here, files="d")
+    assert "'d' holds no text: 1 empty files, 1 blank documents" in error_of(here, files="d")
     write(here / "d/c.txt", b"text")
     tally = Tally()
     assert read(here, tally, files="d") == [("d/c.txt", "text")]
@@ -345,6 +346,33 @@ def test_data_set_in_a_folder(here):
     first = fingerprint(Source(dataset="set"), here)
     write(here / "set/train.jsonl", '{"text": "a"}\n{"text": "B"}\n')
     assert fingerprint(Source(dataset="set"), here) != first
+
+
+def test_a_data_set_of_several_files_is_read_in_its_own_shards(here):
+    for number in range(3):
+        rows = "".join(json.dumps({"text": f"{number}-{row}"}) + "\n" for row in range(4))
+        write(here / f"set/train-{number}.jsonl", rows + '{"text": null}\n')
+    source = Source(dataset="set", on_error="skip")
+    parts = parts_of(source, here, part_bytes=10**9)
+    assert [part.name for part in parts] == ["set 1 of 3", "set 2 of 3", "set 3 of 3"]
+    for number, part in enumerate(parts):
+        tally = Tally()
+        found = [(d.where, d.text) for d in read_part(part, source, tally=tally)]
+        assert found == [(f"set:train[{number + 1} of 3]:{row}", f"{number}-{row}") for row in range(4)]
+        assert tally.skipped_rows == {"missing value": 1}
+        assert tally.examples[0].where == f"set:train[{number + 1} of 3]:4"
+    assert [text for _, text in read(here, dataset="set", on_error="skip")] == [
+        f"{number}-{row}" for number in range(3) for row in range(4)
+    ]
+    limited = Source(dataset="set", limit=15)
+    assert len(parts_of(limited, here, part_bytes=10)) == 1
+    assert [text for _, text in read(here, dataset="set", on_error="skip", limit=15)] == [
+        "0-0",
+        "0-1",
+        "0-2",
+        "0-3",
+        "1-0",
+    ]
 
 
 def test_broken_data_set_in_a_folder(here):

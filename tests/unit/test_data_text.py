@@ -28,6 +28,7 @@ def test_line_ends_and_byte_order_mark(size):
     data = b"\xef\xbb\xbfa\r\nb\r\r\nc\rd\r\n\r\n\r"
     assert decoded(data, size=size) == "a\nb\r\nc\rd\n\n\r"
     assert decoded("x\ufeffy".encode(), size=size) == "x\ufeffy"
+    assert "".join(decode(["\ufeffy".encode()], "utf-8", "a.txt", start=5)) == "\ufeffy"
 
 
 @pytest.mark.parametrize("size", [1, 7, 4096])
