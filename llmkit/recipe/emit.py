@@ -44,9 +44,12 @@ def scalar_text(value: Any) -> str:
 
 def _quoted(text: str) -> str:
     """JSON quotes, which YAML reads too; what is not printable is escaped."""
-    return "".join(
-        c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(text, ensure_ascii=False)
-    )
+    return "".join(c if c.isprintable() else _escaped(c) for c in json.dumps(text, ensure_ascii=False))
+
+
+def _escaped(char: str) -> str:
+    # JSON would write two surrogates for a character beyond the first plane, which YAML reads as two.
+    return f"\\U{ord(char):08x}" if ord(char) > 0xFFFF else json.dumps(char)[1:-1]
 
 
 def _flow(value: Any) -> str:

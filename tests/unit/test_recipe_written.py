@@ -222,3 +222,10 @@ def test_any_text_survives_being_written_and_read(value: str) -> None:
     assert problems == []
     assert root is not None
     assert root.plain() == tree
+
+
+def test_a_character_that_this_python_cannot_print_is_written_so_that_yaml_reads_it_back(tmp_path):
+    made = {"llmkit": 1, "tokenize": {"data": {"files": ["\U0002ebe1\U000e0001\u0085.txt"]}}}
+    path = tmp_path / "again.yaml"
+    path.write_text(resolved_yaml(load_recipe(made)), "utf-8")
+    assert load_recipe(path).recipe == load_recipe(made).recipe

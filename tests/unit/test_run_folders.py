@@ -5,9 +5,11 @@ import json
 import pytest
 from training import options, pretrain, recipe
 
-from llmkit.data.prepare import Corpus
+from llmkit.data.corpus import Corpus
+from llmkit.data.pipeline import Engine
 from llmkit.errors import MissingError
 from llmkit.recipe import load_recipe
+from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.schema import Sampling, Source
 from llmkit.report.console import make_reporter
 from llmkit.run import evaluate, find_model, generate, tokenize
@@ -77,6 +79,6 @@ def test_the_plan_guesses_that_packed_files_hold_a_few_times_their_size(tmp_path
     (tmp_path / "a.txt").write_bytes(b"x" * 100)
     (tmp_path / "b.txt.gz").write_bytes(b"x" * 100)
     sources = [Source(files=[str(tmp_path / name)]) for name in ("a.txt", "b.txt.gz")]
-    text = Corpus(sources, 0.1, tmp_path, tmp_path / "cache")
+    text = Corpus(sources, Prepare(), 0.1, tmp_path, tmp_path / "cache", Engine())
     assert text.sizes() == [("a", 100), ("b", 100)]
     assert text.expected_bytes() == 400
