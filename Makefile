@@ -31,10 +31,10 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 test test-slow: export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help install demo test test-slow check format lint imports types bench clean distclean
+.PHONY: help install demo test test-slow check format lint imports types bench bench-tokenize bench-memory clean distclean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  with TORCH=auto|cpu|cu130|keep to choose the torch build (now: $(TORCH))"
 
 install: $(STAMP)  ## Make .venv with everything in it (the other targets do this by themselves)
@@ -85,6 +85,12 @@ types: $(STAMP)  ## mypy, strict
 
 bench: $(STAMP)  ## Tokens per second against Hugging Face Trainer
 	$(BIN)/python -m benchmarks.pretrain
+
+bench-tokenize: $(STAMP)  ## From JSON lines to ids against other ways, on 100 MB
+	$(BIN)/python -m benchmarks.tokenize
+
+bench-memory: $(STAMP)  ## The most memory that tokenizing 5 GB takes
+	$(BIN)/python -m benchmarks.memory
 
 clean:  ## Remove caches and build products; runs/ and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
