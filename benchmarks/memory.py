@@ -3,8 +3,8 @@
     python -m benchmarks.memory [--size 5GB] [--limit 2GB] [--workers 2] [--prepare] [--keep FOLDER]
 
 Makes a corpus of that size (`benchmarks.corpus`), learns a tokenizer of 8,000 entries from a sample of it and
-encodes all of it; with `--prepare` it normalises, marks personal data and takes out lines, copies and near copies first. Ten times
-a second the proportional set sizes (PSS, Linux) of the command and its workers are added up. Prints one JSON line and
+encodes all of it; with `--prepare` it normalises, marks personal data and takes out lines, copies and near copies
+first. Ten times a second the proportional set sizes (PSS, Linux) of the command and its workers are added up. Prints one JSON line and
 fails when the peak passes the limit.
 """
 

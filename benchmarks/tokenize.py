@@ -274,6 +274,10 @@ def learn_tokenizer(corpus: Path, folder: Path) -> Path:
 # --- the benchmark ------------------------------------------------------------------------------------------------
 
 
+_NOT_PASSED_ON = ("LLMKIT_ENCODER", "PYTHONDONTWRITEBYTECODE")
+"""Compiling every imported module anew is not how people run Python."""
+
+
 def in_process(name: str, work: Work) -> dict[str, Any]:
     """One contender in a fresh process and a fresh folder; its JSON line."""
     folder = work.folder / name
@@ -281,7 +285,7 @@ def in_process(name: str, work: Work) -> dict[str, Any]:
     folder.mkdir(parents=True)
     threads = ("OMP", "RAYON", "OPENBLAS", "MKL", "ARROW")
     environment = {
-        **{key: value for key, value in os.environ.items() if key != "LLMKIT_ENCODER"},
+        **{key: value for key, value in os.environ.items() if key not in _NOT_PASSED_ON},
         **{f"{library}_NUM_THREADS": "1" for library in threads},
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
