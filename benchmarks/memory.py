@@ -4,8 +4,8 @@
 
 Makes a corpus of that size (`benchmarks.corpus`), learns a tokenizer of 8,000 entries from a sample of it and
 encodes all of it; with `--prepare` it normalises, marks personal data and takes out lines, copies and near copies
-first. Ten times a second the proportional set sizes (PSS, Linux) of the command and its workers are added up. Prints one JSON line and
-fails when the peak passes the limit.
+first. Ten times a second the proportional set sizes (PSS, Linux) of the command and its workers are added up. Prints
+one JSON line and fails when the peak passes the limit.
 """
 
 import argparse
