@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.data import sources as text
 from llmkit.data.order import common_weights
 from llmkit.data.pipeline import Engine, Progress
 from llmkit.data.places import Tally
-from llmkit.data.prepared import Prepared, asks_for_anything, prepare_texts
 from llmkit.data.sample import Sample, choose_sample
 from llmkit.data.shards import TokenShards, build_shards
 from llmkit.data.split import find_threshold
@@ -20,6 +19,9 @@ from llmkit.hardware import usable_cores
 from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.schema import Machine, Recipe, Source
 from llmkit.report.console import Reporter
+
+if TYPE_CHECKING:
+    from llmkit.data.prepared import Prepared
 
 _HELD_OUT = 0.01
 _UNPACKED = 3
@@ -67,10 +69,12 @@ class Corpus:
         )
 
     @cached_property
-    def prepared(self) -> Prepared | None:
+    def prepared(self) -> "Prepared | None":
         """The prepared text, made where it is not there yet; None if the recipe asks for no preparation."""
-        if not asks_for_anything(self.preparation):
+        if all(block is None for _, block in self.preparation):
             return None
+        from llmkit.data.prepared import prepare_texts
+
         return prepare_texts(
             self._read,
             self.preparation,

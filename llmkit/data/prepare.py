@@ -25,7 +25,7 @@ _LEARNER = 2
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _NOT_LEARNT = {"tokenizer", "data", "prepare", "held_out", "chat_template"}
-_ENTROPY_TOKENS = 10_000_000
+_ENTROPY_TOKENS = 3_000_000
 
 
 def ensure_tokenizer(
@@ -118,7 +118,7 @@ def document_lengths(shards: Sequence[TokenShards]) -> list[dict[str, int]]:
 
 
 def unigram_entropy(shards: Sequence[TokenShards]) -> float:
-    """-sum p log p of the training tokens' frequencies in nats, over at most the first ten million of each source."""
+    """-sum p log p of the training tokens' frequencies in nats, over at most the first three million of each source."""
     counts = np.zeros(0, dtype=np.int64)
     for shard in shards:
         stream = shard.split("train")

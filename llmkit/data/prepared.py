@@ -69,11 +69,6 @@ class Prepared:
     examples: list[dict[str, str]]
 
 
-def asks_for_anything(spec: Prepare) -> bool:
-    """Whether the recipe wants its text prepared at all."""
-    return any(value is not None for _, value in spec)
-
-
 def prepare_texts(
     sources: Sequence[SourceTexts],
     spec: Prepare,

@@ -388,3 +388,39 @@ def test_data_set_out_of_reach(here):
     assert "hf download --repo-type dataset nobody/nothing" in message
     with pytest.raises(MissingError, match="nobody/nothing"):
         hub.dataset_fingerprint("nobody/nothing", "train", here)
+
+
+STRANGE_LINES = [
+    '{"text": "plain"}',
+    '  {"text": "blanks around"}  ',
+    '{"text": "first", "text": "last"}',
+    '{"text": "not a number beside", "x": NaN, "y": -Infinity}',
+    '{"text": "large", "x": 123456789012345678901234567890, "y": 1e999}',
+    '{"text": "tab\\t \\u00e9 \\ud83d\\ude00 \\u0000 \\u2028 \u2028"}',
+    '{"text": "deep", "x": ' + "[" * 1200 + "]" * 1200 + "}",
+    '{"text": "half \\ud83d"}',
+    '{"text": "two"} {"text": "values"}',
+    '{"text": "control \x01"}',
+    '{"text": 5}',
+    '["text"]',
+    '{"text": "open',
+    "nothing",
+]
+
+
+def test_either_json_reader_gives_the_same_rows_and_the_same_faults(tmp_path, monkeypatch):
+    pytest.importorskip("orjson")
+    path = tmp_path / "strange.jsonl"
+    path.write_text("".join(f"{line}\n" for line in STRANGE_LINES))
+    source = Source(files=[str(path)], on_error="skip")
+
+    def read():
+        tally = Tally()
+        texts = [document.text for document in read_documents(source, base=tmp_path, tally=tally)]
+        return texts, tally.shown()
+
+    fast = read()
+    monkeypatch.setitem(sys.modules, "orjson", None)
+    assert read() == fast
+    assert len(fast[0]) == 6  # the deep one goes deeper than Python reads
+    assert sum(fast[1]["rows"].values()) == 8

@@ -25,6 +25,7 @@ from llmkit.data.tokenizers import (
     pieces,
     special_ids,
 )
+from llmkit.data.tokenizers.learn import within_memory
 from llmkit.data.tokenizers.patterns import portions
 from llmkit.errors import DataError, MissingError, RecipeError
 from llmkit.recipe.schema import TextForm, Tokenize
@@ -480,3 +481,15 @@ def test_pieces_of_another_familys_tokenizer(tmp_path):
     found = pieces(LightTokenizer(backend, "x", {}), "the 中a")
     assert [piece.token for piece in found] == ["\u2581the", "\u2581", "<0xE4>", "<0xB8>", "<0xAD>", "a"]
     assert [piece.content for piece in found] == ["the", " ", b"\xe4", b"\xb8", b"\xad", "a"]
+
+
+def test_what_is_learnt_from_is_bounded_by_its_different_words():
+    repeated = ["the same words again"] * 50
+    assert within_memory(repeated, 30) == repeated
+    different = [f"{'x' * number} {'y' * number}" for number in range(1, 20)]
+    kept = within_memory(different, 30)
+    assert kept == different[: len(kept)]
+    assert sum(2 * number for number in range(1, len(kept) + 1)) <= 30
+    assert sum(2 * number for number in range(1, len(kept) + 2)) > 30
+    assert within_memory(["z" * 100], 30) == ["z" * 100]
+    assert len(within_memory(["春天来了", "夏天走了", "秋天到了"], 24)) == 2

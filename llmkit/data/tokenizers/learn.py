@@ -24,11 +24,14 @@ _RUN = re.compile(r"[^\W\d_]+")
 MEASURED_CHARS = 2_000_000
 """Text a tokenizer is measured on where nothing is held out, at most."""
 
-MAX_DISTINCT_BYTES = 16_000_000
-"""UTF-8 bytes of different words that are learnt from, at most: the trainers need some 90 bytes of memory for each.
+MAX_DISTINCT_BYTES = 10_000_000
+"""UTF-8 bytes of different words that are learnt from, at most: the trainers need some 120 bytes of memory each.
 
-English has that many in about a gigabyte; Chinese, whose runs between two punctuation marks hardly ever come twice, in
-less than twenty megabytes."""
+English has that many in hundreds of megabytes; Chinese, whose runs between two punctuation marks hardly ever come
+twice, in fifteen."""
+
+_COUNT_ONLY = ("chars", "words")
+"""Algorithms that count words and do no more, which takes little memory for each."""
 
 MAX_SAMPLE_BYTES = 2_000_000_000
 """The trainers count pairs of pieces in 32 bits with a sign; no count exceeds the number of bytes."""
@@ -71,7 +74,9 @@ def learn(
         raise DataError(
             "no text to learn a tokenizer from", hint="check `tokenize.data`, or lower `held_out`"
         )
-    given, sample = len(sample), within_memory(sample)
+    given = len(sample)
+    if spec.algorithm not in _COUNT_ONLY:
+        sample = within_memory(sample)
     template = chat_template(spec, base)
     specials = special_tokens(spec)
     # In one order whatever order they come in, since ties may be broken by what comes first.
