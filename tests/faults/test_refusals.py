@@ -35,20 +35,6 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
     assert first.returncode == 75, err
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Four megabytes of real file system, full when they are."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_is_named_and_when_there_is_room_the_run_goes_on(tmp_path, small_disk):
     changes = {"pretrain__checkpoint__every": "1 steps", "pretrain__checkpoint__keep": 100}
     whole = pretrain(tmp_path, "whole", **changes)

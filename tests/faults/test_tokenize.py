@@ -93,3 +93,61 @@ def test_killed_at_random_then_finished_equals_uninterrupted(tmp_path):
     assert kills >= 3
     assert subprocess.run(command(path, tmp_path / "killed", 2), check=False).returncode == 0
     assert content(tmp_path / "killed") == expected
+
+
+def tokenize(path, runs, *words, **options):
+    done = subprocess.run(
+        [sys.executable, "-m", "llmkit", "tokenize", str(path), "--runs", str(runs), *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_is_named_and_when_there_is_room_the_work_goes_on(tmp_path, small_disk, workers):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {number} of a text that fills the disk\n" for number in range(400_000)))
+    path = tmp_path / "recipe.json"
+    section = {"vocab_size": 300, "sample": "100KB", "data": {"files": str(text)}, "held_out": 0}
+    path.write_text(json.dumps({"llmkit": 1, "name": "killed", "tokenize": section}))
+    code, said = tokenize(path, small_disk, "--workers", workers)
+    assert code == 1
+    assert "no space left on the disk while writing" in said
+    assert "in a worker process" not in said
+    subprocess.run(["mount", "-o", "remount,size=256m", str(small_disk)], check=True)
+    assert tokenize(path, small_disk, "--workers", workers)[0] == 0
+    assert tokenize(path, tmp_path / "roomy")[0] == 0
+    assert content(small_disk) == content(tmp_path / "roomy")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_stops_and_goes_on_later(tmp_path, number, code):
+    path = recipe(tmp_path)
+    process = start(command(path, tmp_path / "stopped", 2))
+    store = tmp_path / "stopped/.cache/text"
+    deadline = time.monotonic() + 60
+    while not [*store.glob("*.clean")] and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = _children(process.pid)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    while any(map(_is_alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
