@@ -23,6 +23,7 @@ A contender whose package is missing is reported as absent.
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
@@ -202,14 +204,16 @@ def run_llmkit(work: Work) -> Count:
 
 
 def llmkit_tokenize(folder: Path, settings: dict[str, Any]) -> Path:
-    """Run `llmkit tokenize` on one worker in `folder`; the folder of the shards that it made."""
+    """Run `llmkit tokenize` on one worker, in this process as the other contenders; the folder of its shards."""
+    from llmkit.cli import main as llmkit
+
     recipe = folder / "bench.yaml"
     recipe.write_text(json.dumps({"llmkit": 1, "name": "bench", "tokenize": settings}))
-    command = [sys.executable, "-m", "llmkit", "tokenize", str(recipe), "--json"]
-    command += ["--runs", str(folder / "runs"), "machine.workers=1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"llmkit tokenize failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
+    words = ["tokenize", str(recipe), "--json", "--runs", str(folder / "runs"), "machine.workers=1"]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+        code = llmkit(words)
+    if code != 0:
+        raise SystemExit(f"llmkit tokenize failed with exit code {code}:\n{said.getvalue()[-3000:]}")
     made = sorted((folder / "runs").rglob("train-00000.npy"))
     if len(made) != 1:
         raise SystemExit(f"llmkit tokenize left {len(made)} folders of shards in {folder / 'runs'}")

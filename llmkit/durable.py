@@ -120,6 +120,12 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def sweep_beside(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it. Call it only while holding a lock on `path`."""
+    for leftover in (*path.parent.glob(f".{path.name}.tmp-*"), *path.parent.glob(f".{path.name}.old-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def sweep(parent: Path) -> None:
     """Remove what killed writers left in `parent`. Call it only while holding the lock of the run."""
     for leftover in (*parent.glob(".*.tmp-*"), *parent.glob(".*.old-*")):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 class Score:
     """How well one step found one thing.
 
-    `found` of `planted` were treated as they should be; `wrong` of `others` were treated so and should not be.
+    `found` of `planted` were treated as they should be; `wrong` of `others` were treated so and should not be. Where
+    there are no `others` nothing can be wrong, and there is no precision to speak of.
     """
 
     step: str
@@ -23,8 +24,8 @@ class Score:
         return self.found / self.planted
 
     @property
-    def precision(self) -> float:
-        return self.found / max(self.found + self.wrong, 1)
+    def precision(self) -> float | None:
+        return self.found / max(self.found + self.wrong, 1) if self.others else None
 
     @classmethod
     def of(cls, step: str, what: str, found: Iterable[int], planted: Iterable[int], all_: Iterable[int]):
@@ -32,10 +33,13 @@ class Score:
         found, planted, all_ = set(found), set(planted), set(all_)
         return cls(step, what, len(found & planted), len(planted), len(found - planted), len(all_ - planted))
 
-    def check(self, recall: float, precision: float) -> None:
-        """Fail below the floors."""
+    def check(self, recall: float, precision: float | None = None) -> None:
+        """Fail below the floors; a floor of precision needs something that could have been treated wrongly."""
         assert self.planted > 0, f"{self.step}, {self.what}: nothing was planted"
         assert self.recall >= recall, f"{self} finds too few: {self.recall:.3f} < {recall}"
+        if precision is None:
+            return
+        assert self.precision is not None, f"{self.step}, {self.what}: nothing could be wrong"
         assert self.precision >= precision, f"{self} is wrong too often: {self.precision:.3f} < {precision}"
 
 
@@ -47,7 +51,7 @@ def table(scores: Iterable[Score]) -> str:
     ]
     lines += [
         f"| {s.step} | {s.what} | {s.planted} | {s.found} | {s.recall:.3f} | {s.wrong} | {s.others} "
-        f"| {s.precision:.3f} |"
+        f"| {'–' if s.precision is None else f'{s.precision:.3f}'} |"
         for s in scores
     ]
     return "\n".join(lines)

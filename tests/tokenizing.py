@@ -26,8 +26,15 @@ class ListTexts:
     def sizes(self):
         return [sum(len(text.encode()) for text in self.texts)]
 
+    @property
+    def cut(self):
+        return ""
+
     def read(self, number, tally):
         yield from self.texts
+
+    def check(self, tally):
+        pass
 
 
 def train_tokenizer(documents, spec, *, folder, held_out_below=0, max_length=None, base=Path()):

@@ -14,7 +14,9 @@ from typing import NoReturn
 from llmkit.cli.app import app
 from llmkit.cli.failures import complain
 from llmkit.cli.output import close_quietly
-from llmkit.errors import ExitCode, InterruptedRunError
+from llmkit.errors import CtrlCError, ExitCode, InterruptedRunError
+
+_GOES_ON = "The same command goes on from there."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         close_quietly(sys.stdout)
         return ExitCode.DONE
     except KeyboardInterrupt:
-        return ExitCode.CTRL_C
+        stopped = CtrlCError("stopped by Ctrl-C; what was complete is kept", hint=_GOES_ON)
+        return complain(stopped, as_json="--json" in flags)
     except Exception as error:
         if "--debug" in flags:
             traceback.print_exc()
@@ -47,7 +50,7 @@ def _stop(number: int, frame: object) -> NoReturn:
     """What a request to stop does while nothing better is set up: training saves first, the rest only leaves."""
     raise InterruptedRunError(
         f"stopped by {signal.Signals(number).name}; what was complete is kept",
-        hint="The same command goes on from there.",
+        hint=_GOES_ON,
     )
 
 

@@ -186,13 +186,14 @@ def plan(
     show_plan(load_recipe(recipe, overrides=words[1:], smoke=smoke), settings, words)
 
 
-def show_plan(loaded: "Loaded", settings: Settings, words: Sequence[str]) -> None:
+def show_plan(loaded: "Loaded", settings: Settings, words: Sequence[str], *, verb: str = "run") -> None:
     """Print the plan as the result of the command: text, or one object with `--json`.
 
     Args:
         loaded: The recipe.
         settings: What the command was told.
         words: The recipe and the overrides as they were typed, for the next command.
+        verb: That command.
     """
     from llmkit import run
     from llmkit.plan.describe import describe
@@ -204,16 +205,19 @@ def show_plan(loaded: "Loaded", settings: Settings, words: Sequence[str]) -> Non
     if not rows:
         raise UsageError("the recipe has nothing to plan", hint="`llmkit init gpt` shows a whole one")
     if settings.as_json:
-        give_json(found.to_dict() if found is not None else {key: text for _, key, text in rows})
+        sections: dict[str, dict[str, str]] = {}
+        for section, key, value in rows:
+            sections.setdefault(section, {})[key] = value
+        give_json(found.to_dict() if found is not None else sections)
         return
-    sections = ["", *(section for section, _, _ in rows)]
+    names = ["", *(section for section, _, _ in rows)]
     give(
         as_columns(
-            [(s if s != before else "", *rest) for before, (s, *rest) in zip(sections, rows, strict=False)]
+            [(s if s != before else "", *rest) for before, (s, *rest) in zip(names, rows, strict=False)]
         )
     )
     flags = ["--smoke"] if settings.smoke else []
-    say("next: " + as_typed(shlex.join(["llmkit", "run", *words, *flags])))
+    say("next: " + as_typed(shlex.join(["llmkit", verb, *words, *flags])))
 
 
 EVAL_HELP = described(

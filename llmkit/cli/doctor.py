@@ -23,6 +23,14 @@ from llmkit.hardware import detect_cpu, installed_torch_has_cuda, query_gpus
 State = Literal["ok", "warn", "fail"]
 FLOOR_PYTHON = (3, 11)
 COMPARE = {">=": ge, "<=": le, "!=": ne, "<": lt, ">": gt}
+EXTRAS = {
+    "zstd": "to read .zst files",
+    "clean": "for `tokenize.prepare`",
+    "fast": "to tokenize many times faster",
+    "warc": "to read web archives",
+    "zh": "for `algorithm: words`",
+    "cluster": "for `machine.engine: slurm`",
+}
 LITTLE_DISK_BYTES = 5 * 10**9
 
 
@@ -93,8 +101,9 @@ def check_packages() -> Iterator[Check]:
         name, limits = split_requirement(spec)
         if not marker.strip():
             yield check_package(name, limits, "fail", f"pip install '{name}{limits}'")
-        elif "'zstd'" in marker or '"zstd"' in marker:
-            yield check_package(name, limits, "warn", "pip install 'llmkit[zstd]' to read .zst files")
+        elif (extra := re.search(r"extra == ['\"](\w+)['\"]", marker)) and extra[1] in EXTRAS:
+            remedy = f"pip install 'llmkit[{extra[1]}]' {EXTRAS[extra[1]]}"
+            yield check_package(name, limits, "warn", remedy)
 
 
 def check_package(name: str, limits: str, missing: State, remedy: str) -> Check:

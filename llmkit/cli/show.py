@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmkit.data.show import Piece
+    from llmkit.data.tokenizers.pieces import Piece
 
 FIRST_BYTES = 10_000
 """How much of a file is shown on a terminal."""
@@ -79,7 +79,7 @@ def _pieces(text: str, name: str) -> "list[Piece]":
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UsageError(f"{name} is written in Python and does not tell its pieces")
 
-    from llmkit.data.show import pieces
+    from llmkit.data.tokenizers.pieces import pieces
 
     return pieces(tokenizer, text)
 

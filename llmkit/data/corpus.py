@@ -12,9 +12,9 @@ from llmkit.data.pipeline import Engine, Progress
 from llmkit.data.places import Tally
 from llmkit.data.sample import Sample, choose_sample
 from llmkit.data.shards import TokenShards, build_shards
-from llmkit.data.split import find_threshold
-from llmkit.data.texts import SourceTexts, Texts, combined
-from llmkit.errors import DataError, RecipeError, UsageError
+from llmkit.data.split import UndividedError, find_threshold
+from llmkit.data.texts import SourceTexts, Texts
+from llmkit.errors import RecipeError, UsageError
 from llmkit.hardware import usable_cores
 from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.schema import Machine, Recipe, Source
@@ -105,7 +105,7 @@ class Corpus:
         )
         try:
             return find_threshold(every, self.held_out)
-        except DataError:
+        except UndividedError:
             # It read to the end: a source without any text is the better explanation.
             for texts, tally in zip(self.texts, tallies, strict=True):
                 texts.check(tally)
@@ -142,15 +142,7 @@ class Corpus:
     @cached_property
     def _read(self) -> list[SourceTexts]:
         return [
-            SourceTexts.of(
-                source,
-                name=name,
-                # What is skipped is no part of the content, but whether anything may be.
-                identity=combined(text.fingerprint(source, self.base, cache=self.cache), source.on_error),
-                base=self.base,
-                cache=self.cache,
-                size=size,
-            )
+            SourceTexts.of(source, name=name, base=self.base, cache=self.cache, size=size)
             for source, (name, size) in zip(self.sources, self.sizes(), strict=True)
         ]
 

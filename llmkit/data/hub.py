@@ -63,7 +63,7 @@ def dataset_rows(shard: Shard, split: str, column: str, faults: Faults) -> Itera
                 faults.row(number, fault)
             else:
                 yield number, text
-    except _network_errors() as error:
+    except network_errors() as error:
         raise _out_of_reach(shard.dataset, error) from error
     except DataError:
         raise
@@ -116,12 +116,12 @@ def _commit(name: str) -> str:
         commit = huggingface_hub.HfApi().dataset_info(name, timeout=20).sha
     except ValueError as error:
         raise DataError(f"no data set can be called {name!r}: {_first_line(error)}") from error
-    except _network_errors() as error:
+    except network_errors() as error:
         raise _out_of_reach(name, error) from error
     return str(commit)
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
+def network_errors() -> tuple[type[Exception], ...]:
     """What asking the Hub can raise; its HTTP client has changed before, so whichever is loaded counts."""
     clients = [sys.modules[name] for name in ("httpx", "httpx2", "requests") if name in sys.modules]
     return (OSError, *(client.HTTPError for client in clients if hasattr(client, "HTTPError")))

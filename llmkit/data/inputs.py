@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmkit.data import files, python_library, remote
 from llmkit.data.files import File
-from llmkit.errors import RecipeError
+from llmkit.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from llmkit.recipe.schema import Source
@@ -73,5 +73,15 @@ def patterns(source: "Source") -> list[str]:
 
 
 def format_of(path: File, source: "Source") -> str:
-    """The form of a file: the source's `format`, or what its ending says."""
+    """The form of a file: the source's `format`, or what its ending says.
+
+    Raises:
+        DataError: The ending says JSON, which is one value and not a document a line.
+    """
+    if source.format == "auto" and files.ending(path)[0] == ".json":
+        name = files.shown(path)
+        raise DataError(
+            f"{name}: a .json file is one value, and nothing says where its documents are",
+            hint=f"jq -c '.[]' {name} > {name}l; or set `format: jsonl` (an object a line) or `format: text`",
+        )
     return source.format if source.format != "auto" else _FORMATS.get(files.ending(path)[0], "text")

@@ -8,17 +8,25 @@ import numpy.typing as npt
 
 
 class NpyWriter:
-    """Appends to a one-dimensional `.npy` file whose length is written when it is closed."""
+    """Appends to a `.npy` file whose length is written when it is closed.
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+    Args:
+        path: The file.
+        dtype: The type of its values.
+        width: The array is two-dimensional, with rows of so many values; by default it has one dimension.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], *, width: int | None = None) -> None:
         self._file: BinaryIO = path.open("wb", buffering=2**20)
         self._dtype = dtype
+        self._row = () if width is None else (width,)
         self._write_header(0)
         self._header_bytes = self._file.tell()
         self.length = 0
 
     def append(self, values: npt.NDArray[Any]) -> None:
-        """Add values at the end."""
+        """Add values, or rows of them, at the end."""
+        assert values.shape[1:] == self._row
         self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
         self.length += len(values)
 
@@ -31,5 +39,5 @@ class NpyWriter:
         self._file.close()
 
     def _write_header(self, length: int) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (length,)}
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (length, *self._row)}
         np.lib.format.write_array_header_1_0(self._file, header)

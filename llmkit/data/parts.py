@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmkit.recipe.schema import Source
 
 _LONGEST_ROW = 2**20
-"""Characters a table's row may have as one document; a longer one is cut into pieces (`text.pieces`)."""
+"""Characters a table's row may have as one document; a longer one is cut into pieces (`cut_row`)."""
 _BY_LINE = ("jsonl", "tsv")
 
 
@@ -100,7 +100,7 @@ def parts_of(source: "Source", base: Path, *, cache: Path | None = None, part_by
         return _of_shards(source.dataset, source, base)
     paths = inputs.resolve_files(source, base, cache=cache)
     if python_library.DOCSTRINGS in patterns:
-        found = [Segment(path, num_bytes=files.size_of(path), docstrings=True) for path in paths]
+        found = [replace(_whole(path, source), docstrings=True) for path in paths]
         return _grouped(found, None)
     if source.limit is not None:
         return _grouped([_whole(path, source) for path in paths], None)
@@ -108,13 +108,15 @@ def parts_of(source: "Source", base: Path, *, cache: Path | None = None, part_by
     return _grouped(found, part_bytes)
 
 
-def read_part(part: Part, source: "Source", *, tally: Tally) -> Iterator[Document]:
+def read_part(part: Part, source: "Source", *, tally: Tally, whole_rows: bool = False) -> Iterator[Document]:
     """The part's documents in order, none of them blank, in bounded memory.
 
     Args:
         part: One of `parts_of`.
         source: The source it is a part of.
         tally: Counts what was read and skipped.
+        whole_rows: Long rows and pages come whole (`Document.is_row`), to be cut with `cut_row` once they are
+            clean: half a page of HTML is no page. By default they come in pieces.
 
     Raises:
         DataError: Something cannot be read or is not of the stated form, unless the source says to skip it.
@@ -123,7 +125,8 @@ def read_part(part: Part, source: "Source", *, tally: Tally) -> Iterator[Documen
     room = source.limit
     found = False
     for segment in part.segments:
-        for document in _documents(segment, source, tally):
+        found_here = _documents(segment, source, tally)
+        for document in found_here if whole_rows else _cut(found_here):
             content = document.text
             if not content or content.isspace():
                 tally.empty_documents += 1
@@ -134,6 +137,22 @@ def read_part(part: Part, source: "Source", *, tally: Tally) -> Iterator[Documen
                     return
             found = True
             tally.documents += 1
+            yield document
+
+
+def cut_row(row: str) -> Iterator[str]:
+    """A row whole, or if it has over 1 Mi characters its pieces (`text.pieces`); they depend on the row alone."""
+    if len(row) <= _LONGEST_ROW:
+        yield row
+    else:
+        yield from (piece for _, piece in text.pieces([row]))
+
+
+def _cut(documents: Iterable[Document]) -> Iterator[Document]:
+    for document in documents:
+        if document.is_row and len(document.text) > _LONGEST_ROW:
+            yield from (Document(piece, document.place, document.number) for piece in cut_row(document.text))
+        else:
             yield document
 
 
@@ -153,7 +172,7 @@ def _segments_of(path: File, source: "Source", part_bytes: int) -> list[Segment]
     if inputs.format_of(path, source) == "parquet" and not files.ending(path)[1]:
         return _of_groups(path, source, part_bytes) or [whole]
     step = _cutting_step(path, source, part_bytes)
-    if step is None or size <= step:
+    if step is None or size <= step or (source.on_error == "skip" and not _opens(path)):
         return [whole]
     starts = range(0, size, step)
     return [
@@ -189,6 +208,17 @@ def _whole(path: File, source: "Source") -> Segment:
         if source.on_error == "stop":
             raise
         return Segment(path)  # reading it will count it as skipped
+
+
+def _opens(path: File) -> bool:
+    """Whether the file lets itself be opened; one that does not is skipped whole, not once for each part."""
+    if isinstance(path, RemoteFile):
+        return True
+    try:
+        files.open_file(path).close()
+    except OSError:
+        return False
+    return True
 
 
 def _cutting_step(path: File, source: "Source", part_bytes: int) -> int | None:
@@ -264,7 +294,7 @@ def _of_file(path: File, segment: Segment, source: "Source", tally: Tally) -> It
     if form == "warc":
         faults = Faults(Place(files.shown(path), sign=": answer "), tally, skip)
         pages = warc.warc_pages(path, faults)
-        return (document for address, page in pages for document in _cut(page, address))
+        return (Document(page, address, is_row=True) for address, page in pages)
     if form == "text" and source.documents != "line":
         return _of_text(path, segment, source, tally)
     return _of_lines(path, segment, source, tally)
@@ -365,15 +395,4 @@ def _sections(path: File, segment: Segment, source: "Source", tally: Tally) -> I
 
 
 def _of_rows(rows: Iterable[tuple[int, str]], place: Place) -> Iterator[Document]:
-    for number, row in rows:
-        if len(row) <= _LONGEST_ROW:
-            yield Document(row, place, number)
-        else:
-            yield from _cut(row, place.show(number))
-
-
-def _cut(row: str, where: str) -> Iterator[Document]:
-    if len(row) <= _LONGEST_ROW:
-        yield Document(row, where)
-    else:
-        yield from (Document(piece, where) for _, piece in text.pieces([row]))
+    return (Document(row, place, number, is_row=True) for number, row in rows)

@@ -8,6 +8,7 @@ the finished parts, and the result does not depend on how many processes there a
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -49,11 +50,13 @@ class Stage:
         work: What is done.
         store: Where finished parts are kept; its name says what made them.
         sizes: Bytes of each part's input, for progress.
+        worth_bytes: Input from which on it pays to start one more process for it.
     """
 
     work: Work
     store: Path
     sizes: Sequence[int]
+    worth_bytes: int = 0
 
     def folder(self, number: int) -> Path:
         """Where a part is, or will be."""
@@ -103,10 +106,12 @@ def finish(stage: Stage, engine: Engine = HERE, *, progress: Progress | None = N
         sweep(stage.store)  # an engine's jobs of an earlier call may still write there
     missing = [number for number in numbers if not stage.is_done(number)]
     total = sum(stage.sizes)
-    done = total - sum(stage.sizes[number] for number in missing)
+    todo = sum(stage.sizes[number] for number in missing)
+    done = total - todo
     if engine.carrier is not None:
         return _elsewhere(stage, missing, engine, engine.carrier, progress)
-    workers = min(engine.workers, len(missing))
+    worth = todo // stage.worth_bytes if stage.worth_bytes else len(missing)
+    workers = min(engine.workers, len(missing), worth)
     finished = _here(stage, missing) if workers <= 1 else _apart(stage, missing, workers)
     for number in finished:
         done += stage.sizes[number]
@@ -137,8 +142,20 @@ def _elsewhere(
     from llmkit.data.cluster import run_tasks
 
     logs = stage.store.parent.parent / "logs" / stage.store.name
+    total, before = sum(stage.sizes), sum(stage.sizes) - sum(stage.sizes[number] for number in missing)
+
+    def told(done: int, tasks: int) -> None:
+        if progress is not None:
+            progress(before + (total - before) * done // max(1, tasks), total)
+
     run_tasks(
-        MakePart(stage), missing, engine=carrier, workers=engine.workers, logs=logs, cluster=engine.cluster
+        MakePart(stage),
+        missing,
+        engine=carrier,
+        workers=engine.workers,
+        logs=logs,
+        cluster=engine.cluster,
+        progress=told,
     )
     if progress is not None:
         progress(sum(stage.sizes), sum(stage.sizes))
@@ -162,8 +179,11 @@ def _here(stage: Stage, numbers: Sequence[int]) -> Iterable[int]:
 def _apart(stage: Stage, numbers: Sequence[int], workers: int) -> Iterable[int]:
     """Give the parts out one by one to worker processes; a worker that is done gets the next."""
     waiting = list(reversed(numbers))
-    crew = {worker.connection: worker for worker in (_Worker(stage) for _ in range(workers))}
+    crew: dict[Connection, _Worker] = {}
     try:
+        for _ in range(workers):
+            worker = _Worker(stage)
+            crew[worker.connection] = worker
         for worker in crew.values():
             worker.give(waiting.pop())
         while crew:
@@ -175,8 +195,9 @@ def _apart(stage: Stage, numbers: Sequence[int], workers: int) -> Iterable[int]:
                 else:
                     crew.pop(worker.connection).dismiss()
     except LlmkitError:
+        until = time.monotonic() + _SETTLE_S
         for worker in crew.values():
-            worker.settle()
+            worker.settle(until)
         raise
     finally:
         for worker in crew.values():
@@ -221,10 +242,10 @@ class _Worker:
         self._process.join(timeout=10)
         self.end()
 
-    def settle(self) -> None:
+    def settle(self, until: float) -> None:
         """After another worker's error: let this one finish what it has in hand, if that takes seconds only."""
         if self._process.is_alive():
-            self.connection.poll(_SETTLE_S)
+            self.connection.poll(max(0.0, until - time.monotonic()))
 
     def end(self) -> None:
         """Parts are published whole, so a worker can be ended at any moment."""
@@ -258,13 +279,20 @@ def _serve(connection: Connection, stage: Stage, parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     try:
         fill = stage.work.open()
-        while (number := connection.recv()) is not None:
+        while (number := _received(connection)) is not None:
             _make(fill, stage, number)
             connection.send(None)
-    except EOFError:
-        return
     except Exception as error:
         connection.send(_sendable(error))
+
+
+def _received(connection: Connection) -> int | None:
+    """The next part to make; None when there is none, or when the parent is gone."""
+    try:
+        number: int | None = connection.recv()
+    except EOFError:
+        return None
+    return number
 
 
 def _sendable(error: Exception) -> Exception:

@@ -1,6 +1,6 @@
 """Documents, where they were found, and what is done when a row or a file is no text."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class Place:
         if number is None:
             return self.name
         if self._before is None:
-            self._before = None if self._path is None else _count_lines(Path(self._path), self._start)
+            count_before([self])
             if self._before is None:
                 return f"{self.name}: line {number} after byte {self._start:,}"
         number += self._before
@@ -102,20 +102,46 @@ class Place:
         }
 
 
+def count_before(places: Iterable[Place]) -> None:
+    """Count the lines before each place that does not know them yet, in one pass of each file for all of them."""
+    wanted: dict[str, list[Place]] = {}
+    for place in places:
+        if place._before is None and place._path is not None:
+            wanted.setdefault(place._path, []).append(place)
+    for path, waiting in wanted.items():
+        at, found = 0, 0
+        for place in sorted(waiting, key=lambda one: one._start):
+            more = _count_lines(Path(path), at, place._start)
+            if more is None:
+                break
+            at, found = place._start, found + more
+            place._before = found
+
+
 class Document:
-    """One document: its text, and where it was found (`books/a.txt` or `web.jsonl:17`)."""
+    """One document: its text, and where it was found (`books/a.txt` or `web.jsonl:17`).
 
-    __slots__ = ("_number", "_place", "text")
+    Attributes:
+        text: The text.
+        place: Where it comes from, or where it is.
+        number: Its number there.
+        is_row: It is a table's row or a web page, which is cut into pieces where it is very long.
+    """
 
-    def __init__(self, text: str, place: Place | str, number: int | None = None) -> None:
+    __slots__ = ("is_row", "number", "place", "text")
+
+    def __init__(
+        self, text: str, place: Place | str, number: int | None = None, *, is_row: bool = False
+    ) -> None:
         self.text = text
-        self._place = place
-        self._number = number
+        self.place = place
+        self.number = number
+        self.is_row = is_row
 
     @property
     def where(self) -> str:
         """Where it was found; worked out when asked for, which may mean to count the lines of a file."""
-        return self._place if isinstance(self._place, str) else self._place.show(self._number)
+        return self.place if isinstance(self.place, str) else self.place.show(self.number)
 
     def __repr__(self) -> str:
         return f"Document({self.text!r}, {self.where!r})"
@@ -211,6 +237,7 @@ class Tally:
 
     def shown(self) -> dict[str, Any]:
         """What was skipped, for a report: counts by reason and examples with their places worked out."""
+        count_before(example.place for example in self.examples)
         return {
             "empty_files": self.empty_files,
             "empty_documents": self.empty_documents,
@@ -265,14 +292,15 @@ class Faults:
         self.tally.skip_file(fault, self.place)
 
 
-def _count_lines(path: Path, end: int) -> int | None:
-    """Line ends in the first `end` bytes of a file; None if it can no longer be read."""
+def _count_lines(path: Path, start: int, stop: int) -> int | None:
+    """Line ends in the file's bytes from `start` to `stop`; None if it can no longer be read."""
     found = 0
     try:
         with path.open("rb") as file:
-            while end > 0 and (chunk := file.read(min(end, _COUNT_BYTES))):
+            file.seek(start)
+            while start < stop and (chunk := file.read(min(stop - start, _COUNT_BYTES))):
                 found += chunk.count(b"\n")
-                end -= len(chunk)
+                start += len(chunk)
     except OSError:
         return None
     return found

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import shutil
+import unicodedata
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from llmkit.data.shards import SPLITS, TokenShards
 from llmkit.data.tokenizers import LightTokenizer, fingerprint, load_tokenizer, open_tokenizer, save_tokenizer
 from llmkit.data.tokenizers.learn import learn, refuse_impossible
 from llmkit.data.tokenizers.special import CHAT_TOKENS, chat_template
-from llmkit.durable import naming_full_disks, one_at_a_time, verify_folder, write_folder
+from llmkit.durable import naming_full_disks, one_at_a_time, sweep_beside, verify_folder, write_folder
 from llmkit.errors import CorruptError
 from llmkit.plan import DataFacts, SourceFacts
 from llmkit.recipe.schema import Tokenize
@@ -47,6 +50,7 @@ def ensure_tokenizer(
     identity = _identity(spec, corpus, max_length)
     folder = corpus.cache / "tokenizers" / identity[:32]
     with naming_full_disks(folder), one_at_a_time(folder.with_name(f".{folder.name}.lock")):
+        sweep_beside(folder)
         found = None if corpus.fresh else _found(folder, identity)
         if found is not None:
             return folder, {**found, "found": True}
@@ -157,6 +161,7 @@ def _identity(spec: Tokenize, corpus: Corpus, max_length: int | None) -> str:
     else:
         content = {
             "version": _LEARNER,
+            "made by": _versions(spec),
             "settings": spec.model_dump(mode="json", exclude=_NOT_LEARNT),
             "held_out_below": corpus.held_out_below,
             "max_length": max_length,
@@ -164,6 +169,13 @@ def _identity(spec: Tokenize, corpus: Corpus, max_length: int | None) -> str:
         }
     content["chat_template"] = chat_template(spec, corpus.base)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _versions(spec: Tokenize) -> dict[str, str]:
+    """What decides the vocabulary besides text and settings."""
+    packages = ["tokenizers", *(["rjieba"] if spec.algorithm == "words" else [])]
+    found = {package: version(package) if find_spec(package) else "" for package in packages}
+    return {**found, "unicode": unicodedata.unidata_version}
 
 
 def _found(folder: Path, identity: str) -> Mapping[str, Any] | None:

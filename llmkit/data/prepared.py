@@ -8,10 +8,11 @@ near copies does not clean the text again.
 
 import json
 import shutil
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from heapq import heappop, heappush
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,15 @@ import numpy.typing as npt
 from llmkit.data.clean.cleaner import Cleaner, StepCount, cleaning_identity
 from llmkit.data.clean.personal import PersonalDataMarker
 from llmkit.data.duplicates.contamination import Decontaminator
-from llmkit.data.duplicates.exact import document_keys, keep_first
+from llmkit.data.duplicates.exact import document_keys, keep_first, part_edges
 from llmkit.data.duplicates.lines import frequent_lines, line_keys, strip_lines
-from llmkit.data.duplicates.near import Signer, near_copies, near_identity
+from llmkit.data.duplicates.near import Signer, kept_of, near_groups, near_identity
 from llmkit.data.npy import NpyWriter
+from llmkit.data.parts import cut_row
 from llmkit.data.pipeline import Engine, Fill, Progress, Stage, finish
-from llmkit.data.places import Tally
+from llmkit.data.places import Place, Tally, count_before
 from llmkit.data.split import document_hash
+from llmkit.data.text import utf8_size
 from llmkit.data.texts import TEXT, KeptTexts, SourceTexts, StoredTexts, TextWriter, combined
 from llmkit.durable import (
     naming_full_disks,
@@ -43,12 +46,18 @@ from llmkit.recipe.preparation import NearDuplicates, Prepare
 if TYPE_CHECKING:
     from llmkit.data.places import Document
 
-_VERSION = 1
+_VERSION = 2
+_CUT = "cut"
+"""The step in which rows over 1 Mi characters become pieces; shown only where it did."""
 EXAMPLES = 20
 """Dropped documents kept as examples for each reason."""
 
 _SHOWN = 300
+_WORTH = {"clean": 1_000_000, "lines": 20_000_000, "stripped": 20_000_000, "signed": 8_000_000}
+_KEPT_SHOWN = 100
 _BATCH = 256
+_BATCH_CHARACTERS = 2**22
+_SCANNED = 2**20
 Keep = npt.NDArray[np.bool_]
 Tell = Callable[[str], Progress | None]
 """Given the name of a stage, what to tell its progress to."""
@@ -61,7 +70,8 @@ class Prepared:
     Attributes:
         texts: One entry a source.
         report: Documents and bytes read and kept, what each step did (`StepCount`), what was skipped in reading.
-        examples: Dropped documents: step, reason, where, the beginning of the text.
+        examples: Dropped documents: step, reason, where, the beginning of the text; of copies and near copies
+            also `kept`, the beginning of the document that stays.
     """
 
     texts: list[KeptTexts]
@@ -97,20 +107,23 @@ def prepare_texts(
     contaminated = Decontaminator(spec.decontaminate, base) if spec.decontaminate is not None else None
     settings = spec.model_dump(mode="json")
     duplicates = settings.pop("duplicates")
-    cleaning = combined(
+    content = combined(
         _VERSION,
         settings,
         cleaning_identity(spec),
         contaminated.identity if contaminated else None,
-        [(texts.name, texts.identity) for texts in sources],
+        [texts.identity for texts in sources],
     )
-    decision = combined(
-        cleaning, duplicates, near_identity() if spec.duplicates and spec.duplicates.near else None
+    identity = combined(
+        content, duplicates, near_identity() if spec.duplicates and spec.duplicates.near else None
     )
+    # Parts cut in another way are other parts; together they are the same text.
+    cuts = [texts.cut for texts in sources]
+    cleaning, decision = combined(content, cuts)[:32], combined(identity, cuts)[:32]
     builder = _Builder(
-        sources, spec, contaminated, cache / "text", cleaning[:32], decision[:32], engine, tell
+        sources, spec, contaminated, cache / "text", identity, cleaning, decision, engine, tell
     )
-    with naming_full_disks(cache), one_at_a_time(cache / "text" / f".{cleaning[:32]}.lock"):
+    with naming_full_disks(cache), one_at_a_time(cache / "text" / f".{cleaning}.lock"):
         if fresh:
             builder.forget()
         return builder.find_or_build()
@@ -122,6 +135,7 @@ class _Builder:
     spec: Prepare
     contaminated: Decontaminator | None
     store: Path
+    identity: str
     cleaning: str
     decision: str
     engine: Engine
@@ -149,7 +163,7 @@ class _Builder:
         first = 0
         for number, source in enumerate(self.sources):
             last = first + len(source.parts)
-            identity = combined(self.decision, number)
+            identity = combined(self.identity, number)
             one = KeptTexts(
                 tuple(folders[first:last]),
                 decided / "keep.npy",
@@ -159,28 +173,28 @@ class _Builder:
             )
             texts.append(one)
             first = last
-        examples = [json.loads(line) for line in (decided / "dropped.jsonl").read_text("utf-8").splitlines()]
+        examples = json.loads((decided / "dropped.json").read_bytes())
         return Prepared(texts, facts["report"], examples)
 
     def _build(self, decided: Path) -> None:
         parts = self._run(
             "clean", CleanWork(tuple(self.sources), self.spec, self.contaminated), self._sizes()
         )
-        manifests = [read_manifest(part) for part in parts]
-        self._check(manifests)
-        steps = _added([[StepCount.from_json(one) for one in manifest["steps"]] for manifest in manifests])
-        examples = _Examples()
-        for manifest in manifests:
-            examples.include(manifest["examples"])
+        found = self._added(parts)
         duplicates = self.spec.duplicates
         if duplicates is not None and duplicates.lines is not None:
             parts = self._strip(parts, duplicates.lines)
-            manifests_of_lines = [read_manifest(part) for part in parts]
-            steps += _added([[StepCount.from_json(manifest["step"])] for manifest in manifests_of_lines])
-        keep, more = self._decide(parts, examples)
-        report = _report(manifests, [*steps, *more], parts, keep)
+            lines = _Found()
+            for part in parts:
+                manifest = read_manifest(part)
+                lines.include([manifest["step"]], ())
+                found.examples.include(manifest["examples"])
+            found.steps += lines.steps
+        keep, more = self._decide(parts, found.examples)
+        found.steps += more
+        report, examples = found.report(parts, keep), found.examples.shown()
         if report["kept"]["documents"] == 0:
-            raise _nothing_left(report)
+            raise _nothing_left(report, examples)
         facts: dict[str, object] = {
             "kind": "prepared text",
             "parts": [str(part.relative_to(self.store)) for part in parts],
@@ -189,32 +203,39 @@ class _Builder:
         }
         with write_folder(decided, facts=facts) as folder:
             np.save(folder / "keep.npy", np.concatenate(keep) if keep else np.zeros(0, bool))
-            lines = [json.dumps(example, ensure_ascii=False) for example in examples.chosen()]
-            (folder / "dropped.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+            (folder / "dropped.json").write_text(json.dumps(examples, ensure_ascii=False), "utf-8")
 
-    def _check(self, manifests: Sequence[Mapping[str, Any]]) -> None:
-        """Every source must have given text."""
-        found = iter(manifests)
+    def _added(self, parts: Sequence[Path]) -> "_Found":
+        """What cleaning found in all parts, one manifest at a time; every source must have given text."""
+        found, folders = _Found(), iter(parts)
         for source in self.sources:
             tally = Tally()
             for _ in source.parts:
-                tally.add(Tally.from_json(next(found)["skipped"]))
+                manifest = read_manifest(next(folders))
+                found.include(manifest["steps"], manifest["examples"])
+                tally.add(Tally.from_json(manifest["skipped"]))
             source.check(tally)
+            found.skipped.add(tally)
+        return found
 
     def _sizes(self) -> list[int]:
         return [size for source in self.sources for size in source.sizes]
 
     def _run(self, name: str, work: Any, sizes: Sequence[int]) -> list[Path]:
         address = self.cleaning if name == "clean" else self.decision
-        stage = Stage(work, self.store / f"{address}.{name}", sizes)
+        stage = Stage(work, self.store / f"{address}.{name}", sizes, _WORTH[name])
         return finish(stage, self.engine, progress=self.tell(name))
 
     def _strip(self, parts: Sequence[Path], more_than: int) -> list[Path]:
         sizes = [(part / TEXT).stat().st_size for part in parts]
         counted = self._run("lines", LinesWork(tuple(parts)), sizes)
         frequent = frequent_lines([np.load(part / "lines.npy", mmap_mode="r") for part in counted], more_than)
-        stripped = self._run("stripped", StripWork(tuple(parts), tuple(frequent.tolist())), sizes)
+        stored = self.store / f"{self.decision}.frequent"
+        with write_folder(stored) as folder:
+            np.save(folder / "frequent.npy", frequent)
+        stripped = self._run("stripped", StripWork(tuple(parts), stored / "frequent.npy"), sizes)
         self._forget("lines")
+        self._forget("frequent")
         return stripped
 
     def _decide(self, parts: Sequence[Path], examples: "_Examples") -> tuple[list[Keep], list[StepCount]]:
@@ -231,12 +252,17 @@ class _Builder:
         if duplicates.exact:
             before, keep = keep, keep_first(keys)
             steps.append(_step("exact", "copy", before, keep, lengths))
-            examples.add_dropped("exact", "copy", parts, keys, before, keep)
+            gone = _smallest(keys, before, keep)
+            examples.add_copies("exact", "copy", parts, gone, _first_equal(keys, gone))
         if duplicates.near is not None:
             signatures = [np.load(part / "signatures.npy", mmap_mode="r") for part in signed]
-            before, keep = keep, near_copies(signatures, lengths, keys, keep, duplicates.near)
+            leaders = near_groups(signatures, lengths, keys, keep, duplicates.near)
+            edges = part_edges(keys)
+            before, keep = keep, kept_of(leaders, edges)
             steps.append(_step("near", "near copy", before, keep, lengths))
-            examples.add_dropped("near", "near copy", parts, keys, before, keep)
+            gone = _smallest(keys, before, keep)
+            stay = {key: _in_part(int(leaders[edges[part] + place]), edges) for key, part, place in gone}
+            examples.add_copies("near", "near copy", parts, gone, stay)
         self._forget("signed")
         return keep, steps
 
@@ -266,16 +292,22 @@ class CleanWork:
     def _fill(
         self, cleaner: Cleaner, examples: "_Examples", source: SourceTexts, number: int, folder: Path
     ) -> Mapping[str, object]:
-        tally, writer = Tally(), TextWriter(folder)
-        for document in source.documents(number, tally):
+        tally, writer, cut = Tally(), TextWriter(folder), StepCount(_CUT)
+        for document in source.documents(number, tally, whole_rows=True):
             cleaned = cleaner.clean(document.text)
-            if cleaned.step is None:
-                writer.add(cleaned.text)
-            else:
+            if cleaned.step is not None:
                 examples.add(cleaned.step, cleaned.reason or "", document)
+                continue
+            for piece in cut_row(cleaned.text) if document.is_row else (cleaned.text,):
+                if piece and not piece.isspace():
+                    writer.add(piece)
+                    cut.documents_out += 1
+                    cut.bytes_out += utf8_size(piece)
+            cut.documents_in += 1
+            cut.bytes_in += utf8_size(cleaned.text)
         writer.close()
         return {
-            "steps": [_taken(step).as_json() for step in cleaner.steps],
+            "steps": [*(_taken(step).as_json() for step in cleaner.steps), cut.as_json()],
             "skipped": tally.as_json(),
             "examples": examples.chosen(),
         }
@@ -304,19 +336,21 @@ class StripWork:
     """Texts without the lines that stand in too many documents."""
 
     parts: tuple[Path, ...]
-    frequent: tuple[int, ...]
+    frequent: Path
 
     def open(self) -> Fill:
-        """Make the lines' keys an array once."""
-        frequent = np.array(self.frequent, dtype=np.uint64)
+        """Open the lines' keys, which all processes share."""
+        frequent = np.load(self.frequent, mmap_mode="r")
         return lambda number, folder: self._fill(frequent, number, folder)
 
     def _fill(self, frequent: npt.NDArray[np.uint64], number: int, folder: Path) -> Mapping[str, object]:
-        writer, step = TextWriter(folder), StepCount("lines")
+        writer, step, examples = TextWriter(folder), StepCount("lines"), _Examples()
         for text in StoredTexts(self.parts[number]):
             stripped, removed = strip_lines(text, frequent)
             step.documents_in += 1
             step.bytes_in += len(text.encode())
+            for line in _removed_lines(text, stripped) if removed else ():
+                examples.add_text("lines", "in too many documents", line)
             if not stripped or stripped.isspace():
                 step.dropped["nothing left"] = step.dropped.get("nothing left", 0) + 1
                 continue
@@ -326,7 +360,7 @@ class StripWork:
             step.changed += removed > 0
             step.replaced["line"] = step.replaced.get("line", 0) + removed
         writer.close()
-        return {"step": step.as_json()}
+        return {"step": step.as_json(), "examples": examples.chosen()}
 
 
 @dataclass(frozen=True)
@@ -342,20 +376,52 @@ class SignWork:
         return lambda number, folder: self._fill(signer, number, folder)
 
     def _fill(self, signer: Signer | None, number: int, folder: Path) -> Mapping[str, object]:
-        texts = StoredTexts(self.parts[number])
-        keys = np.empty((len(texts), 2), dtype=np.uint64)
-        width = self.near.permutations if self.near is not None else 0
-        signatures = np.empty((len(texts), width), dtype=np.uint32)
-        start = 0
-        for batch in _lists(texts, _BATCH):
-            stop = start + len(batch)
-            keys[start:stop] = document_keys(batch)
-            if signer is not None:
-                signatures[start:stop] = signer.sign(batch)
-            start = stop
-        np.save(folder / "keys.npy", keys)
-        np.save(folder / "signatures.npy", signatures)
+        keys = NpyWriter(folder / "keys.npy", np.dtype(np.uint64), width=2)
+        signatures = None
+        if self.near is not None:
+            width = self.near.permutations
+            signatures = NpyWriter(folder / "signatures.npy", np.dtype(np.uint32), width=width)
+        for batch in _batches(StoredTexts(self.parts[number])):
+            keys.append(document_keys(batch))
+            if signer is not None and signatures is not None:
+                signatures.append(signer.sign(batch))
+        keys.close()
+        if signatures is not None:
+            signatures.close()
         return {}
+
+
+@dataclass
+class _Example:
+    """A dropped document to show.
+
+    Attributes:
+        text: Its beginning.
+        place: Where it comes from, or where it is.
+        number: Its number there.
+        kept: The beginning of the document that stays for it.
+    """
+
+    text: str
+    place: Place | str = ""
+    number: int | None = None
+    kept: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON, the place not yet worked out: that may mean to count the lines of a file."""
+        place = self.place if isinstance(self.place, str) else self.place.as_json()
+        return {**vars(self), "place": place}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "_Example":
+        """What `as_json` gave."""
+        place = stored["place"]
+        return cls(**{**stored, "place": place if isinstance(place, str) else Place(**place)})
+
+    def shown(self) -> dict[str, str]:
+        """For people."""
+        where = self.place if isinstance(self.place, str) else self.place.show(self.number)
+        return {"where": where, "text": self.text} | ({} if self.kept is None else {"kept": self.kept})
 
 
 @dataclass
@@ -363,61 +429,160 @@ class _Examples:
     """For each step and reason the dropped documents with the smallest hashes: the same in any order of work."""
 
     mask: PersonalDataMarker | None = None
-    _kept: dict[tuple[str, str], list[tuple[int, str, str]]] = field(default_factory=dict)
+    _kept: dict[tuple[str, str], dict[int, _Example]] = field(default_factory=dict)
 
     def add(self, step: str, reason: str, document: "Document") -> None:
-        kept = self._kept.setdefault((step, reason), [])
-        # Negative, for the heap gives away its smallest entry.
-        rank = -document_hash(document.text, "example")
-        if len(kept) < EXAMPLES or rank > kept[0][0]:
-            text = document.text[: 4 * _SHOWN]
-            text = text if self.mask is None else self.mask(text)[0]
-            heappush(kept, (rank, document.where, text[:_SHOWN]))
-        if len(kept) > EXAMPLES:
-            heappop(kept)
+        self.add_text(step, reason, document.text, document.place, document.number)
 
-    def add_dropped(
+    def add_text(
+        self, step: str, reason: str, text: str, place: Place | str = "", number: int | None = None
+    ) -> None:
+        rank = document_hash(text, "example")
+        if self._has_room(step, reason, rank):
+            shown = text[: 4 * _SHOWN]
+            shown = shown if self.mask is None else self.mask(shown)[0]
+            self._keep(step, reason, rank, _Example(shown[:_SHOWN], place, number))
+
+    def add_copies(
         self,
         step: str,
         reason: str,
         parts: Sequence[Path],
-        keys: Sequence[npt.NDArray[np.uint64]],
-        before: Sequence[Keep],
-        after: Sequence[Keep],
+        gone: Sequence["_Gone"],
+        stay: Mapping[int, tuple[int, int]],
     ) -> None:
-        """Add the documents with the smallest keys of those that a step over all documents took."""
-        found = []
-        for number, (was, stays) in enumerate(zip(before, after, strict=True)):
-            gone = np.flatnonzero(was & ~stays)
-            order = np.argsort(keys[number][gone, 0], kind="stable")[:EXAMPLES]
-            found += [(int(keys[number][place, 0]), number, int(place)) for place in gone[order]]
-        for rank, number, place in sorted(found)[:EXAMPLES]:
-            text = _text_at(parts[number], place)
-            self._kept.setdefault((step, reason), []).append((-rank, "", text[:_SHOWN]))
+        """Add copies that were dropped; `stay` has for each key the part and place of the document that stays."""
+        for key, part, place in gone:
+            other, there = stay[key]
+            text, kept = _text_at(parts[part], place), _text_at(parts[other], there)
+            self._keep(step, reason, key, _Example(text[:_SHOWN], kept=kept[:_KEPT_SHOWN]))
 
     def include(self, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Add those that `chosen` gave elsewhere."""
         for one in examples:
-            kept = self._kept.setdefault((one["step"], one["reason"]), [])
-            heappush(kept, (-one["rank"], one["where"], one["text"]))
-            if len(kept) > EXAMPLES:
-                heappop(kept)
+            if self._has_room(one["step"], one["reason"], one["rank"]):
+                self._keep(one["step"], one["reason"], one["rank"], _Example.from_json(one["example"]))
 
-    def chosen(self) -> list[dict[str, Any]]:
-        """All of them, by step, reason and hash."""
+    def shown(self) -> list[dict[str, str]]:
+        """All of them for people, by step, reason and hash."""
         return [
-            {"step": step, "reason": reason, "where": where, "text": text, "rank": -rank}
-            for (step, reason), kept in sorted(self._kept.items())
-            for rank, where, text in sorted(kept, reverse=True)
+            {"step": step, "reason": reason, **example.shown()} for step, reason, _, example in self._all()
         ]
 
+    def chosen(self) -> list[dict[str, Any]]:
+        """All of them for `include`."""
+        return [
+            {"step": step, "reason": reason, "rank": rank, "example": example.as_json()}
+            for step, reason, rank, example in self._all()
+        ]
 
-def _lists(texts: StoredTexts, size: int) -> Iterator[list[str]]:
-    batch = []
+    def places(self) -> list[Place]:
+        """All places that may have to be worked out."""
+        return [example.place for *_, example in self._all() if isinstance(example.place, Place)]
+
+    def _all(self) -> Iterator[tuple[str, str, int, _Example]]:
+        for (step, reason), kept in sorted(self._kept.items(), key=itemgetter(0)):
+            for rank in sorted(kept):
+                yield step, reason, rank, kept[rank]
+
+    def _has_room(self, step: str, reason: str, rank: int) -> bool:
+        kept = self._kept.get((step, reason), {})
+        return rank not in kept and (len(kept) < EXAMPLES or rank < max(kept))
+
+    def _keep(self, step: str, reason: str, rank: int, example: _Example) -> None:
+        kept = self._kept.setdefault((step, reason), {})
+        kept[rank] = example
+        if len(kept) > EXAMPLES:
+            del kept[max(kept)]
+
+
+@dataclass
+class _Found:
+    """What the parts' manifests say, added up."""
+
+    steps: list[StepCount] = field(default_factory=list)
+    examples: _Examples = field(default_factory=_Examples)
+    skipped: Tally = field(default_factory=Tally)
+
+    def include(self, steps: Sequence[dict[str, Any]], examples: Sequence[Mapping[str, Any]]) -> None:
+        """Add one part's."""
+        counts = [StepCount.from_json(step) for step in steps]
+        for one, other in zip(self.steps, counts, strict=True) if self.steps else ():
+            one.add(other)
+        self.steps = self.steps or counts
+        self.examples.include(examples)
+
+    def report(self, parts: Sequence[Path], keep: Sequence[Keep]) -> dict[str, Any]:
+        """What `Prepared.report` is."""
+        # For both kinds of examples together: then each file is read once for their lines' numbers.
+        count_before([*self.examples.places(), *(example.place for example in self.skipped.examples)])
+        sizes = (int(StoredTexts(part).lengths[one].sum()) for part, one in zip(parts, keep, strict=True))
+        first = self.steps[0] if self.steps else None
+        return {
+            "read": {"documents": first.documents_in, "bytes": first.bytes_in} if first else None,
+            "kept": {"documents": sum(int(one.sum()) for one in keep), "bytes": sum(sizes)},
+            "steps": [step.as_json() for step in self.steps if step.name != _CUT or _did_cut(step)],
+            "skipped": self.skipped.shown(),
+        }
+
+
+def _did_cut(step: StepCount) -> bool:
+    return (step.documents_in, step.bytes_in) != (step.documents_out, step.bytes_out)
+
+
+_Gone = tuple[int, int, int]
+"""The first half of a dropped document's key, its part, and its place there."""
+
+
+def _smallest(
+    keys: Sequence[npt.NDArray[np.uint64]], before: Sequence[Keep], after: Sequence[Keep]
+) -> list[_Gone]:
+    """The documents with the smallest keys of those that a step over all documents took; no key twice."""
+    found: dict[int, _Gone] = {}
+    for part, (was, stays) in enumerate(zip(before, after, strict=True)):
+        gone = np.flatnonzero(was & ~stays)
+        firsts, at = np.unique(keys[part][gone, 0], return_index=True)
+        for key, place in zip(firsts[:EXAMPLES].tolist(), gone[at[:EXAMPLES]].tolist(), strict=True):
+            found.setdefault(key, (key, part, place))
+        found = {key: found[key] for key in sorted(found)[:EXAMPLES]}
+    return [*found.values()]
+
+
+def _first_equal(keys: Sequence[npt.NDArray[np.uint64]], gone: Sequence[_Gone]) -> dict[int, tuple[int, int]]:
+    """For each dropped copy the part and place of the first document with its key."""
+    wanted = np.array([key for key, _, _ in gone], np.uint64)
+    whole = {key: keys[part][place].tolist() for key, part, place in gone}
+    found: dict[int, tuple[int, int]] = {}
+    for number, part in enumerate(keys):
+        for start in range(0, len(part), _SCANNED):
+            block = part[start : start + _SCANNED]
+            for place in np.flatnonzero(np.isin(block[:, 0], wanted)).tolist():
+                pair = block[place].tolist()
+                if pair == whole[pair[0]]:
+                    found.setdefault(pair[0], (number, start + place))
+    return found
+
+
+def _in_part(place: int, edges: Sequence[int]) -> tuple[int, int]:
+    """A place in the whole corpus as a part and a place in it."""
+    part = bisect_right(edges, place) - 1
+    return part, place - edges[part]
+
+
+def _removed_lines(text: str, stripped: str) -> list[str]:
+    """Lines that were in the text and are not any more."""
+    left = {*stripped.split("\n")}
+    return [line for line in text.split("\n") if line.strip() and line not in left]
+
+
+def _batches(texts: StoredTexts) -> Iterator[list[str]]:
+    batch, characters = list[str](), 0
     for text in texts:
         batch.append(text)
-        if len(batch) == size:
+        characters += len(text)
+        if len(batch) == _BATCH or characters > _BATCH_CHARACTERS:
             yield batch
-            batch = []
+            batch, characters = [], 0
     if batch:
         yield batch
 
@@ -451,14 +616,6 @@ def _taken(step: StepCount) -> StepCount:
     return taken
 
 
-def _added(lists: Sequence[Sequence[StepCount]]) -> list[StepCount]:
-    total = list(lists[0]) if lists else []
-    for steps in lists[1:]:
-        for one, other in zip(total, steps, strict=True):
-            one.add(other)
-    return total
-
-
 def _step(
     name: str,
     reason: str,
@@ -477,32 +634,30 @@ def _step(
     return step
 
 
-def _report(
-    manifests: Sequence[Mapping[str, Any]],
-    steps: Sequence[StepCount],
-    parts: Sequence[Path],
-    keep: Sequence[Keep],
-) -> dict[str, Any]:
-    skipped = Tally()
-    for manifest in manifests:
-        skipped.add(Tally.from_json(manifest["skipped"]))
-    kept_bytes = sum(int(StoredTexts(part).lengths[one].sum()) for part, one in zip(parts, keep, strict=True))
-    return {
-        "read": {"documents": steps[0].documents_in, "bytes": steps[0].bytes_in} if steps else None,
-        "kept": {"documents": sum(int(one.sum()) for one in keep), "bytes": kept_bytes},
-        "steps": [step.as_json() for step in steps],
-        "skipped": skipped.shown(),
-    }
+class NothingLeftError(DataError):
+    """Preparation left no document.
+
+    Attributes:
+        report: What each step did, see `Prepared`.
+        examples: Documents that were dropped.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.report: dict[str, Any] = {}
+        self.examples: list[dict[str, str]] = []
 
 
-def _nothing_left(report: Mapping[str, Any]) -> DataError:
+def _nothing_left(report: dict[str, Any], examples: list[dict[str, str]]) -> NothingLeftError:
     taken = Counter[str]()
     for step in report["steps"]:
         for reason, count in step["dropped"].items():
             taken[f"{step['name']} ({reason})"] += count
     listed = ", ".join(f"{what} took {count:,}" for what, count in taken.most_common(5) if count)
     read = report["read"]["documents"] if report["read"] else 0
-    return DataError(
+    error = NothingLeftError(
         f"preparation left none of the {read:,} documents: {listed or 'nothing was read'}",
-        hint="loosen that step in `tokenize.prepare`",
+        hint="loosen that step in `tokenize.prepare`; examples are in dropped.jsonl",
     )
+    error.report, error.examples = report, examples
+    return error

@@ -9,13 +9,15 @@ from pathlib import Path
 from llmkit.data.pipeline import Engine, Fill, Progress, Stage, finish
 from llmkit.data.places import Tally
 from llmkit.data.split import document_hash
+from llmkit.data.text import utf8_size
 from llmkit.data.texts import StoredTexts, Texts, TextWriter, combined
-from llmkit.durable import naming_full_disks
+from llmkit.durable import naming_full_disks, one_at_a_time
 
 MEASURED_BYTES = 2_000_000
 """Held-out text that a tokenizer is measured on."""
 
 _RANGE = 2**64
+_WORTH = 50_000_000
 _AMPLE = 1.5
 
 
@@ -57,11 +59,11 @@ def choose_sample(
     while True:
         learn, measure = _Smallest(limit, "tokenizer"), _Smallest(MEASURED_BYTES, "measure")
         work = SampleWork(tuple(sources), limit, held_out_below, below, measure_below)
-        identities = [texts.identity for texts in sources]
+        identities = [(texts.identity, texts.cut) for texts in sources]
         store = cache / "samples" / combined(identities, limit, held_out_below, below, measure_below)[:32]
-        with naming_full_disks(store):
+        with naming_full_disks(store), one_at_a_time(store.with_name(f".{store.name}.lock")):
             sizes = [size for texts in sources for size in texts.sizes]
-            for part in finish(Stage(work, store, sizes), engine, progress=progress):
+            for part in finish(Stage(work, store, sizes, _WORTH), engine, progress=progress):
                 for name, chosen in (("learn", learn), ("measure", measure)):
                     for text in StoredTexts(part / name):
                         chosen.add(text)
@@ -128,7 +130,7 @@ class _Smallest:
         hashed = document_hash(text, self._purpose)
         if hashed >= min(self._refused_from, below):
             return
-        size = len(text) if text.isascii() else len(text.encode())
+        size = utf8_size(text)
         heapq.heappush(self._heap, (-hashed, text, size))
         self._total += size
         while self._total > self._limit:
@@ -147,6 +149,6 @@ def _share(share: float) -> int:
 
 def _clip(text: str, limit: int) -> str:
     """The text's beginning that fits into `limit` bytes."""
-    if len(text) * 4 <= limit or len(text.encode()) <= limit:
+    if len(text) * 4 <= limit or utf8_size(text) <= limit:
         return text
     return text.encode()[:limit].decode(errors="ignore")

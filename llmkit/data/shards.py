@@ -13,7 +13,7 @@ They are made in parts (`pipeline.py`), by as many processes as there are, and t
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +28,14 @@ from llmkit.data.places import Tally
 from llmkit.data.rows import Ints
 from llmkit.data.split import hash_bytes, nothing_to_train_on
 from llmkit.data.texts import Texts
-from llmkit.data.tokenizers import LightTokenizer, eos_id, fingerprint, token_dtype
+from llmkit.data.tokenizers import BATCH_CHARS, LightTokenizer, eos_id, fingerprint, token_dtype
+from llmkit.data.tokenizers.encoding import batches
 from llmkit.durable import (
     naming_full_disks,
     one_at_a_time,
     read_manifest,
     remove_folder,
+    sweep_beside,
     verify_folder,
     write_folder,
 )
@@ -44,6 +46,9 @@ MAX_FILE_BYTES = 256 * 2**20
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, Split] = ("train", "held_out")
+
+_WORTH_FAST, _WORTH_SLOW = 24_000_000, 1_000_000
+"""Bytes that take the fast encoder, and the other one, as long as a process takes to start."""
 
 
 @dataclass
@@ -240,12 +245,10 @@ def build_shards(
     shards = []
     for texts in sources:
         builder = _Builder(texts, tokenizer, _Job(texts=texts.identity, **fixed), cache / "shards", engine)
-        if fresh:
-            builder.forget()
-        shards.append(builder.find_or_build(_after(progress, before, total)))
+        shards.append(builder.find_or_build(_after(progress, before, total), fresh=fresh))
         before += sum(texts.sizes)
     if held_out < 1 and sum(shard.counts("train").documents for shard in shards) == 0:
-        raise nothing_to_train_on(one=False, ratio=held_out)
+        raise nothing_to_train_on(None, held_out)
     return shards
 
 
@@ -260,27 +263,30 @@ class _Builder:
     def forget(self) -> None:
         """Remove what is there, finished or not."""
         folder = self.store / self.job.address
-        for place in (folder, folder.with_name(f"{self.job.address}.parts")):
+        for place in (folder, *folder.parent.glob(f"{self.job.address}.*.parts")):
             if place.is_dir():
                 remove_folder(place)
 
-    def find_or_build(self, progress: Progress | None) -> TokenShards:
+    def find_or_build(self, progress: Progress | None, *, fresh: bool = False) -> TokenShards:
         folder = self.store / self.job.address
-        found = _opened(folder, self.texts.name)
+        found = None if fresh else _opened(folder, self.texts.name)
         if found is not None:
             return found
         with naming_full_disks(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with one_at_a_time(folder.with_name(f"{self.job.address}.lock")):
+                if fresh:
+                    self.forget()
                 # While this process waited for the lock, the one that held it may have made them.
                 return _opened(folder, self.texts.name) or self._build(folder, progress)
 
     def _build(self, folder: Path, progress: Progress | None) -> TokenShards:
-        _sweep(folder)
-        parts = folder.with_name(f"{self.job.address}.parts")
+        sweep_beside(folder)
+        parts = folder.with_name(f"{self.job.address}.{self.texts.cut[:8]}.parts")
         verdict = prove(self.tokenizer, _sample(self.texts))
         work = EncodeWork(self.texts, _portable(self.tokenizer), verdict.encoder, self.job)
-        made = finish(Stage(work, parts, self.texts.sizes), self.engine, progress=progress)
+        worth = _WORTH_FAST if verdict.encoder == "gigatoken" else _WORTH_SLOW
+        made = finish(Stage(work, parts, self.texts.sizes, worth), self.engine, progress=progress)
         self._join(made, folder, verdict)
         shutil.rmtree(parts, ignore_errors=True)
         return TokenShards.open(folder, name=self.texts.name)
@@ -417,24 +423,6 @@ def _portable(tokenizer: Any) -> Any:
     return tokenizer if backend is None else LightTokenizer(backend, str(tokenizer.name_or_path), {})
 
 
-BATCH_CHARS = 1_000_000
-"""Text handed to the encoder at once."""
-
-
-def batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """The texts in lists of about `size` characters."""
-    batch: list[str] = []
-    room = size
-    for text in texts:
-        batch.append(text)
-        room -= len(text)
-        if room <= 0:
-            yield batch
-            batch, room = [], size
-    if batch:
-        yield batch
-
-
 def _sample(texts: Texts) -> Iterator[str]:
     """Texts from up to sixteen parts spread over the source, `PROOF_CHARS` characters in all."""
     count = len(texts.sizes)
@@ -465,12 +453,3 @@ def _opened(folder: Path, name: str) -> TokenShards | None:
 
 def _token_file(folder: Path, split: Split, number: int) -> Path:
     return folder / f"{split}-{number:05d}.npy"
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed builder of this very address left; the lock is held, so nobody writes there."""
-    for leftover in (
-        *folder.parent.glob(f".{folder.name}.tmp-*"),
-        *folder.parent.glob(f".{folder.name}.old-*"),
-    ):
-        shutil.rmtree(leftover, ignore_errors=True)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from llmkit.data import files, hub, python_library
 from llmkit.data.inputs import default_cache, format_of, patterns, resolve_files
 from llmkit.data.parts import parts_of, read_part
-from llmkit.data.places import Document, Tally
+from llmkit.data.places import Document, FileFault, Tally
 from llmkit.data.remote import is_url
 from llmkit.errors import DataError, RecipeError
 
@@ -94,7 +94,11 @@ def check_found(tally: Tally, name: str) -> None:
 def fingerprint(source: "Source", base: Path, *, cache: Path | None = None) -> str:
     """SHA-256 of all that decides the documents: the bytes of the files, in order, and the settings used.
 
-    Names and dates do not count, so a renamed or touched file stays the same and a changed one does not.
+    Names and dates do not count, so a renamed or touched file stays the same and a changed one does not. A file
+    that cannot be read counts as just that where `on_error` skips it.
+
+    Raises:
+        DataError: A file cannot be read, and is not to be skipped.
     """
     docstrings = python_library.DOCSTRINGS in patterns(source)
     content: list[object] = [_READER, source.columns.text, source.documents, source.encoding, source.limit]
@@ -102,19 +106,42 @@ def fingerprint(source: "Source", base: Path, *, cache: Path | None = None) -> s
         content += hub.dataset_fingerprint(source.dataset, source.split, base)
     else:
         for path in resolve_files(source, base, cache=cache):
-            content.append([docstrings, format_of(path, source), files.ending(path)[1], files.hash_of(path)])
+            content.append(
+                [docstrings, format_of(path, source), files.ending(path)[1], _content(path, source)]
+            )
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def num_bytes(source: "Source", base: Path, *, cache: Path | None = None) -> int:
     """Bytes of the source's files on disk, compressed ones as they lie there, and at most its `limit`.
 
-    0 for a data set by name without a limit.
+    0 for a data set by name without a limit, and for a file that cannot be read where `on_error` skips it.
+
+    Raises:
+        DataError: A file cannot be looked at, and is not to be skipped.
     """
     if source.dataset is not None:
         return source.limit or 0
-    size = sum(files.size_of(path) for path in resolve_files(source, base, cache=cache))
+    size = sum(_size(path, source) for path in resolve_files(source, base, cache=cache))
     return size if source.limit is None else min(size, source.limit)
+
+
+def _content(path: files.File, source: "Source") -> str:
+    try:
+        return files.hash_of(path)
+    except FileFault:
+        if source.on_error == "stop":
+            raise
+        return "unreadable"  # reading counts it as skipped
+
+
+def _size(path: files.File, source: "Source") -> int:
+    try:
+        return files.size_of(path)
+    except FileFault:
+        if source.on_error == "stop":
+            raise
+        return 0
 
 
 def source_name(source: "Source", base: Path, *, cache: Path | None = None) -> str:

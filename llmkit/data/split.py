@@ -46,27 +46,43 @@ def find_threshold(texts: Iterable[str], ratio: float) -> int:
     document with the smallest hash is held out. Independent of the documents' order.
 
     Raises:
-        DataError: The ratio is above 0 and there is but one document.
+        UndividedError: The ratio is above 0 and there is but one document, or only copies of one.
     """
     threshold = threshold_of_ratio(ratio)
     if threshold in (0, _RANGE):
         return threshold
-    smallest, largest = _RANGE, -1
+    smallest, largest, count = _RANGE, -1, 0
     for text in texts:
+        count += 1
         hashed = document_hash(text)
         smallest, largest = min(smallest, hashed), max(largest, hashed)
         # One on each side is enough: reading on cannot change the answer.
         if smallest < threshold <= largest:
             return threshold
     if smallest == largest or largest < threshold:
-        raise nothing_to_train_on(one=smallest == largest, ratio=ratio)
+        raise nothing_to_train_on(count if smallest >= largest else None, ratio)
     return smallest + 1
 
 
-def nothing_to_train_on(*, one: bool, ratio: float) -> DataError:
-    """The error for text that cannot be divided into a training and a held-out part."""
-    what = "the text is one single document" if one else "every document is held out"
-    return DataError(
+class UndividedError(DataError):
+    """The text cannot be divided into a training and a held-out part."""
+
+
+def nothing_to_train_on(same: int | None, ratio: float) -> UndividedError:
+    """The error for text that cannot be divided.
+
+    Args:
+        same: How many documents there are, if they are all the same; 0 for no document at all.
+        ratio: The share asked for.
+    """
+    if same is None:
+        what = "every document is held out"
+    elif same <= 1:
+        what = "the text is one single document" if same else "there is no text"
+    else:
+        what = f"all {same:,} documents are the same"
+    finer = "set `documents: paragraph` or `documents: line` on the source, or `held_out: 0`"
+    return UndividedError(
         f"{what}, so it cannot be divided into a training and a held-out part (held_out: {ratio:g})",
-        hint="set `documents: paragraph` or `documents: line` on the source, or `held_out: 0`",
+        hint=finer if same == 1 else "give more text, or set `held_out: 0`",
     )

@@ -152,7 +152,7 @@ def parquet_rows(path: File, column: str, faults: Faults, *, groups: range | Non
     Raises:
         DataError: It is no parquet file, lacks the column, or the column does not hold text.
     """
-    with _opened_parquet(path, faults.tally) as table:
+    with opened_parquet(path, faults.tally) as table:
         _require_text_column(table.schema_arrow, column, shown(path))
         number = 1 + sum(
             table.metadata.row_group(group).num_rows for group in range(groups.start if groups else 0)
@@ -173,7 +173,7 @@ def parquet_group_bytes(path: File) -> list[int]:
     Raises:
         DataError: It is no parquet file.
     """
-    with _opened_parquet(path, Tally()) as table:
+    with opened_parquet(path, Tally()) as table:
         meta = table.metadata
         return [
             sum(meta.row_group(group).column(i).total_compressed_size for i in range(meta.num_columns))
@@ -182,7 +182,12 @@ def parquet_group_bytes(path: File) -> list[int]:
 
 
 @contextmanager
-def _opened_parquet(path: File, tally: Tally) -> Iterator[Any]:
+def opened_parquet(path: File, tally: Tally) -> Iterator[Any]:
+    """A parquet file, open, as a `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        DataError: It cannot be read or is no parquet file; also if that shows inside the block.
+    """
     import pyarrow
     import pyarrow.parquet
 

@@ -297,3 +297,8 @@ def _looks_binary(where: str, at: int) -> FileFault:
         hint="leave it out of `files`; if it is UTF-16 text, set `encoding: utf-16-le` on the source",
         reason="NUL byte",
     )
+
+
+def utf8_size(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

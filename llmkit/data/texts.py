@@ -12,15 +12,21 @@ import numpy.typing as npt
 from llmkit.data.npy import NpyWriter
 from llmkit.data.parts import Part, parts_of, read_part
 from llmkit.data.places import Tally
-from llmkit.data.sources import check_found
+from llmkit.data.sources import check_found, fingerprint
+from llmkit.errors import DataError
 
 if TYPE_CHECKING:
     from llmkit.data.places import Document
     from llmkit.recipe.schema import Source
 
+Stamp = tuple[int, int, int] | None
+"""A file's size, time of change and inode; None where it cannot be asked for."""
+
 SMALLEST_PART = 8 * 2**20
 LARGEST_PART = 256 * 2**20
 _PARTS = 2048
+_BLOCK = 2**16
+"""Ends of texts looked at together."""
 
 
 class Texts(Protocol):
@@ -37,6 +43,10 @@ class Texts(Protocol):
     @property
     def sizes(self) -> Sequence[int]:
         """Bytes of each part, as they lie on the disk."""
+
+    @property
+    def cut(self) -> str:
+        """A hash of how the texts are cut into parts: what is made part by part belongs to one way of cutting."""
 
     def read(self, number: int, tally: Tally) -> Iterator[str]:
         """The texts of a part, none of them blank, always in the same order."""
@@ -57,20 +67,29 @@ class SourceTexts:
     parts: tuple[Part, ...]
     name: str
     identity: str
+    stamps: tuple[tuple[str, Stamp], ...] = ()
 
     @classmethod
-    def of(
-        cls, source: "Source", *, name: str, identity: str, base: Path, cache: Path, size: int
-    ) -> "SourceTexts":
-        """Cut the source into parts; `size` is about how many bytes it has."""
-        return cls(
-            source, tuple(parts_of(source, base, cache=cache, part_bytes=part_bytes(size))), name, identity
-        )
+    def of(cls, source: "Source", *, name: str, base: Path, cache: Path, size: int) -> "SourceTexts":
+        """Cut the source into parts and hash its content; `size` is about how many bytes it has."""
+        parts = tuple(parts_of(source, base, cache=cache, part_bytes=part_bytes(size)))
+        local = {
+            segment.file for part in parts for segment in part.segments if isinstance(segment.file, Path)
+        }
+        stamps = {str(path): _stamp(path) for path in local}
+        # What is skipped is no part of the content, but whether anything may be.
+        identity = combined(fingerprint(source, base, cache=cache), source.on_error)
+        return cls(source, parts, name, identity, tuple(sorted(stamps.items())))
 
     @property
     def sizes(self) -> Sequence[int]:
         """Bytes of each part."""
         return [part.num_bytes for part in self.parts]
+
+    @property
+    def cut(self) -> str:
+        """A hash of where the cuts are, whatever the files are called."""
+        return combined([[(one.start, one.stop, one.num_bytes) for one in part.segments] for part in self.parts])
 
     def read(self, number: int, tally: Tally) -> Iterator[str]:
         """The texts of a part."""
@@ -85,9 +104,20 @@ class SourceTexts:
         """
         check_found(tally, self.name)
 
-    def documents(self, number: int, tally: Tally) -> Iterator["Document"]:
-        """The documents of a part, with their places."""
-        return read_part(self.parts[number], self.source, tally=tally)
+    def documents(self, number: int, tally: Tally, *, whole_rows: bool = False) -> Iterator["Document"]:
+        """The documents of a part, with their places; `whole_rows` as for `read_part`.
+
+        Raises:
+            DataError: As `read_part`; or a file has changed since its content was hashed.
+        """
+        yield from read_part(self.parts[number], self.source, tally=tally, whole_rows=whole_rows)
+        stamps = dict(self.stamps)
+        for segment in self.parts[number].segments:
+            name = str(segment.file)
+            if name in stamps and _stamp(Path(name)) != stamps[name]:
+                raise DataError(
+                    f"{name}: it was changed while it was read", hint="run the same command again"
+                )
 
 
 @dataclass(frozen=True)
@@ -110,6 +140,11 @@ class KeptTexts:
     def sizes(self) -> Sequence[int]:
         """Bytes of each part's text."""
         return [(folder / TEXT).stat().st_size for folder in self.folders]
+
+    @property
+    def cut(self) -> str:
+        """A hash of how many documents each part has."""
+        return combined(self.identity, self.starts, len(self.folders))
 
     def read(self, number: int, tally: Tally) -> Iterator[str]:
         """The texts of a part that were kept."""
@@ -163,14 +198,23 @@ class StoredTexts:
     def __iter__(self) -> Iterator[str]:
         start = 0
         with (self._folder / TEXT).open("rb", buffering=2**20) as file:
-            for end in self.ends.tolist():
-                yield file.read(end - start).decode()
-                start = end
+            for first in range(0, len(self.ends), _BLOCK):
+                for end in self.ends[first : first + _BLOCK].tolist():
+                    yield file.read(end - start).decode()
+                    start = end
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """UTF-8 bytes of each text."""
         return np.diff(self.ends, prepend=0)
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def part_bytes(total: int) -> int:

@@ -69,8 +69,9 @@ class Source(Block):
     columns: Columns = Columns()
     """Which column holds the text, for formats that have columns."""
     documents: Literal["auto", "file", "paragraph", "line"] = "auto"
-    """What one document of a text file is: the file, a paragraph (blank lines between) or a line. `auto`: a
-    file, and one above 64 KiB is cut at paragraph or line ends into pieces of about 32 KiB."""
+    """What one document of a text file is: the file, a paragraph (blank lines between) or a line, the last two cut
+    at 64 Ki characters. `auto`: a file, and one above 64 KiB is cut at paragraph or line ends into pieces of about
+    32 KiB."""
     encoding: str = "utf-8"
     """The encoding of text files, such as `utf-8` or `gb18030`."""
     weight: Annotated[float, Field(gt=0)] | None = None

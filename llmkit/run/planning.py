@@ -41,7 +41,7 @@ def outline(loaded: Loaded, options: Options) -> list[tuple[str, str, str]]:
     text, _ = corpora(loaded, options)
     facts = estimated_facts(loaded, options)
     spec = loaded.recipe.tokenize
-    rows = [("text", name, f"{format_bytes(size)} on disk") for name, size in text.sizes()]
+    rows = [("source", name, f"{format_bytes(size)} on disk") for name, size in text.sizes()]
     rows.append(("text", "held out", format_percent(text.held_out)))
     rows.append(("text", "tokens", f"about {format_count(facts.num_tokens)}, guessed from the size"))
     for name, block in spec.prepare if spec is not None else ():

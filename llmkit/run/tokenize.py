@@ -1,17 +1,18 @@
 """`llmkit tokenize`: text to tokenizer and shards."""
 
 import json
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.durable import write_file, write_json
-from llmkit.errors import MissingError, UsageError
-from llmkit.recipe import Loaded
+from llmkit.errors import DataError, MissingError, UsageError
+from llmkit.recipe import Loaded, resolved_yaml
 from llmkit.report.console import Reporter
-from llmkit.report.formatting import format_count
 from llmkit.report.report import write_report
-from llmkit.run.folders import CACHE, Options, Result, base_of, leave_record, locked, run_folder
+from llmkit.run.folders import CACHE, Options, Result, anchored, base_of, leave_record, locked, run_folder
 
 if TYPE_CHECKING:
     from llmkit.data.corpus import Corpus
@@ -34,47 +35,88 @@ def tokenize(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     folder = run_folder(loaded, options, "tokenize")
     with locked(folder):
         leave_record(folder, loaded)
+        write_file(folder / "resolved.yaml", resolved_yaml(anchored(loaded)))
         text, text_for_tokenizer = corpora(loaded, options, reporter)
+        facts = {"name": recipe.name, "kind": "tokenize", "command": options.command}
+        try:
+            prepared = text.prepared
+        except DataError as error:
+            _report_nothing_left(folder, facts, error)
+            raise
         name, figures = find_tokenizer(loaded, text_for_tokenizer, reporter)
         if "found" in figures:
             publish_tokenizer(Path(name), folder / "tokenizer")
-        if figures.get("found"):
-            reporter.note("the tokenizer is there already")
         shards = text.shards(open_tokenizer(name))
-        for shard in shards:
-            if reason := shard.manifest["encoder"]["reason"]:
-                reporter.note(f"{shard.name}: encoded by tokenizers: {reason}")
         card = data_card(shards)
         write_json(folder / "data.json", card)
-        prepared = text.prepared
         examples = prepared.examples if prepared is not None else []
-        write_file(folder / "dropped.jsonl", "".join(f"{_as_line(example)}\n" for example in examples))
-        facts = {"name": recipe.name, "kind": "tokenize", "status": "done", "command": options.command}
+        write_file(folder / "dropped.jsonl", _as_lines(examples))
         preparation = prepared.report if prepared is not None else None
-        write_report(
-            folder,
-            {
-                **facts,
-                "tokenizer": figures,
-                "preparation": preparation,
-                "dropped_examples": examples,
-                "data": card,
-            },
-        )
+        made = {"tokenizer": figures, "preparation": preparation, "dropped_examples": examples, "data": card}
+        write_report(folder, {**facts, "status": "done", **made})
     dropped = _dropped(preparation, shards)
-    _say_what_was_dropped(dropped, preparation, reporter)
+    _say(reporter, figures, preparation, dropped, card, shards)
+    reporter.note(f"report: {folder / 'report.html'}")
     summary = {
-        "documents": card["num_documents"] + card["num_held_out_documents"],
-        "tokens": card["num_tokens"] + card["num_held_out_tokens"],
+        "documents": card["num_documents"],
+        "tokens": card["num_tokens"],
         "bytes_per_token": round(card["num_bytes"] / max(1, card["num_tokens"]), 4),
         "held_out": {"documents": card["num_held_out_documents"], "tokens": card["num_held_out_tokens"]},
         "dropped": dropped,
+        "preparation": preparation,
         "tokenizer": figures,
         "sources": card["sources"],
         "report": str(folder / "report.html"),
     }
-    follows = f"llmkit pretrain {options.subject}" if recipe.pretrain else "llmkit init gpt my.yaml"
-    return Result(folder, summary, follows)
+    return Result(folder, summary, _next(loaded, options))
+
+
+def _next(loaded: Loaded, options: Options) -> str:
+    if loaded.recipe.pretrain is None:
+        return "llmkit init gpt my.yaml"
+    elsewhere = options.runs != Path(os.environ.get("LLMKIT_RUNS") or "runs")
+    return f"llmkit pretrain {options.subject}" + (
+        f" --runs {shlex.quote(str(options.runs))}" if elsewhere else ""
+    )
+
+
+def _report_nothing_left(folder: Path, facts: Mapping[str, Any], error: DataError) -> None:
+    """A report with examples also when preparation took everything: that is when they are needed."""
+    from llmkit.data.prepared import NothingLeftError
+
+    if isinstance(error, NothingLeftError):
+        write_file(folder / "dropped.jsonl", _as_lines(error.examples))
+        took = {"preparation": error.report, "dropped_examples": error.examples}
+        write_report(folder, {**facts, "status": "failed", "error": error.message, **took})
+
+
+def _say(
+    reporter: Reporter,
+    figures: Mapping[str, Any],
+    preparation: Mapping[str, Any] | None,
+    dropped: Mapping[str, int],
+    card: Mapping[str, Any],
+    shards: "Sequence[TokenShards]",
+) -> None:
+    """What came of it, in a few lines."""
+    if preparation is not None:
+        read, kept = preparation["read"]["documents"], preparation["kept"]["documents"]
+        reporter.note(f"kept {kept:,} of {read:,} documents")
+        for step in preparation["steps"]:
+            for kind, count in step["replaced"].items():
+                reporter.note(f"{step['name']}: {count:,} x {kind} replaced" if count else "")
+    for what, count in dropped.items():
+        reporter.note(f"{what}: {count:,}")
+    if figures.get("found") and "taken_from" not in figures:
+        reporter.note("the tokenizer is there already")
+    for reason in sorted({shard.manifest["encoder"]["reason"] for shard in shards} - {""}):
+        reporter.note(f"encoded by tokenizers, not by the faster encoder: {reason}")
+    per_token = card["num_bytes"] / max(1, card["num_tokens"])
+    held_out = card["num_held_out_documents"]
+    reporter.note(
+        f"{card['num_documents']:,} documents, {card['num_tokens']:,} tokens, {per_token:.2f} bytes a token; "
+        f"held out: {held_out:,} {'document' if held_out == 1 else 'documents'}"
+    )
 
 
 def corpora(loaded: Loaded, options: Options, reporter: Reporter | None = None) -> "tuple[Corpus, Corpus]":
@@ -124,8 +166,8 @@ def tokenizer_of(loaded: Loaded, options: Options, reporter: Reporter) -> str:
     return find_tokenizer(loaded, text, reporter)[0]
 
 
-def _as_line(example: Mapping[str, Any]) -> str:
-    return json.dumps(example, ensure_ascii=False)
+def _as_lines(examples: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(f"{json.dumps(example, ensure_ascii=False)}\n" for example in examples)
 
 
 def _dropped(preparation: Mapping[str, Any] | None, shards: "Sequence[TokenShards]") -> dict[str, int]:
@@ -146,13 +188,3 @@ def _dropped(preparation: Mapping[str, Any] | None, shards: "Sequence[TokenShard
                 key = f"skipped {what}: {reason}"
                 dropped[key] = dropped.get(key, 0) + count
     return dropped
-
-
-def _say_what_was_dropped(
-    dropped: Mapping[str, int], preparation: Mapping[str, Any] | None, reporter: Reporter
-) -> None:
-    if preparation is not None:
-        read, kept = preparation["read"]["documents"], preparation["kept"]["documents"]
-        reporter.note(f"kept {format_count(kept)} of {format_count(read)} documents")
-    for what, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
-        reporter.note(f"{what}: {count:,}")

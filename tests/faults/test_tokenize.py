@@ -1,5 +1,6 @@
 """`llmkit tokenize` killed at any moment and run again gives byte for byte what an uninterrupted run gives."""
 
+import glob
 import hashlib
 import json
 import random
@@ -8,12 +9,16 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from training import start
 
 KILLS = 5
+PART_BYTES = 400_000
+STAGES = (".clean", ".lines", ".stripped", ".signed", "samples", ".parts")
+"""What each part goes through, by what its place in the cache is called; some of it is taken away afterwards."""
 
 
 def recipe(folder):
@@ -71,28 +76,138 @@ def content(runs):
     }
 
 
+IN_SMALL_PARTS = """
+import sys
+from llmkit.data import texts
+from llmkit.data.pipeline import Stage
+
+texts.SMALLEST_PART = {part_bytes}
+make = Stage.__init__
+
+def at_once(self, work, store, sizes, worth_bytes=0):
+    make(self, work, store, sizes, 0)  # processes are started however little there is to do
+
+Stage.__init__ = at_once
+if __name__ == "__main__":
+    from llmkit.cli import main
+    sys.exit(main())
+"""
+
+
+def in_small_parts(folder, words):
+    """The same command with parts so small that this text has a dozen of them, and workers in every stage."""
+    script = folder / "small_parts.py"
+    script.write_text(IN_SMALL_PARTS.format(part_bytes=PART_BYTES))
+    assert words[1:3] == ["-m", "llmkit"]
+    return [sys.executable, str(script), *words[3:]]
+
+
+def published(cache):
+    """The folders of parts, and of each the file that was written last, as the disk knows it."""
+    found = {}
+    for manifest in map(Path, glob.glob(f"{cache}/*/*/part-*/manifest.json")):
+        with suppress(FileNotFoundError):  # a stage that is over takes its parts away
+            status = manifest.stat()
+            found[manifest.parent] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def is_whole(part):
+    """Whether all its files are there: a kill may strike while a stage takes its parts away."""
+    files = json.loads((part / "manifest.json").read_bytes())["files"]
+    return all((part / name).is_file() for name in files)
+
+
+class Watch:
+    """Follows the parts of a cache over several runs; each is counted once, however often it is made.
+
+    Attributes:
+        seen: Every part that was ever seen, each making of it once.
+        kept: What was there when the last run was killed.
+    """
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.seen = set()
+        self.kept = {}
+
+    def look(self):
+        """No part that was finished before a kill may be made again."""
+        now = published(self.cache)
+        again = [part for part, made in now.items() if self.kept.get(part, made) != made]
+        assert not again, f"made again: {again}"
+        self.seen |= now.items()
+
+    def until(self, process, count):
+        """Wait until so many parts have been seen; False if the run ended first."""
+        deadline = time.monotonic() + 120
+        while len({part for part, _ in self.seen}) < count:
+            assert time.monotonic() < deadline
+            if process.poll() is not None:
+                return False
+            time.sleep(0.002)
+            self.look()
+        return True
+
+    def stages(self, before):
+        """The stages of which parts were finished since."""
+        return {part.parent.suffix or part.parent.parent.name for part, _ in self.seen - before}
+
+
 @pytest.mark.slow
-def test_killed_at_random_then_finished_equals_uninterrupted(tmp_path):
+def test_killed_five_times_then_finished_equals_uninterrupted(tmp_path):
     path = recipe(tmp_path)
-    begun = time.monotonic()
-    assert subprocess.run(command(path, tmp_path / "whole", 2), check=False).returncode == 0
-    took = time.monotonic() - begun
-    assert subprocess.run(command(path, tmp_path / "alone", 1), check=False).returncode == 0
+    small = in_small_parts(tmp_path, command(path, tmp_path / "whole", 2))
+    whole = Watch(tmp_path / "whole/.cache")
+    process = start(small)
+    assert whole.until(process, 10**9) is False
+    assert process.communicate() is not None
+    assert process.returncode == 0
     expected = content(tmp_path / "whole")
-    assert content(tmp_path / "alone") == expected
+    parts = -(-(tmp_path / "text.jsonl").stat().st_size // PART_BYTES)
+    assert parts >= 10
+    assert len([*(tmp_path / "whole/.cache/text").glob("*.clean/part-*")]) == parts
+
+    watch = Watch(tmp_path / "killed/.cache")
+    words = in_small_parts(tmp_path, command(path, tmp_path / "killed", 2))
     draw = random.Random(3)
-    kills = 0
-    for _ in range(KILLS):
-        process = start(command(path, tmp_path / "killed", 2))
-        try:
-            process.wait(timeout=draw.uniform(0.2, 0.9) * took)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+    # Each kill in the midst of another stage, at a number of finished parts that no clock decides.
+    stages = sorted(draw.sample(range(len(STAGES)), KILLS))
+    struck = set()
+    for stage in stages:
+        place = stage * parts + draw.randrange(2, parts // 2)
+        process = start(words)
+        before = {*watch.seen}
+        assert watch.until(process, place), (
+            f"it ended before {place} parts were seen: {process.communicate()}"
+        )
+        workers = _children(process.pid)
+        process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert kills >= 3
-    assert subprocess.run(command(path, tmp_path / "killed", 2), check=False).returncode == 0
+        assert process.returncode == -signal.SIGKILL
+        while any(map(_is_alive, workers)):
+            time.sleep(0.01)
+        watch.look()
+        watch.kept = {part: made for part, made in published(watch.cache).items() if is_whole(part)}
+        assert len(watch.kept) > 0
+        struck |= watch.stages(before)
+    assert struck >= {STAGES[stage] for stage in stages}
+    assert struck <= {*STAGES}
+    process = start(words)
+    watch.until(process, 10**9)
+    said = process.communicate()
+    assert process.returncode == 0, said
+    watch.look()
     assert content(tmp_path / "killed") == expected
+
+
+@pytest.mark.slow
+def test_neither_workers_nor_parts_show_in_the_result(tmp_path):
+    path = recipe(tmp_path)
+    words = in_small_parts(tmp_path, command(path, tmp_path / "parts", 2))
+    assert subprocess.run(words, check=False).returncode == 0
+    assert subprocess.run(command(path, tmp_path / "alone", 1), check=False).returncode == 0
+    assert content(tmp_path / "parts") == content(tmp_path / "alone")
 
 
 def tokenize(path, runs, *words, **options):

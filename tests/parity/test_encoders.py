@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from llmkit.data import encode
 from llmkit.data.encode import CheckedEncoder, Verdict, prove
-from llmkit.data.tokenizers import learn, open_tokenizer
+from llmkit.data.tokenizers import LightTokenizer, learn, open_tokenizer
 from llmkit.errors import DataError, UsageError
 from llmkit.recipe.schema import Tokenize
 
@@ -97,6 +97,23 @@ def test_special_tokens_in_text_stay_text(tokenizer):
     assert ids == ids_of(tokenizer, [text])[0]
     assert not {*ids} & {*tokenizer.all_special_ids}
     assert tokenizer.decode(ids) == text
+
+
+def test_ordinary_added_words_are_left_to_the_reference(tokenizer):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_tokens(["hello world"])
+    other = LightTokenizer(backend, "", tokenizer.special_tokens_map)
+    verdict = prove(other, ["no such words"])
+    assert verdict.encoder == "tokenizers"
+    assert "added tokens" in verdict.reason
+
+
+@pytest.mark.parametrize("text", [CHINESE, "x" * 50_000 + " 黄河"])
+def test_each_batch_is_compared_however_long_its_documents_are(tokenizer, monkeypatch, text):
+    right = encode._fast_encoder(tokenizer)
+    monkeypatch.setattr(encode, "_fast_encoder", lambda _: lambda text: right(text) + 1)
+    with pytest.raises(DataError, match="other ids"):
+        CheckedEncoder(tokenizer, "gigatoken")([text, text])
 
 
 @pytest.mark.parametrize("algorithm", ["wordpiece", "unigram"])

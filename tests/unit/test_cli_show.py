@@ -33,7 +33,7 @@ AB = Terminal(40, ("A", "B"))
 
 
 def piece(content, number=1, token="t", start=0):
-    from llmkit.data.show import Piece
+    from llmkit.data.tokenizers.pieces import Piece
 
     raw = content.encode() if isinstance(content, str) else content
     return Piece(content, number, token, start, start + len(raw))

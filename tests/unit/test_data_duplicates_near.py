@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from benchmarks.duplicates import docstring_words, edit, jaccard, plant, scores,
 from llmkit.data.duplicates import near
 from llmkit.data.duplicates.exact import document_keys
 from llmkit.data.duplicates.groups import Groups
-from llmkit.data.duplicates.near import Signer, bands, near_copies, near_identity
+from llmkit.data.duplicates.near import Signer, bands, near_copies, near_groups, near_identity
 from llmkit.errors import MissingError
 from llmkit.recipe.preparation import NearDuplicates
 
@@ -156,6 +157,28 @@ def test_documents_not_taking_part_stay_out() -> None:
         SPEC,
     )
     assert kept[0].tolist() == [False, True, True]
+
+
+def test_groups_name_the_document_that_stays() -> None:
+    text, other = made_up(1), " ".join(made_up(2))
+    texts = [
+        " ".join(text),
+        other,
+        " ".join(text).upper(),
+        " ".join(text + made_up(3, 8)),
+        "out",
+        f"{other}!",
+    ]
+    edges = (0, 2, 2, 6)
+    parts = [texts[a:b] for a, b in pairwise(edges)]
+    found = near_groups(
+        [Signer(SPEC).sign(part) for part in parts],
+        [np.array([len(one) for one in part], np.int64) for part in parts],
+        [document_keys(part) for part in parts],
+        [np.array([one != "out" for one in part], bool) for part in parts],
+        SPEC,
+    )
+    assert found.tolist() == [3, 5, 3, 3, -1, 5]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 1.0])

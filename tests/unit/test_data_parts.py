@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.data import cuts, files, python_library, tables
-from llmkit.data.parts import parts_of, read_part
+from llmkit.data.parts import cut_row, parts_of, read_part
 from llmkit.data.places import MOST_EXAMPLES, Tally
 from llmkit.data.sources import read_documents
 from llmkit.errors import DataError
@@ -428,3 +428,24 @@ def test_waiting_for_standard_input_is_said(here, monkeypatch, caplog):
     os.close(writing)
     assert "waiting for text on standard input" in caplog.text
     files.spool_stdin.cache_clear()
+
+
+def test_long_rows_come_whole_when_asked_for_and_cut_alike_otherwise(here):
+    row = "\n".join(f"line {number}" for number in range(120_000))
+    assert len(row) > 2**20
+    write(here / "a.jsonl", json.dumps({"text": row}) + "\n" + json.dumps({"text": "short"}) + "\n")
+    source = Source(files="a.jsonl")
+    [part] = parts_of(source, here, part_bytes=2**30)
+    whole_ones = [*read_part(part, source, tally=Tally(), whole_rows=True)]
+    assert [(d.text, d.where, d.is_row) for d in whole_ones] == [
+        (row, "a.jsonl:1", True),
+        ("short", "a.jsonl:2", True),
+    ]
+    pieces = [*read_part(part, source, tally=Tally())]
+    assert [d.text for d in pieces] == [*cut_row(row), "short"]
+    assert "".join(cut_row(row)) == row
+    assert {d.where for d in pieces[:-1]} == {"a.jsonl:1"}
+    write(here / "b.txt", row)
+    text = Source(files="b.txt", documents="file")
+    [part] = parts_of(text, here, part_bytes=2**30)
+    assert [d.is_row for d in read_part(part, text, tally=Tally(), whole_rows=True)] == [False]

@@ -290,3 +290,13 @@ def test_two_processes_at_once_build_once(here, tokenizer):
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(map(len, said)) == [1, 2]  # one built, the other waited and found it
     assert said[0][-1] == said[1][-1]
+
+
+def test_a_file_that_changes_between_hashing_and_reading_is_noticed(here, tokenizer):
+    text = corpus(here)
+    assert text.texts
+    with (here / "b.txt").open("a") as file:
+        file.write("\none more line")
+    with pytest.raises(DataError, match=r"b\.txt: it was changed while it was read"):
+        text.shards(tokenizer)
+    assert corpus(here).shards(tokenizer)[0].manifest["splits"]["train"]["documents"] > 300

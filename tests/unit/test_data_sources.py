@@ -162,7 +162,7 @@ def test_empty_files_are_skipped_and_counted_and_all_empty_is_an_error(here):
 
 
 def test_unreadable_file(here, monkeypatch):
-    path = write(here / "a.txt", "secret")
+    path = write(here / "a.txt", "secret\n" * 9)
     real = type(path).open
 
     def refuse(self, *arguments, **options):
@@ -172,6 +172,28 @@ def test_unreadable_file(here, monkeypatch):
 
     monkeypatch.setattr(type(path), "open", refuse)
     assert "a.txt: cannot be read (Permission denied)\n  chmod u+r a.txt" in error_of(here, files="a.txt")
+    write(here / "b.txt", "other text")
+    source = Source(files="*.txt", documents="line", on_error="skip")
+    unread, tally = fingerprint(source, here), Tally()
+    for part in parts_of(source, here, part_bytes=1):  # more than one part, were it readable
+        assert {d.text for d in read_part(part, source, tally=tally)} <= {"other text"}
+    assert tally.documents == 1
+    assert tally.skipped_files == {"cannot be read (Permission denied)": 1}
+    with pytest.raises(DataError, match="Permission denied"):
+        fingerprint(Source(files="*.txt"), here)
+    monkeypatch.undo()
+    assert fingerprint(source, here) not in (
+        unread,
+        fingerprint(Source(files="b.txt", documents="line"), here),
+    )
+
+
+def test_sizes_of_files_that_cannot_be_looked_at(here):
+    write(here / "d/a.txt", "text")
+    (here / "d/b.txt").symlink_to(here / "nowhere")
+    assert num_bytes(Source(files="d", on_error="skip"), here) == 4
+    with pytest.raises(DataError, match=r"d/b\.txt: cannot be read"):
+        num_bytes(Source(files="d"), here)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from llmkit.data.split import document_hash, find_threshold, is_held_out, threshold_of_ratio
+from llmkit.data.split import UndividedError, document_hash, find_threshold, is_held_out, threshold_of_ratio
 from llmkit.errors import DataError
 
 TEXTS = [f"document {i} 文" for i in range(5000)]
@@ -39,11 +39,18 @@ def test_the_smallest_hash_is_held_out_where_nothing_falls_in_whatever_the_order
         assert [text for text in texts if document_hash(text) < threshold] == [smallest]
 
 
-@pytest.mark.parametrize("texts", [["one"], ["same", "same"]])
-def test_one_document_cannot_be_divided(texts):
-    with pytest.raises(DataError, match="one single document") as caught:
+@pytest.mark.parametrize(
+    ("texts", "what", "remedy"),
+    [
+        (["one"], "one single document", "documents: paragraph"),
+        (["same", "same"], "all 2 documents are the same", "more text"),
+        ([], "there is no text", "more text"),
+    ],
+)
+def test_one_document_cannot_be_divided(texts, what, remedy):
+    with pytest.raises(UndividedError, match=what) as caught:
         find_threshold(texts, 0.01)
-    assert "documents: paragraph" in str(caught.value)
+    assert remedy in str(caught.value)
     assert "held_out: 0" in str(caught.value)
     assert find_threshold(texts, 0) == 0
 

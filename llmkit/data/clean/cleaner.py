@@ -16,6 +16,7 @@ from llmkit.data.clean.filters import DocumentFilter
 from llmkit.data.clean.language import model_file
 from llmkit.data.clean.normalise import Normaliser
 from llmkit.data.clean.personal import PersonalDataMarker
+from llmkit.data.text import utf8_size
 from llmkit.recipe.preparation import Prepare
 
 RULES_VERSION: Final = 1
@@ -78,11 +79,6 @@ class StepCount:
 
 def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
     return dict(sorted((Counter(one) + Counter(other)).items()))
-
-
-def utf8_size(text: str) -> int:
-    """Bytes of a text in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmkit.data.files import File, ending, read_chunks, shown
 from llmkit.data.places import Tally
-from llmkit.data.tables import LONGEST_LINE, _opened_parquet
+from llmkit.data.tables import LONGEST_LINE, opened_parquet
 from llmkit.data.text import decode, documents, lines
 from llmkit.errors import DataError
 
@@ -94,7 +94,7 @@ def _of_table(text: Iterable[str], where: str, *, tabs: bool) -> Iterator[str]:
 
 
 def _of_parquet(path: File) -> Iterator[str]:
-    with _opened_parquet(path, Tally()) as table:
+    with opened_parquet(path, Tally()) as table:
         for batch in table.iter_batches(batch_size=_ROWS):
             for row in batch.to_pylist():
                 yield from texts_in(row)

@@ -36,6 +36,8 @@ _FEW = 128
 _MOST_CHARACTERS = 2**20
 _PADDING = np.uint64(0x5851F42D4C957F2D)
 _NOTHING = np.empty(0, np.uint64)
+_SCANNED = 2**20
+"""Documents looked at together."""
 _ROWS = 2**12
 """Signatures looked at together."""
 _WEIGHT_OF_MISSES = 0.95
@@ -131,8 +133,7 @@ def near_copies(
     threshold is applied to the estimate as it is: the estimate has no bias, so a margin in either direction would
     only move the threshold. At 128 permutations it is off by 0.035 (standard deviation) near 0.8.
 
-    Time is about linear: in a bucket of more than 16 documents each is checked against 32 others at most, the best
-    ranked ones that are not yet in one group. Memory is some 50 bytes a document, besides the arguments.
+    See `near_groups`, which also tells which document stays for which.
 
     Args:
         signatures: For each part uint32 [documents, permutations]; may be memory-mapped.
@@ -144,16 +145,47 @@ def near_copies(
     Returns:
         For each part bool [documents].
     """
+    return kept_of(near_groups(signatures, lengths, keys, keep, spec), part_edges(signatures))
+
+
+def kept_of(leaders: Ranks, edges: Sequence[int]) -> list[Mask]:
+    """The masks of the documents that stay, by part, from what `near_groups` gave."""
+    kept = np.empty(edges[-1], np.bool_)
+    for start in range(0, len(leaders), _SCANNED):
+        block = leaders[start : start + _SCANNED]
+        kept[start : start + len(block)] = block == np.arange(start, start + len(block))
+    return split_parts(kept, edges)
+
+
+def near_groups(
+    signatures: Sequence[Signatures],
+    lengths: Sequence[Lengths],
+    keys: Sequence[Keys],
+    keep: Sequence[Mask],
+    spec: NearDuplicates,
+) -> Ranks:
+    """Which document stays for each document; arguments as for `near_copies`.
+
+    Time is about linear: in a bucket of more than 16 documents each is checked against 32 others at most, the best
+    ranked ones that are not yet in one group. Memory is some 60 bytes a document, besides the arguments.
+
+    Returns:
+        int64 [documents of all parts]: a place in the whole corpus, its own for a document that stays; -1 for
+        those that take no part.
+    """
     edges = part_edges(signatures)
     corpus = _Corpus(signatures, edges, _ranked(lengths, keys, keep, edges), spec.permutations)
-    corpus.drop_equal()
+    copies, originals = corpus.drop_equal()
     groups = Groups(len(corpus.places))
     least = math.ceil(spec.threshold * spec.permutations - 1e-9)
     for columns in band_columns(spec.threshold, spec.permutations):
         _join_band(corpus, groups, columns, least)
-    kept = np.zeros(edges[-1], np.bool_)
-    kept[corpus.places[groups.are_first()]] = True
-    return split_parts(kept, edges)
+    leaders = np.full(edges[-1], -1, np.int64)
+    for start in range(0, len(corpus.places), _SCANNED):
+        ranks = np.arange(start, min(start + _SCANNED, len(corpus.places)))
+        leaders[corpus.places[ranks]] = corpus.places[groups.find(ranks)]
+    leaders[copies] = leaders[originals]
+    return leaders
 
 
 def band_columns(threshold: float, permutations: int) -> list[tuple[int, int]]:
@@ -208,14 +240,24 @@ class _Corpus:
                 in_order[start + row : start + row + len(block)] = _row_hashes(block)
         return in_order[self.places]
 
-    def drop_equal(self) -> None:
-        """Of documents with equal signatures only the first in rank takes part: the others are its copies."""
+    def drop_equal(self) -> tuple[Ranks, Ranks]:
+        """Of documents with equal signatures only the first in rank takes part: the others are its copies.
+
+        Returns:
+            The places of the copies, and of the document that each is a copy of.
+        """
         hashes = self.hashes(0, self._permutations)
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
+        again = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
+        # The one before is the original, or a copy of what the place before that one is a copy of, and so on.
+        begins = np.flatnonzero(np.diff(again, prepend=-1) != 1)
+        first = np.repeat(again[begins] - 1, np.diff(begins, append=len(again)))
+        copies, originals = self.places[order[again]], self.places[order[first]]
         taking_part = np.ones(len(self.places), np.bool_)
-        taking_part[order[1:][hashes[1:] == hashes[:-1]]] = False
+        taking_part[order[again]] = False
         self.places = self.places[taking_part]
+        return copies, originals
 
     def agreeing(self, lefts: Ranks, rights: Ranks, least: int) -> Mask:
         """Which pairs of documents agree in at least so many places of their signatures."""

@@ -35,7 +35,7 @@ def encode_to(
     """`encode_documents` for a caller that knows the type of the ids; asking the tokenizer takes milliseconds."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     may_cut = backend is not None and is_ours(backend)
-    for batch in _batches(texts, batch_chars):
+    for batch in batches(texts, batch_chars):
         # Only the last of a batch can be long.
         long_one = batch.pop() if may_cut and len(batch[-1]) > batch_chars else None
         for text, ids in zip(batch, _encode_batch(batch, tokenizer), strict=True):
@@ -75,7 +75,8 @@ def _restore(
         backend.enable_padding(**padding)
 
 
-def _batches(texts: Iterable[str], batch_chars: int) -> Iterator[list[str]]:
+def batches(texts: Iterable[str], batch_chars: int) -> Iterator[list[str]]:
+    """The texts in lists of about `batch_chars` characters; only the last of a list can be long."""
     batch: list[str] = []
     size = 0
     for text in texts:

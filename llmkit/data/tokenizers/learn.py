@@ -2,13 +2,14 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmkit.data.text import utf8_size
 from llmkit.data.tokenizers.algorithms import Room, learner, normalizer_of, smallest_size
 from llmkit.data.tokenizers.load import LightTokenizer
-from llmkit.data.tokenizers.measure import measure_tokenizer, num_bytes
+from llmkit.data.tokenizers.measure import measure_tokenizer
 from llmkit.data.tokenizers.special import (
     add_specials,
     chat_template,
@@ -91,18 +92,18 @@ def learn(
     )
     made = tokenizer.get_vocab_size()
     measured = measure if any(measure) else _first(sample, MEASURED_CHARS)
+    light = LightTokenizer(tokenizer, str(folder), roles)
+    figures = measure_tokenizer(light, measured, words=spec.algorithm == "words")
     return {
         "algorithm": spec.algorithm,
         "documents": len(sample),
-        "bytes": sum(map(num_bytes, sample)),
+        "bytes": sum(map(utf8_size, sample)),
         "chars": sum(map(len, sample)),
         "asked_vocab_size": spec.vocab_size,
         "vocab_size": made,
-        "note": _note(made, spec.vocab_size, len(sample), given),
+        "note": "; ".join(_notes(made, spec.vocab_size, len(sample), given, figures)),
         "measured_on": "held-out documents" if any(measure) else "the sample",
-        **measure_tokenizer(
-            LightTokenizer(tokenizer, str(folder), roles), measured, words=spec.algorithm == "words"
-        ),
+        **figures,
         "seconds": round(time.perf_counter() - started, 3),
     }
 
@@ -150,22 +151,22 @@ def within_memory(texts: Sequence[str], most: int = MAX_DISTINCT_BYTES) -> Seque
     size = 0
     for number, text in enumerate(texts):
         new = {*_RUN.findall(text)} - seen
-        size += sum(map(num_bytes, new))
+        size += sum(map(utf8_size, new))
         if size > most and number > 0:
             return texts[:number]
         seen |= new
     return texts
 
 
-def _note(made: int, asked: int, used: int, given: int) -> str:
-    notes = []
+def _notes(made: int, asked: int, used: int, given: int, figures: Mapping[str, Any]) -> Iterator[str]:
     if used < given:
-        notes.append(
+        yield (
             f"learnt from {used:,} of the sample's {given:,} documents, for they hold as many different words as "
             "fit into memory"
         )
     if made < asked:
-        notes.append(
-            f"the text holds {made:,} entries worth learning, fewer than the {asked:,} asked for: made {made:,}"
-        )
-    return "; ".join(notes)
+        yield f"the text holds {made:,} entries worth learning, fewer than the {asked:,} asked for: made {made:,}"
+    if figures["unknown_ratio"]:
+        yield f"{figures['unknown_ratio']:.2%} of the tokens are unknown characters, which are lost"
+    elif not figures["round_trip"]:
+        yield f"{figures['round_trip_failures']:,} documents do not come back as they were"

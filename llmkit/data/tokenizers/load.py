@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from llmkit.data.hub import network_errors
 from llmkit.errors import DataError, MissingError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -149,11 +150,28 @@ def load_tokenizer(name_or_folder: str) -> Any:
         )
     where = str(folder) if is_folder else name_or_folder
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            where, trust_remote_code=False, local_files_only=not is_folder and not _answers(name_or_folder)
+        )
     except ImportError as error:
         raise MissingError(f"tokenizer {name_or_folder!r} needs a package: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _not_loaded(name_or_folder, is_folder, error) from error
+
+
+def _answers(name: str) -> bool:
+    """Whether the Hub can be asked; where it cannot, transformers would try again and again for a minute."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=20)
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        return True  # what transformers says about it is good
+    except network_errors():
+        return False
+    except ValueError:
+        return False
+    return True
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -191,13 +209,32 @@ def fingerprint(tokenizer: Any) -> str:
     """SHA-256 of all that decides the tokenizer's ids: vocabulary, rules and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        rules: Any = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+        rules: Any = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()} | _settings(
+            tokenizer
+        )
     else:
         # Truncation and padding are a caller's passing wishes, not part of the tokenizer.
         rules = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     content = json.dumps([rules, special], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _settings(tokenizer: Any) -> dict[str, Any]:
+    """What decides the ids of a tokenizer that is written in Python: its arguments and the bytes of its files."""
+    folder = Path(str(tokenizer.name_or_path))
+    files = [folder / name for name in sorted(tokenizer.vocab_files_names.values())]
+    arguments = {
+        key: value
+        for key, value in tokenizer.init_kwargs.items()
+        if isinstance(value, str | int | float | bool) and "/" not in str(value)
+    }
+    return {
+        "arguments": arguments,
+        "files": {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+        },
+    }
 
 
 def _not_loaded(name: str, is_folder: bool, error: Exception) -> DataError | MissingError:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmkit.data.text import utf8_size
 from llmkit.data.tokenizers.encoding import encode_documents
 from llmkit.data.tokenizers.pieces import Piece, pieces, token_bytes
 from llmkit.data.tokenizers.words import boundaries
@@ -23,15 +24,13 @@ _OTHER = re.compile(
 )
 
 _NUM_WASTEFUL = 20
+_ENOUGH = 10
+"""Tokens for each entry of the vocabulary from which on it means something that an entry does not occur."""
+
 _NUM_SPLITS = 6
 _SPLIT_CHARS = 60
 _CONTEXT = 20
 _JIEBA_CHARS = 200_000
-
-
-def num_bytes(text: str) -> int:
-    """Bytes of the text in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def measure_tokenizer(tokenizer: Any, texts: Sequence[str], *, words: bool = False) -> dict[str, Any]:
@@ -47,9 +46,10 @@ def measure_tokenizer(tokenizer: Any, texts: Sequence[str], *, words: bool = Fal
         `round_trip_first_failure` (document, character, what was there and what came back; empty if none) and
         `round_trip_of` (`text`, or `normalised text` where the tokenizer changes it);
         `unknown_ratio` of tokens; `chars_per_token`, `bytes_per_token`, and both for the documents that are
-        mostly `han`, `latin` or `other` letters; `used_ratio`, the share of the vocabulary that occurs;
-        `wasteful_tokens`, entries that never occur, longest first; `splits`, some lines with their pieces;
-        with `words` also `jieba_precision`, `jieba_recall` and `jieba_f1` of cuts inside runs of Han characters.
+        mostly `han`, `latin` or `other` letters; where there is text enough to tell, `used_ratio`, the share of the
+        vocabulary that occurs, and `wasteful_tokens`, entries that never occur, longest first; `splits`, some lines
+        with their pieces; with `words` also `jieba_precision`, `jieba_recall` and `jieba_f1` of cuts inside runs of
+        Han characters.
     """
     trip = _RoundTrip(tokenizer)
     groups = {script: np.zeros(4, dtype=np.int64) for script in SCRIPTS}
@@ -57,7 +57,7 @@ def measure_tokenizer(tokenizer: Any, texts: Sequence[str], *, words: bool = Fal
     for text, ids in encode_documents(texts, tokenizer):
         trip.check(text, ids.tolist())
         uses += np.bincount(ids, minlength=len(uses))
-        groups[script_of(text)] += (1, len(ids), len(text), num_bytes(text))
+        groups[script_of(text)] += (1, len(ids), len(text), utf8_size(text))
     _, num_tokens, num_chars, total_bytes = sum(groups.values(), np.zeros(4, dtype=np.int64)).tolist()
     unknown = _unknown_id(tokenizer)
     return {
@@ -66,10 +66,16 @@ def measure_tokenizer(tokenizer: Any, texts: Sequence[str], *, words: bool = Fal
         **_by_script(groups),
         **trip.figures(),
         "unknown_ratio": 0.0 if unknown is None else round(int(uses[unknown]) / max(num_tokens, 1), 6),
-        "used_ratio": round(float((uses > 0).mean()), 4),
-        "wasteful_tokens": _wasteful(tokenizer, uses),
+        **(_use_of(tokenizer, uses) if num_tokens >= _ENOUGH * len(tokenizer) else {}),
         "splits": [[_shown(piece) for piece in pieces(tokenizer, line)] for line in _sample_lines(texts)],
         **(_against_jieba(tokenizer, texts) if words else {}),
+    }
+
+
+def _use_of(tokenizer: Any, uses: npt.NDArray[np.int64]) -> dict[str, Any]:
+    return {
+        "used_ratio": round(float((uses > 0).mean()), 4),
+        "wasteful_tokens": _wasteful(tokenizer, uses),
     }
 
 
