@@ -89,7 +89,9 @@ class SourceTexts:
     @property
     def cut(self) -> str:
         """A hash of where the cuts are, whatever the files are called."""
-        return combined([[(one.start, one.stop, one.num_bytes) for one in part.segments] for part in self.parts])
+        return combined(
+            [[(one.start, one.stop, one.num_bytes) for one in part.segments] for part in self.parts]
+        )
 
     def read(self, number: int, tally: Tally) -> Iterator[str]:
         """The texts of a part."""
