@@ -138,7 +138,10 @@ class TokenShards:
         folder: Where they are; its name is their address.
         name: What the source is called.
         manifest: Hashes, fingerprints and counts.
+        was_there: Whether they were found, and not made by this call.
     """
+
+    was_there = False
 
     def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
         self.folder = folder
@@ -271,6 +274,7 @@ class _Builder:
         folder = self.store / self.job.address
         found = None if fresh else _opened(folder, self.texts.name)
         if found is not None:
+            found.was_there = True
             return found
         with naming_full_disks(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,9 @@ def _say(
                 reporter.note(f"{step['name']}: {count:,} x {kind} replaced" if count else "")
     for what, count in dropped.items():
         reporter.note(f"{what}: {count:,}")
-    if figures.get("found") and "taken_from" not in figures:
+    if all(shard.was_there for shard in shards) and figures.get("found", True):
+        reporter.note("already done: tokenizer and shards are there; --fresh makes them anew")
+    elif figures.get("found") and "taken_from" not in figures:
         reporter.note("the tokenizer is there already")
     for reason in sorted({shard.manifest["encoder"]["reason"] for shard in shards} - {""}):
         reporter.note(f"encoded by tokenizers, not by the faster encoder: {reason}")

@@ -80,3 +80,28 @@ def test_no_model_is_answered_with_the_runs_that_have_one(trained, monkeypatch, 
     monkeypatch.chdir(folder)
     assert main(["generate", "runs/tny", "the"]) == 3
     assert "tiny" in capsys.readouterr().err
+
+
+def test_tokenizing_again_says_that_all_is_done(llmkit, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"line {number} of some text\n" for number in range(300)))
+    words = ("tokenize", "a.txt", "tokenize.vocab_size=300", "tokenize.data.documents=line")
+    first, again, fresh = (llmkit(*words, *more, cwd=tmp_path) for more in ((), (), ("--fresh",)))
+    assert (first.returncode, again.returncode, fresh.returncode) == (0, 0, 0)
+    assert "already done" not in first.stderr
+    assert "already done" in again.stderr
+    assert "already done" not in fresh.stderr
+    assert "bytes a token; held out:" in first.stderr
+    assert "report: runs/a/tokenize/report.html" in again.stderr
+
+
+def test_text_without_a_recipe_from_files_and_from_stdin(llmkit, tmp_path):
+    (tmp_path / "a.txt").write_text("first file\n" * 50)
+    (tmp_path / "b.txt").write_text("second file\n" * 50)
+    words = ("tokenize.vocab_size=300", "tokenize.held_out=0", "--json")
+    both = json.loads(llmkit("tokenize", "a.txt", "b.txt", *words, cwd=tmp_path).stdout)
+    assert both["documents"] == 2
+    made = "runs/a/tokenize/tokenizer"
+    piped = llmkit("tokenize", "-", "--tokenizer", made, "--json", cwd=tmp_path, text="first file\n" * 50)
+    assert json.loads(piped.stdout)["documents"] == 1
+    named = llmkit("tokenize", "-", "--tokenizer", "a", "--json", cwd=tmp_path, text="first file\n")
+    assert json.loads(named.stdout)["tokens"] == 3 + 1

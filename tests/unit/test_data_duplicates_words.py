@@ -3,11 +3,10 @@
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.data import words
@@ -103,13 +102,11 @@ def test_hashes_do_not_depend_on_the_process() -> None:
 GOLDEN = [606848067289018239, 16311334729550873581, 17090931636619524800, 771918294692967045]
 
 
-@settings(deadline=None, max_examples=5)
-@given(st.sampled_from(["a", "中", "\u0301\u0327", " ", "ﷺ", "😀", "a\u0301", "ส\u0e31"]))
+@pytest.mark.timeout(60)  # squared, it would take hours
+@pytest.mark.parametrize("piece", ["a", "中", "\u0301\u0327", " ", "ﷺ", "😀", "a\u0301", "ส\u0e31"])
 def test_long_strange_texts_take_linear_time(piece: str) -> None:
     text = piece * (500_000 // len(piece))
-    start = time.perf_counter()
-    sum(len(found) for found in hash_blocks(text))
-    assert time.perf_counter() - start < 3
+    assert sum(len(found) for found in hash_blocks(text)) <= len(text)
 
 
 def test_surrogates_do_no_harm() -> None:
