@@ -1,5 +1,6 @@
 """Parts on many machines: every part once, killed workers named, a second call does only what is missing."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,8 +12,13 @@ import fake_slurm
 import pytest
 
 from llmkit.data.cluster import Cluster, run_tasks
+from llmkit.data.corpus import Corpus
+from llmkit.data.pipeline import Engine
+from llmkit.data.tokenizers import learn, open_tokenizer
 from llmkit.durable import write_folder
 from llmkit.errors import DataError, MissingError, RunError
+from llmkit.recipe.preparation import Prepare
+from llmkit.recipe.schema import Source, Tokenize
 
 QUICK = Cluster(partition="low", poll_s=0.05, settle_s=0.3, memory_gb=1, jobs_per_worker=1)
 
@@ -197,3 +203,22 @@ def test_a_real_slurm(parts, tmp_path):
         )
     run_tasks(Toy(parts), missing(parts, 6), workers=2, logs=tmp_path / "logs", engine="slurm", cluster=real)
     assert executions(parts) == {**dict.fromkeys(range(6), 1), 2: 2}
+
+
+def test_a_corpus_that_an_engine_carries_gives_the_same_bytes(tmp_path):
+    """The real work, not a toy: texts cleaned, compared and encoded by the processes of an engine."""
+    text = tmp_path / "text.jsonl"
+    rows = [{"text": f"document {number} of {number % 40} with some words in it"} for number in range(200)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows + rows[:20]))
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    learn([row["text"] for row in rows], [], Tokenize(vocab_size=300), folder)
+    prepare = Prepare.model_validate({"normalise": {}, "duplicates": {}})
+    found = []
+    for name, engine in (("here", Engine()), ("carried", Engine(2, "local", Cluster()))):
+        cache = tmp_path / name
+        source = Source(files=[str(text)])
+        [shards] = Corpus([source], prepare, 0.1, tmp_path, cache, engine).shards(open_tokenizer(str(folder)))
+        assert shards.manifest["splits"]["train"]["documents"] > 150
+        found.append({path.name: path.read_bytes() for path in sorted(shards.folder.glob("*.npy"))})
+    assert found[0] == found[1]
