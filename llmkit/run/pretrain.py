@@ -104,7 +104,7 @@ def _prepare(
     plan = _as_begun(plan, folder, loaded)
     if world is not None:
         check_world(world, plan.world_size)
-    weights = _weights(text, shards, plan)
+    weights = _weights(text, shards, plan, reporter)
     job = Job(
         recipe=loaded.recipe.model_dump(mode="json"),
         plan=plan.to_dict(),
@@ -120,8 +120,12 @@ def _prepare(
     return job, shards
 
 
-def _weights(text: "Corpus", shards: "Sequence[TokenShards]", plan: Plan) -> list[float] | None:
+def _weights(
+    text: "Corpus", shards: "Sequence[TokenShards]", plan: Plan, reporter: Reporter
+) -> list[float] | None:
     """The sources' weights, lowered where a source would be read more than `max_epochs` times over.
+
+    What they come to is told: each source's share of the rows, and how often it is read.
 
     Raises:
         RecipeError: The sources have too little text for that, or the run's length cannot be counted.
@@ -130,15 +134,24 @@ def _weights(text: "Corpus", shards: "Sequence[TokenShards]", plan: Plan) -> lis
     from llmkit.data.rows import Rows
 
     caps = [source.max_epochs for source in text.sources]
-    if text.weights is None or not any(caps):
-        return text.weights
-    if plan.num_steps is None:
+    weights = text.weights
+    if weights is None:
+        return None
+    if plan.num_steps is None and any(caps):
         raise RecipeError(
             "`max_epochs` needs a run whose rows can be counted beforehand",
             hint="give `train.length` in tokens, steps or epochs",
         )
+    if plan.num_steps is None:
+        return weights
     sizes = Rows([shard.split("train") for shard in shards], plan.context).sizes
-    return capped_weights(sizes, text.weights, caps, plan.num_steps * plan.rows_per_step)
+    rows = plan.num_steps * plan.rows_per_step
+    if any(caps):
+        weights = capped_weights(sizes, weights, caps, rows)
+    for shard, size, weight in zip(shards, sizes, weights, strict=True):
+        share = weight / sum(weights)
+        reporter.note(f"{shard.name}: {share:.1%} of the rows, read {share * rows / size:.3g} times over")
+    return weights
 
 
 def _leave_plan(

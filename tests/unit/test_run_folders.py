@@ -13,6 +13,7 @@ from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.schema import Sampling, Source
 from llmkit.report.console import make_reporter
 from llmkit.run import evaluate, find_model, generate, tokenize
+from llmkit.train.checkpoint import saved_identity
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +83,24 @@ def test_the_plan_guesses_that_packed_files_hold_a_few_times_their_size(tmp_path
     text = Corpus(sources, Prepare(), 0.1, tmp_path, tmp_path / "cache", Engine())
     assert text.sizes() == [("a", 100), ("b", 100)]
     assert text.expected_bytes() == 400
+
+
+def test_a_small_source_is_read_no_more_often_than_it_may_be(tmp_path):
+    (tmp_path / "few.txt").write_text("one line of a small source\n" * 60)
+    (tmp_path / "many.txt").write_text("another line of a large source, and more of it\n" * 2000)
+    data = [
+        {
+            "name": "few",
+            "files": str(tmp_path / "few.txt"),
+            "documents": "line",
+            "weight": 0.9,
+            "max_epochs": 2,
+        },
+        {"name": "many", "files": str(tmp_path / "many.txt"), "documents": "line", "weight": 0.1},
+    ]
+    folder = pretrain(tmp_path, pretrain__data=data, pretrain__held_out=0)
+    few, many = saved_identity(folder)["weights"]
+    sources = json.loads((folder / "data.json").read_text())["sources"]
+    rows = (sources[0]["num_tokens"] - 1) // 32
+    assert few / (few + many) == pytest.approx(2 * rows / (20 * 8))
+    assert few / (few + many) < 0.9
