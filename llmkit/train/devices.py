@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -64,10 +65,19 @@ def _join(plan: Plan) -> None:
             signal.signal(number, handler)
 
 
+_LAST_MEETING: list[Any] = []
+"""Keeps the last collective alive until the process ends."""
+
+
 def leave() -> None:
     """Wait for the others and close the process group; without this, peers abort."""
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        meeting = torch.distributed.barrier(async_op=True)
+        assert meeting is not None
+        meeting.wait()
+        # Else gloo's own thread may be the last to let go of it, for which it needs Python's lock, while the main
+        # thread holds that lock and waits for this very thread in the group's destructor: for ever.
+        _LAST_MEETING.append(meeting)
         torch.distributed.destroy_process_group()
 
 
