@@ -167,7 +167,9 @@ class _Step:
 
 def _described(error: Exception) -> dict[str, object]:
     if isinstance(error, LlmkitError):
-        return {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+        # The nearest of its kinds that any process knows by name: a module's own error comes back as its base.
+        known = next(kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+        return {"type": known.__name__, "message": error.message, "hint": error.hint}
     return {"type": "", "message": f"{type(error).__name__}: {error}", "hint": ""}
 
 

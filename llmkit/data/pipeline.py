@@ -296,9 +296,11 @@ def _received(connection: Connection) -> int | None:
 
 
 def _sendable(error: Exception) -> Exception:
-    """An error of ours as it is; a bug with the place where it happened."""
+    """An error of ours or of the system as it is; a bug with the place where it happened."""
     if isinstance(error, LlmkitError):
         return _rebuilt(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, error.filename)
     return RuntimeError("in a worker process:\n" + "".join(traceback.format_exception(error)))
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import fake_slurm
 import pytest
 
+from llmkit.data import cluster
 from llmkit.data.cluster import Cluster, run_tasks
 from llmkit.data.corpus import Corpus
 from llmkit.data.pipeline import Engine
+from llmkit.data.places import FileFault
 from llmkit.data.tokenizers import learn, open_tokenizer
 from llmkit.durable import write_folder
 from llmkit.errors import DataError, MissingError, RunError
@@ -222,3 +224,9 @@ def test_a_corpus_that_an_engine_carries_gives_the_same_bytes(tmp_path):
         assert shards.manifest["splits"]["train"]["documents"] > 150
         found.append({path.name: path.read_bytes() for path in sorted(shards.folder.glob("*.npy"))})
     assert found[0] == found[1]
+
+
+def test_an_error_that_only_its_module_knows_comes_back_as_its_base():
+    facts = cluster._described(FileFault("a.gz: damaged", hint="copy it again", reason="damaged"))
+    assert facts == {"type": "DataError", "message": "a.gz: damaged", "hint": "copy it again"}
+    assert cluster._described(RunError("gone"))["type"] == "RunError"

@@ -78,6 +78,14 @@ def test_an_error_comes_through_as_it_was_raised_and_what_is_done_stays(tmp_path
     assert made(log) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_the_system_refuses_is_told_as_the_system_tells_it(tmp_path, workers):
+    stage = Stage(Shout(tmp_path), tmp_path / "store", [1] * 3)  # its log is a folder
+    with pytest.raises(IsADirectoryError) as raised:
+        finish(stage, Engine(workers))
+    assert raised.value.filename == str(tmp_path)
+
+
 def test_a_killed_worker_is_named_and_its_part_is_made_by_the_next_run(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(RunError, match=r"killed by SIGKILL while it made part 2") as raised:
