@@ -10,28 +10,24 @@ import json
 import shutil
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llmkit.data.clean.cleaner import Cleaner, StepCount, cleaning_identity
-from llmkit.data.clean.personal import PersonalDataMarker
+from llmkit.data.clean.cleaner import StepCount, cleaning_identity
 from llmkit.data.duplicates.contamination import Decontaminator
-from llmkit.data.duplicates.exact import document_keys, keep_first, part_edges
-from llmkit.data.duplicates.lines import frequent_lines, line_keys, strip_lines
-from llmkit.data.duplicates.near import Signer, kept_of, near_groups, near_identity
-from llmkit.data.npy import NpyWriter
-from llmkit.data.parts import cut_row
-from llmkit.data.pipeline import Engine, Fill, Progress, Stage, finish
-from llmkit.data.places import Place, Tally, count_before
-from llmkit.data.split import document_hash
-from llmkit.data.text import utf8_size
-from llmkit.data.texts import TEXT, KeptTexts, SourceTexts, StoredTexts, TextWriter, combined
+from llmkit.data.duplicates.exact import keep_first, part_edges
+from llmkit.data.duplicates.lines import frequent_lines
+from llmkit.data.duplicates.near import kept_of, near_groups, near_identity
+from llmkit.data.examples import EXAMPLES, Examples, Gone
+from llmkit.data.pipeline import Engine, Progress, Stage, finish
+from llmkit.data.places import Tally, count_before
+from llmkit.data.texts import TEXT, KeptTexts, SourceTexts, StoredTexts, combined
+from llmkit.data.works import CUT, CleanWork, LinesWork, SignWork, StripWork
 from llmkit.durable import (
     naming_full_disks,
     one_at_a_time,
@@ -41,22 +37,14 @@ from llmkit.durable import (
     write_folder,
 )
 from llmkit.errors import CorruptError, DataError
-from llmkit.recipe.preparation import NearDuplicates, Prepare
+from llmkit.recipe.preparation import Prepare
 
 if TYPE_CHECKING:
-    from llmkit.data.places import Document
+    pass
 
 _VERSION = 2
-_CUT = "cut"
-"""The step in which rows over 1 Mi characters become pieces; shown only where it did."""
-EXAMPLES = 20
-"""Dropped documents kept as examples for each reason."""
 
-_SHOWN = 300
 _WORTH = {"clean": 1_000_000, "lines": 20_000_000, "stripped": 20_000_000, "signed": 8_000_000}
-_KEPT_SHOWN = 100
-_BATCH = 256
-_BATCH_CHARACTERS = 2**22
 _SCANNED = 2**20
 Keep = npt.NDArray[np.bool_]
 Tell = Callable[[str], Progress | None]
@@ -238,7 +226,7 @@ class _Builder:
         self._forget("frequent")
         return stripped
 
-    def _decide(self, parts: Sequence[Path], examples: "_Examples") -> tuple[list[Keep], list[StepCount]]:
+    def _decide(self, parts: Sequence[Path], examples: "Examples") -> tuple[list[Keep], list[StepCount]]:
         """Which documents stay, and what the steps that compare documents did."""
         duplicates = self.spec.duplicates
         keep = [np.ones(len(StoredTexts(part)), dtype=bool) for part in parts]
@@ -272,236 +260,12 @@ class _Builder:
         shutil.rmtree(self.store / f"{self.decision}.{name}", ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class CleanWork:
-    """Source text to clean text, one document after the other."""
-
-    sources: tuple[SourceTexts, ...]
-    spec: Prepare
-    contaminated: Decontaminator | None
-
-    def open(self) -> Fill:
-        """Load what the cleaner needs."""
-        places = [(source, number) for source in self.sources for number in range(len(source.parts))]
-        cleaner = Cleaner(self.spec, self.contaminated)
-        personal = self.spec.personal_data
-        # Documents are dropped before personal data is marked; what is shown of them must not give it away.
-        mask = PersonalDataMarker(personal) if personal is not None else None
-        return lambda number, folder: self._fill(cleaner, _Examples(mask), *places[number], folder)
-
-    def _fill(
-        self, cleaner: Cleaner, examples: "_Examples", source: SourceTexts, number: int, folder: Path
-    ) -> Mapping[str, object]:
-        tally, writer, cut = Tally(), TextWriter(folder), StepCount(_CUT)
-        for document in source.documents(number, tally, whole_rows=True):
-            cleaned = cleaner.clean(document.text)
-            if cleaned.step is not None:
-                examples.add(cleaned.step, cleaned.reason or "", document)
-                continue
-            for piece in cut_row(cleaned.text) if document.is_row else (cleaned.text,):
-                if piece and not piece.isspace():
-                    writer.add(piece)
-                    cut.documents_out += 1
-                    cut.bytes_out += utf8_size(piece)
-            cut.documents_in += 1
-            cut.bytes_in += utf8_size(cleaned.text)
-        writer.close()
-        return {
-            "steps": [*(_taken(step).as_json() for step in cleaner.steps), cut.as_json()],
-            "skipped": tally.as_json(),
-            "examples": examples.chosen(),
-        }
-
-
-@dataclass(frozen=True)
-class LinesWork:
-    """The keys of each document's lines."""
-
-    parts: tuple[Path, ...]
-
-    def open(self) -> Fill:
-        """Nothing to load."""
-        return self._fill
-
-    def _fill(self, number: int, folder: Path) -> Mapping[str, object]:
-        writer = NpyWriter(folder / "lines.npy", np.dtype(np.uint64))
-        for text in StoredTexts(self.parts[number]):
-            writer.append(line_keys(text))
-        writer.close()
-        return {}
-
-
-@dataclass(frozen=True)
-class StripWork:
-    """Texts without the lines that stand in too many documents."""
-
-    parts: tuple[Path, ...]
-    frequent: Path
-
-    def open(self) -> Fill:
-        """Open the lines' keys, which all processes share."""
-        frequent = np.load(self.frequent, mmap_mode="r")
-        return lambda number, folder: self._fill(frequent, number, folder)
-
-    def _fill(self, frequent: npt.NDArray[np.uint64], number: int, folder: Path) -> Mapping[str, object]:
-        writer, step, examples = TextWriter(folder), StepCount("lines"), _Examples()
-        for text in StoredTexts(self.parts[number]):
-            stripped, removed = strip_lines(text, frequent)
-            step.documents_in += 1
-            step.bytes_in += len(text.encode())
-            for line in _removed_lines(text, stripped) if removed else ():
-                examples.add_text("lines", "in too many documents", line)
-            if not stripped or stripped.isspace():
-                step.dropped["nothing left"] = step.dropped.get("nothing left", 0) + 1
-                continue
-            writer.add(stripped)
-            step.documents_out += 1
-            step.bytes_out += len(stripped.encode())
-            step.changed += removed > 0
-            step.replaced["line"] = step.replaced.get("line", 0) + removed
-        writer.close()
-        return {"step": step.as_json(), "examples": examples.chosen()}
-
-
-@dataclass(frozen=True)
-class SignWork:
-    """Each document's key and, if near copies are looked for, its signature."""
-
-    parts: tuple[Path, ...]
-    near: NearDuplicates | None
-
-    def open(self) -> Fill:
-        """Make the signer."""
-        signer = Signer(self.near) if self.near is not None else None
-        return lambda number, folder: self._fill(signer, number, folder)
-
-    def _fill(self, signer: Signer | None, number: int, folder: Path) -> Mapping[str, object]:
-        keys = NpyWriter(folder / "keys.npy", np.dtype(np.uint64), width=2)
-        signatures = None
-        if self.near is not None:
-            width = self.near.permutations
-            signatures = NpyWriter(folder / "signatures.npy", np.dtype(np.uint32), width=width)
-        for batch in _batches(StoredTexts(self.parts[number])):
-            keys.append(document_keys(batch))
-            if signer is not None and signatures is not None:
-                signatures.append(signer.sign(batch))
-        keys.close()
-        if signatures is not None:
-            signatures.close()
-        return {}
-
-
-@dataclass
-class _Example:
-    """A dropped document to show.
-
-    Attributes:
-        text: Its beginning.
-        place: Where it comes from, or where it is.
-        number: Its number there.
-        kept: The beginning of the document that stays for it.
-    """
-
-    text: str
-    place: Place | str = ""
-    number: int | None = None
-    kept: str | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it as JSON, the place not yet worked out: that may mean to count the lines of a file."""
-        place = self.place if isinstance(self.place, str) else self.place.as_json()
-        return {**vars(self), "place": place}
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "_Example":
-        """What `as_json` gave."""
-        place = stored["place"]
-        return cls(**{**stored, "place": place if isinstance(place, str) else Place(**place)})
-
-    def shown(self) -> dict[str, str]:
-        """For people."""
-        where = self.place if isinstance(self.place, str) else self.place.show(self.number)
-        return {"where": where, "text": self.text} | ({} if self.kept is None else {"kept": self.kept})
-
-
-@dataclass
-class _Examples:
-    """For each step and reason the dropped documents with the smallest hashes: the same in any order of work."""
-
-    mask: PersonalDataMarker | None = None
-    _kept: dict[tuple[str, str], dict[int, _Example]] = field(default_factory=dict)
-
-    def add(self, step: str, reason: str, document: "Document") -> None:
-        self.add_text(step, reason, document.text, document.place, document.number)
-
-    def add_text(
-        self, step: str, reason: str, text: str, place: Place | str = "", number: int | None = None
-    ) -> None:
-        rank = document_hash(text, "example")
-        if self._has_room(step, reason, rank):
-            shown = text[: 4 * _SHOWN]
-            shown = shown if self.mask is None else self.mask(shown)[0]
-            self._keep(step, reason, rank, _Example(shown[:_SHOWN], place, number))
-
-    def add_copies(
-        self,
-        step: str,
-        reason: str,
-        parts: Sequence[Path],
-        gone: Sequence["_Gone"],
-        stay: Mapping[int, tuple[int, int]],
-    ) -> None:
-        """Add copies that were dropped; `stay` has for each key the part and place of the document that stays."""
-        for key, part, place in gone:
-            other, there = stay[key]
-            text, kept = _text_at(parts[part], place), _text_at(parts[other], there)
-            self._keep(step, reason, key, _Example(text[:_SHOWN], kept=kept[:_KEPT_SHOWN]))
-
-    def include(self, examples: Sequence[Mapping[str, Any]]) -> None:
-        """Add those that `chosen` gave elsewhere."""
-        for one in examples:
-            if self._has_room(one["step"], one["reason"], one["rank"]):
-                self._keep(one["step"], one["reason"], one["rank"], _Example.from_json(one["example"]))
-
-    def shown(self) -> list[dict[str, str]]:
-        """All of them for people, by step, reason and hash."""
-        return [
-            {"step": step, "reason": reason, **example.shown()} for step, reason, _, example in self._all()
-        ]
-
-    def chosen(self) -> list[dict[str, Any]]:
-        """All of them for `include`."""
-        return [
-            {"step": step, "reason": reason, "rank": rank, "example": example.as_json()}
-            for step, reason, rank, example in self._all()
-        ]
-
-    def places(self) -> list[Place]:
-        """All places that may have to be worked out."""
-        return [example.place for *_, example in self._all() if isinstance(example.place, Place)]
-
-    def _all(self) -> Iterator[tuple[str, str, int, _Example]]:
-        for (step, reason), kept in sorted(self._kept.items(), key=itemgetter(0)):
-            for rank in sorted(kept):
-                yield step, reason, rank, kept[rank]
-
-    def _has_room(self, step: str, reason: str, rank: int) -> bool:
-        kept = self._kept.get((step, reason), {})
-        return rank not in kept and (len(kept) < EXAMPLES or rank < max(kept))
-
-    def _keep(self, step: str, reason: str, rank: int, example: _Example) -> None:
-        kept = self._kept.setdefault((step, reason), {})
-        kept[rank] = example
-        if len(kept) > EXAMPLES:
-            del kept[max(kept)]
-
-
 @dataclass
 class _Found:
     """What the parts' manifests say, added up."""
 
     steps: list[StepCount] = field(default_factory=list)
-    examples: _Examples = field(default_factory=_Examples)
+    examples: Examples = field(default_factory=Examples)
     skipped: Tally = field(default_factory=Tally)
 
     def include(self, steps: Sequence[dict[str, Any]], examples: Sequence[Mapping[str, Any]]) -> None:
@@ -521,7 +285,7 @@ class _Found:
         return {
             "read": {"documents": first.documents_in, "bytes": first.bytes_in} if first else None,
             "kept": {"documents": sum(int(one.sum()) for one in keep), "bytes": sum(sizes)},
-            "steps": [step.as_json() for step in self.steps if step.name != _CUT or _did_cut(step)],
+            "steps": [step.as_json() for step in self.steps if step.name != CUT or _did_cut(step)],
             "skipped": self.skipped.shown(),
         }
 
@@ -530,15 +294,11 @@ def _did_cut(step: StepCount) -> bool:
     return (step.documents_in, step.bytes_in) != (step.documents_out, step.bytes_out)
 
 
-_Gone = tuple[int, int, int]
-"""The first half of a dropped document's key, its part, and its place there."""
-
-
 def _smallest(
     keys: Sequence[npt.NDArray[np.uint64]], before: Sequence[Keep], after: Sequence[Keep]
-) -> list[_Gone]:
+) -> list[Gone]:
     """The documents with the smallest keys of those that a step over all documents took; no key twice."""
-    found: dict[int, _Gone] = {}
+    found: dict[int, Gone] = {}
     for part, (was, stays) in enumerate(zip(before, after, strict=True)):
         gone = np.flatnonzero(was & ~stays)
         firsts, at = np.unique(keys[part][gone, 0], return_index=True)
@@ -548,7 +308,7 @@ def _smallest(
     return [*found.values()]
 
 
-def _first_equal(keys: Sequence[npt.NDArray[np.uint64]], gone: Sequence[_Gone]) -> dict[int, tuple[int, int]]:
+def _first_equal(keys: Sequence[npt.NDArray[np.uint64]], gone: Sequence[Gone]) -> dict[int, tuple[int, int]]:
     """For each dropped copy the part and place of the first document with its key."""
     wanted = np.array([key for key, _, _ in gone], np.uint64)
     whole = {key: keys[part][place].tolist() for key, part, place in gone}
@@ -569,32 +329,6 @@ def _in_part(place: int, edges: Sequence[int]) -> tuple[int, int]:
     return part, place - edges[part]
 
 
-def _removed_lines(text: str, stripped: str) -> list[str]:
-    """Lines that were in the text and are not any more."""
-    left = {*stripped.split("\n")}
-    return [line for line in text.split("\n") if line.strip() and line not in left]
-
-
-def _batches(texts: StoredTexts) -> Iterator[list[str]]:
-    batch, characters = list[str](), 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == _BATCH or characters > _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _text_at(part: Path, place: int) -> str:
-    ends = StoredTexts(part).ends
-    start = int(ends[place - 1]) if place else 0
-    with (part / TEXT).open("rb") as file:
-        file.seek(start)
-        return file.read(int(ends[place]) - start).decode()
-
-
 def _whole(decided: Path) -> dict[str, Any] | None:
     """The decision's manifest, if it and all the text it speaks of are there."""
     try:
@@ -607,13 +341,6 @@ def _whole(decided: Path) -> dict[str, Any] | None:
     except (CorruptError, OSError):
         return None
     return facts
-
-
-def _taken(step: StepCount) -> StepCount:
-    """The step's counts; it begins anew."""
-    taken = replace(step)
-    vars(step).update(vars(StepCount(step.name)))
-    return taken
 
 
 def _step(

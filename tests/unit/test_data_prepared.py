@@ -15,8 +15,8 @@ from llmkit.data.duplicates.exact import document_keys
 from llmkit.data.duplicates.near import Signer
 from llmkit.data.pipeline import Engine
 from llmkit.data.places import Tally
-from llmkit.data.prepared import SignWork, StripWork
 from llmkit.data.texts import TextWriter
+from llmkit.data.works import SignWork, StripWork
 from llmkit.errors import DataError
 from llmkit.recipe.preparation import NearDuplicates, Prepare
 from llmkit.recipe.schema import Source
