@@ -104,7 +104,9 @@ def _say(
         reporter.note(f"kept {kept:,} of {read:,} documents")
         for step in preparation["steps"]:
             for kind, count in step["replaced"].items():
-                reporter.note(f"{step['name']}: {count:,} x {kind} replaced" if count else "")
+                if count:
+                    what = "taken out" if step["name"] == "lines" else f"{kind} replaced by marks"
+                    reporter.note(f"{step['name']}: {count:,} {what}")
     for what, count in dropped.items():
         reporter.note(f"{what}: {count:,}")
     if all(shard.was_there for shard in shards) and figures.get("found", True):

@@ -105,3 +105,23 @@ def test_text_without_a_recipe_from_files_and_from_stdin(llmkit, tmp_path):
     assert json.loads(piped.stdout)["documents"] == 1
     named = llmkit("tokenize", "-", "--tokenizer", "a", "--json", cwd=tmp_path, text="first file\n")
     assert json.loads(named.stdout)["tokens"] == 3 + 1
+
+
+def test_what_preparation_did_is_told_and_nothing_empty_is(llmkit, tmp_path):
+    texts = [f"number {number} writes to n{number}@example.org today" for number in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = {
+        "llmkit": 1,
+        "name": "told",
+        "tokenize": {
+            "vocab_size": 300,
+            "data": {"files": "a.jsonl"},
+            "prepare": {"personal_data": {}, "duplicates": {"lines": 5}},
+        },
+    }
+    (tmp_path / "told.json").write_text(json.dumps(recipe))
+    said = llmkit("tokenize", "told.json", cwd=tmp_path).stderr.splitlines()
+    assert "personal_data: 30 mail replaced by marks" in said
+    assert "kept 30 of 30 documents" in said
+    assert all(line.strip() for line in said)
+    assert not any(line.startswith("lines: 0") for line in said)
