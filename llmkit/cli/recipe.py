@@ -3,12 +3,14 @@
 import json
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmkit.cli.options import AsJson, Debug, OverrideWords, RecipeWord, Smoke, described, run_name
 from llmkit.cli.output import as_columns, as_typed, give, give_json, say
+from llmkit.durable import write_new_file
 from llmkit.errors import UsageError
 
 recipes = typer.Typer(
@@ -62,8 +64,7 @@ def init(
         give(text.rstrip("\n"))
         return
     try:
-        with open(target, "x", encoding="utf-8") as file:
-            file.write(text)
+        write_new_file(Path(target), text)
     except FileExistsError:
         raise UsageError(
             f"{target} exists and is left as it is", hint=f"another name: llmkit init {kind} PATH"

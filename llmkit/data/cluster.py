@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from llmkit import errors
+from llmkit.durable import make_folders, remove_file, write_file, write_json
 from llmkit.errors import LlmkitError, MissingError, RunError
 from llmkit.launch.local import end_with_parent
 
@@ -143,9 +144,7 @@ class _Step:
 
     def _mark(self, what: str, number: int, facts: dict[str, object]) -> None:
         path = self.attempt / what / f"{number:06d}"
-        temporary = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
-        temporary.write_text(json.dumps(facts), encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, facts)
 
     def marked(self, what: str) -> set[int]:
         """The numbers that have such a mark."""
@@ -309,7 +308,7 @@ def _job(step: _Step, executor: Any) -> Iterator[str]:
     """Submit the job array; give its name, by which it is found again; leave no job behind."""
     name: str = executor.job_name
     note = step.attempt / "job"
-    note.write_text(name)
+    write_file(note, name)
     try:
         try:
             executor.launch_job()
@@ -321,7 +320,7 @@ def _job(step: _Step, executor: Any) -> Iterator[str]:
         yield name
     finally:
         _cancel(name)
-    note.unlink()
+    remove_file(note)
 
 
 def _slurm_executor(datatrove: Any, step: _Step, workers: int, slurm: Cluster) -> Any:
@@ -427,11 +426,10 @@ def _some(numbers: Sequence[int]) -> str:
 
 
 def _new_attempt(logs: Path, engine: Engine) -> Path:
-    logs.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(path.name[-3:]) for path in logs.glob(f"{engine}-[0-9][0-9][0-9]")), default=0)
     attempt = logs / f"{engine}-{number:03d}"
     for what in (_STARTED, _FAILED, _DONE):
-        (attempt / what).mkdir(parents=True)
+        make_folders(attempt / what)
     return attempt
 
 
@@ -467,4 +465,4 @@ def _end_earlier_jobs(logs: Path, slurm: Cluster) -> None:
         _cancel(name)
         while _queued(name) != []:
             time.sleep(min(1.0, slurm.poll_s))
-        note.unlink()
+        remove_file(note)

@@ -8,7 +8,6 @@ import os
 import select
 import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 
 from llmkit.data.places import FileFault, Tally
 from llmkit.data.remote import RemoteFile
-from llmkit.durable import write_folder
+from llmkit.durable import scratch_folder, write_folder
 from llmkit.errors import DataError, MissingError
 
 CHUNK_BYTES = 2**18  # fits a processor's cache, which is several times faster than a megabyte
@@ -156,9 +155,8 @@ def spool_stdin(cache: Path) -> Path:
         )
     _note_silence()
     folder = cache / "stdin"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".spool-") as temporary:
-        text = Path(temporary) / "stdin"
+    with scratch_folder(folder) as temporary:
+        text = temporary / "stdin"
         with text.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, CHUNK_BYTES)
         if not text.stat().st_size:

@@ -283,7 +283,7 @@ def _serve(connection: Connection, stage: Stage, parent: int) -> None:
             _make(fill, stage, number)
             connection.send(None)
     except Exception as error:
-        connection.send(_sendable(error))
+        connection.send(sendable(error))
 
 
 def _received(connection: Connection) -> int | None:
@@ -295,7 +295,7 @@ def _received(connection: Connection) -> int | None:
     return number
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
     """An error of ours or of the system as it is; a bug with the place where it happened."""
     if isinstance(error, LlmkitError):
         return _rebuilt(error)

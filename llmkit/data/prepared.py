@@ -7,7 +7,6 @@ near copies does not clean the text again.
 """
 
 import json
-import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from llmkit.data.places import Tally, count_before
 from llmkit.data.texts import TEXT, KeptTexts, SourceTexts, StoredTexts, combined
 from llmkit.data.works import CUT, CleanWork, LinesWork, SignWork, StripWork
 from llmkit.durable import (
+    discard,
     naming_full_disks,
     one_at_a_time,
     read_manifest,
@@ -257,7 +257,7 @@ class _Builder:
     def _forget(self, name: str) -> None:
         """Remove what only this build needed, once nothing that is still to be made needs it."""
         # A kill before the decision is published makes it again; that costs time, never a result.
-        shutil.rmtree(self.store / f"{self.decision}.{name}", ignore_errors=True)
+        discard(self.store / f"{self.decision}.{name}")
 
 
 @dataclass

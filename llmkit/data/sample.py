@@ -1,7 +1,6 @@
 """The documents that a tokenizer learns from and is measured on: chosen by hash, so the same in any order of work."""
 
 import heapq
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from llmkit.data.places import Tally
 from llmkit.data.split import document_hash
 from llmkit.data.text import utf8_size
 from llmkit.data.texts import StoredTexts, Texts, TextWriter, combined
-from llmkit.durable import naming_full_disks, one_at_a_time
+from llmkit.durable import discard, naming_full_disks, one_at_a_time
 
 MEASURED_BYTES = 2_000_000
 """Held-out text that a tokenizer is measured on."""
@@ -67,7 +66,7 @@ def choose_sample(
                 for name, chosen in (("learn", learn), ("measure", measure)):
                     for text in StoredTexts(part / name):
                         chosen.add(text)
-            shutil.rmtree(store, ignore_errors=True)
+            discard(store)
         if below == _RANGE or learn.is_full:
             return Sample(learn.texts(), measure.texts())
         # Compressed files hold more text than their size says, and filters leave less: look at more of it.

@@ -12,7 +12,6 @@ They are made in parts (`pipeline.py`), by as many processes as there are, and t
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from llmkit.data.texts import Texts
 from llmkit.data.tokenizers import BATCH_CHARS, LightTokenizer, eos_id, fingerprint, token_dtype
 from llmkit.data.tokenizers.encoding import batches
 from llmkit.durable import (
+    discard,
+    make_folders,
     naming_full_disks,
     one_at_a_time,
     read_manifest,
@@ -85,7 +86,7 @@ class SplitCounts:
 
 
 class TokenStream:
-    """One split's tokens as one long array, read in place from its files.
+    """One split's tokens as one long array, read in place from its files; another process opens them itself.
 
     Attributes:
         name: The source's name, for messages.
@@ -95,6 +96,7 @@ class TokenStream:
     """
 
     def __init__(self, folder: Path, split: Split, name: str, counts: SplitCounts) -> None:
+        self._made_of = (folder, split, name, counts)
         self.name = name
         self.num_tokens = counts.tokens
         self.num_documents = counts.documents
@@ -104,6 +106,10 @@ class TokenStream:
         self._files = [np.load(_token_file(folder, split, i), mmap_mode="r") for i in range(num_files)]
         starts = folder / f"{split}-documents.npy"
         self._starts: Ints = np.load(starts, mmap_mode="r") if counts.documents else np.zeros(0, np.int64)
+
+    def __reduce__(self) -> tuple[type["TokenStream"], tuple[Path, Split, str, SplitCounts]]:
+        # What is mapped would be copied whole into the pickle.
+        return TokenStream, self._made_of
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
         """The tokens in [start, stop), uint16 or uint32; a view of the file where they lie in one.
@@ -277,7 +283,7 @@ class _Builder:
             found.was_there = True
             return found
         with naming_full_disks(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(folder.parent)
             with one_at_a_time(folder.with_name(f"{self.job.address}.lock")):
                 if fresh:
                     self.forget()
@@ -292,7 +298,7 @@ class _Builder:
         worth = _WORTH_FAST if verdict.encoder == "gigatoken" else _WORTH_SLOW
         made = finish(Stage(work, parts, self.texts.sizes, worth), self.engine, progress=progress)
         self._join(made, folder, verdict)
-        shutil.rmtree(parts, ignore_errors=True)
+        discard(parts)
         return TokenShards.open(folder, name=self.texts.name)
 
     def _join(self, made: Sequence[Path], folder: Path, verdict: Verdict) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from llmkit.durable import write_folder
+from llmkit.durable import foreign_write, write_folder
 
 
 def save_model(
@@ -30,7 +30,8 @@ def save_model(
     model.config.use_cache = True
     try:
         with write_folder(folder, facts=facts) as temporary:
-            model.save_pretrained(temporary)
+            with foreign_write(temporary):
+                model.save_pretrained(temporary)
             for write in companions:
                 write(temporary)
     finally:

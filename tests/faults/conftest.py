@@ -1,6 +1,9 @@
 """What tests of faults share."""
 
+import os
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +20,13 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """A folder in memory where the system has such a place: an fsync costs nothing there, and faults are the same."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="llmkit-test-") as folder:
+        yield Path(folder)

@@ -1,5 +1,7 @@
 """Durable writes: complete or absent, hashed, damage named, one writer."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -7,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.durable import RunLock, read_manifest, sweep, verify_folder, write_file, write_folder
+from llmkit.durable import (
+    RunLock,
+    make_folders,
+    open_log,
+    read_manifest,
+    remove_file,
+    remove_folder,
+    sweep,
+    sync_log,
+    verify_folder,
+    write_file,
+    write_folder,
+)
 from llmkit.errors import CorruptError, RunError
 
 
@@ -86,6 +100,66 @@ def test_files_honour_the_umask(tmp_path):
         os.umask(old)
     assert (tmp_path / "x" / "private").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "y").stat().st_mode & 0o777 == 0o640
+
+
+def test_the_umask_is_read_without_changing_it_for_other_threads(tmp_path, monkeypatch):
+    def refuse(mask):
+        raise AssertionError("os.umask is of the whole process")
+
+    monkeypatch.setattr(os, "umask", refuse)
+    make(tmp_path / "x")
+
+
+def test_a_folder_killed_between_two_renames_gets_its_name_back(tmp_path):
+    make(tmp_path / "x-1")
+    (tmp_path / "x-1").rename(tmp_path / ".x-1.kept-a-host-7")
+    make(tmp_path / "y", b"new")
+    make(tmp_path / ".y.kept-a-host-7", b"old")
+    sweep(tmp_path)
+    verify_folder(tmp_path / "x-1")
+    assert (tmp_path / "y" / "a.bin").read_bytes() == b"new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x-1", "y"]
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "deep" / "x"):
+        with pytest.raises(RunError, match="a file stands where a folder is needed"):
+            write_file(path, "text")
+        with pytest.raises(RunError, match="a file stands where a folder is needed"):
+            make(path)
+        with pytest.raises(RunError, match="a file stands where a folder is needed"), RunLock(path):
+            pass
+    with pytest.raises(NotADirectoryError):
+        make_folders(tmp_path / "file")
+
+
+def test_a_removal_that_fails_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        remove_folder(tmp_path / "x")
+    remove_file(tmp_path / "x")  # what is not there is removed
+    write_file(tmp_path / "x", "text")
+    remove_file(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_is_there_before_its_first_line_and_goes_on(tmp_path):
+    for line in ("one\n", "two \ud800\n"):
+        with open_log(tmp_path / "log") as log:
+            assert (tmp_path / "log").is_file()
+            log.write(line)
+            sync_log(log)
+            assert (tmp_path / "log").read_text().endswith(line.replace("\ud800", r"\ud800"))
+    assert (tmp_path / "log").read_text() == "one\ntwo \\ud800\n"
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunError, match="does not lock files"), RunLock(tmp_path):
+        pass
 
 
 def test_sweep_removes_what_a_killed_writer_left_and_only_that(tmp_path):
