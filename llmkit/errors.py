@@ -74,6 +74,10 @@ class RunError(LlmkitError):
     """A run cannot go on: a lock is held, the recipe changed, numbers are not finite, a worker died."""
 
 
+class LostWorkerError(RunError):
+    """The connection to another worker broke: that one has ended, and is the one to blame."""
+
+
 class GateError(LlmkitError):
     """A quality gate did not hold."""
 

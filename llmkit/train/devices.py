@@ -1,8 +1,11 @@
 """Processes and devices: the process group, the accelerator, and proof that what was asked for runs."""
 
 import os
+import re
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
-from llmkit.errors import RunError
+from llmkit.errors import LostWorkerError, RunError
 from llmkit.plan import Plan
 
 _TIMEOUT = timedelta(minutes=10)
@@ -63,6 +66,30 @@ def _join(plan: Plan) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Turn the error of a collective whose peer is gone into one that says so.
+
+    gloo raises plain RuntimeErrors, and only their text tells: it begins with the place in gloo's transport.
+
+    Raises:
+        LostWorkerError: Another worker has ended, or was not heard of for as long as the process group waits.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL's DistBackendError, and DistNetworkError and DistStoreError of the meeting place, are DistErrors.
+        if not isinstance(error, torch.distributed.DistError) and "gloo/transport/" not in str(error):
+            raise
+        reason = (
+            re.sub(r"^\[[^\]]*\] ", "", str(error)).split(". ")[0].splitlines()[0]
+        )  # without gloo's place
+        raise LostWorkerError(
+            f"lost the connection to another worker ({reason})",
+            hint="What ended it stands above or in the run folder's logs; the newest checkpoint resumes.",
+        ) from error
 
 
 _LAST_MEETING: list[Any] = []

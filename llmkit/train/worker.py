@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, LostWorkerError
+from llmkit.launch.crew import LOST_PEER
 from llmkit.report.console import make_reporter
 from llmkit.train.job import Job
 from llmkit.train.pretrain import pretrain
@@ -19,7 +20,7 @@ def main(path: str) -> int:
         pretrain(job, reporter)
     except LlmkitError as error:
         reporter.error(error)
-        return int(error.exit_code)
+        return LOST_PEER if isinstance(error, LostWorkerError) else int(error.exit_code)
     finally:
         reporter.close()
     return 0

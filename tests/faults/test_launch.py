@@ -2,17 +2,31 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from llmkit.errors import RunError
-from llmkit.launch import StopSignal, World, check_world, detect_world, exit_for, run_local_workers
+from llmkit.launch import (
+    LOST_PEER,
+    TIME_IS_UP,
+    Limits,
+    StopSignal,
+    World,
+    check_world,
+    describe_stop,
+    detect_world,
+    exit_for,
+    run_local_workers,
+)
+from llmkit.launch.crew import AwakeClock, Crew, Worker
 
 # What a worker does is its argv: a mark that it runs, then an ending by rank.
 WORKER = textwrap.dedent(
@@ -23,8 +37,8 @@ WORKER = textwrap.dedent(
     from llmkit.launch.signals import StopSignal, exit_for
 
     folder, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
-    rank = os.environ["RANK"]
-    todo = plan[rank] if rank in plan else plan["*"]
+    rank, start = os.environ["RANK"], os.environ["LLMKIT_RESTART"]
+    todo = next(plan[key] for key in (rank + "@" + start, rank, "*") if key in plan)
 
     def mark():
         seen = {k: v for k, v in os.environ.items() if k.isupper()} | {"pid": os.getpid(), "pgid": os.getpgid(0)}
@@ -47,6 +61,11 @@ WORKER = textwrap.dedent(
         time.sleep(60)
     if todo == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if todo == "freeze":                     # done as soon as someone continues it
+        while not all((folder / f"up{n}").exists() for n in range(int(os.environ["WORLD_SIZE"]))):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        sys.exit(0)
     sys.stderr.write(f"worker {rank} says {todo}\\n")
     sys.exit(todo)
     """
@@ -57,10 +76,10 @@ PARENT = textwrap.dedent(
     import json, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from llmkit.launch import run_local_workers
+    from llmkit.launch import Limits, run_local_workers
     folder, count, worker = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     code = run_local_workers(count, [str(folder), sys.argv[5]], logs=folder / "logs",
-                             program=[sys.executable, "-c", worker], grace_s=0.5, stop_grace_s=float(sys.argv[6]))
+                             program=[sys.executable, "-c", worker], limits=Limits(**json.loads(sys.argv[6])))
     sys.exit(code)
     """
 )
@@ -76,13 +95,15 @@ def run_here(folder: Path, count: int, plan: dict[str, object], **options: objec
     lines: list[str] = []
     arguments = [str(folder), json.dumps(plan)]
     program = [sys.executable, "-c", WORKER]
-    settings = {"grace_s": 0.5, "on_line": lines.append, "program": program, **options}
+    limits = Limits(grace_s=0.5, stopped_s=0.5)
+    settings = {"limits": limits, "on_line": lines.append, "program": program, **options}
     code = run_local_workers(count, arguments, logs=folder / "logs", **settings)
     return code, "\n".join(lines)
 
 
-def start_parent(folder: Path, plan: dict[str, object], stop_grace_s: float = 20) -> subprocess.Popen[str]:
+def start_parent(folder: Path, plan: dict[str, object], **limits: float) -> subprocess.Popen[str]:
     """A parent in a process of its own, once both its workers are up."""
+    limits = {"grace_s": 0.5, "stop_grace_s": 20.0, **limits}
     command = [
         sys.executable,
         "-c",
@@ -92,7 +113,7 @@ def start_parent(folder: Path, plan: dict[str, object], stop_grace_s: float = 20
         "2",
         WORKER,
         json.dumps(plan),
-        str(stop_grace_s),
+        json.dumps(limits),
     ]
     env = {**os.environ, "TMPDIR": str(folder)}  # a killed parent leaves its private folder behind
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
@@ -100,7 +121,7 @@ def start_parent(folder: Path, plan: dict[str, object], stop_grace_s: float = 20
     return parent
 
 
-def wait_for(condition, limit_s: float = 20) -> None:
+def wait_for(condition, limit_s: float = 60) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -168,6 +189,33 @@ def test_a_dead_worker_is_named_and_the_others_end(tmp_path: Path) -> None:
     assert not any(runs(seen(tmp_path, rank)["pid"]) for rank in range(3))
 
 
+@pytest.mark.parametrize(
+    ("codes", "blamed", "ending"),
+    [
+        ([69, 7, 69], 1, (7, True)),
+        ([69, 7, -9], 2, (1, False)),
+        ([0, 8, 7], 1, (8, True)),
+        ([75, 69, 69], 1, (1, False)),
+    ],
+)
+def test_who_only_lost_the_connection_is_not_to_blame(
+    codes: list[int], blamed: int, ending: tuple[int, bool]
+) -> None:
+    """When all have ended by the first look."""
+    lines: list[str] = []
+    crew = Crew(lines.append, Limits(), [])
+    for rank, code in enumerate(codes):
+        deed = f"exit {code}" if code >= 0 else f"kill {code} $$"
+        process = subprocess.Popen(["sh", "-c", deed], process_group=0)
+        process.wait()
+        crew.workers.append(Worker(rank, process, None, 0))
+    ended = crew.wait()
+    assert lines[0].startswith(f"worker {blamed} (pid")
+    assert (ended.code, ended.by_own_words) == ending
+    assert LOST_PEER == 69
+    assert ("lost the connection to another worker" in lines[0]) == (codes[blamed] == LOST_PEER)
+
+
 def test_a_failed_workers_last_lines_are_shown(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank_1.log").write_text("from an earlier run\n")
@@ -187,14 +235,14 @@ def test_a_failed_workers_last_lines_are_shown(tmp_path: Path) -> None:
 def test_signals_reach_every_worker(tmp_path: Path, number: signal.Signals, code: int) -> None:
     parent = start_parent(tmp_path, {"*": "stop"})
     parent.send_signal(number)
-    assert parent.wait(20) == code, parent.stderr.read()
+    assert parent.wait(60) == code, parent.stderr.read()
     assert [(tmp_path / f"saved{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
 
 
 def test_stopped_before_the_handlers_are_set_up_is_no_failure(tmp_path: Path) -> None:
     parent = start_parent(tmp_path, {"0": "stop", "1": "plain"})
     parent.send_signal(signal.SIGTERM)
-    said = parent.communicate(timeout=20)[1]
+    said = parent.communicate(timeout=60)[1]
     assert parent.returncode == 75
     assert "before it could save; the newest checkpoint resumes" in said
 
@@ -206,7 +254,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert parent.poll() is None, "the first one waits for the workers"
     start = time.monotonic()
     parent.send_signal(signal.SIGINT)
-    said = parent.communicate(timeout=20)[1]
+    said = parent.communicate(timeout=60)[1]
     assert parent.returncode == 130
     assert time.monotonic() - start < 5
     assert "stopped at once" in said
@@ -216,7 +264,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 def test_workers_that_do_not_stop_are_killed_in_the_end(tmp_path: Path) -> None:
     parent = start_parent(tmp_path, {"0": "stop", "1": "deaf"}, stop_grace_s=0.5)
     parent.send_signal(signal.SIGTERM)
-    said = parent.communicate(timeout=20)[1]
+    said = parent.communicate(timeout=60)[1]
     assert parent.returncode == 1
     assert "worker 1 did not end in time and is killed" in said
     assert "out of memory" not in said
@@ -225,8 +273,181 @@ def test_workers_that_do_not_stop_are_killed_in_the_end(tmp_path: Path) -> None:
 def test_no_orphans_when_the_parent_is_killed(tmp_path: Path) -> None:
     parent = start_parent(tmp_path, {"*": "deaf"})
     parent.kill()
-    parent.wait(20)
+    parent.wait(60)
     wait_for(lambda: not any(runs(seen(tmp_path, rank)["pid"]) for rank in (0, 1)))
+
+
+def state(pid: object) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def test_a_stopped_worker_is_named_and_all_are_ended(tmp_path: Path) -> None:
+    code, said = run_here(tmp_path, 3, {"0": "stop", "1": "freeze", "2": "deaf"})
+    assert code == 1
+    assert re.search(r"worker 1 \(pid \d+\) was stopped for \d+ s \(SIGSTOP, or a debugger\)", said)
+    assert "stopping the other workers (0, 2)" in said
+    assert "out of memory" not in said
+    assert not any(runs(seen(tmp_path, rank)["pid"]) for rank in range(3))
+
+
+def test_every_stopped_worker_is_killed_without_grace(tmp_path: Path) -> None:
+    limits = Limits(grace_s=1000, stopped_s=0.5)
+    code, said = run_here(tmp_path, 2, {"*": "freeze"}, limits=limits)
+    assert code == 1
+    first = re.search(r"worker (\d) \(pid \d+\) was stopped for", said)
+    second = re.search(r"worker (\d) \(pid \d+\) is stopped too and is killed", said)
+    assert first, said
+    assert second, said
+    assert {first[1], second[1]} == {"0", "1"}
+
+
+def test_a_worker_that_goes_on_in_time_is_left_alone(tmp_path: Path) -> None:
+    parent = start_parent(tmp_path, {"0": "freeze", "1": 0}, stopped_s=1000)
+    pid = seen(tmp_path, 0)["pid"]
+    wait_for(lambda: state(pid) == "T")
+    time.sleep(0.3)
+    os.kill(int(pid), signal.SIGCONT)
+    said = parent.communicate(timeout=60)[1]
+    assert (parent.returncode, said) == (0, "")
+
+
+def test_time_in_which_the_parent_was_stopped_itself_does_not_count(tmp_path: Path) -> None:
+    parent = start_parent(tmp_path, {"0": "freeze", "1": 0}, stopped_s=3)
+    pid = seen(tmp_path, 0)["pid"]
+    wait_for(lambda: state(pid) == "T")
+    parent.send_signal(signal.SIGSTOP)
+    time.sleep(4.5)
+    parent.send_signal(signal.SIGCONT)
+    time.sleep(0.3)  # time for a look at the worker, which is still stopped
+    assert parent.poll() is None, parent.communicate()
+    os.kill(int(pid), signal.SIGCONT)
+    said = parent.communicate(timeout=60)[1]
+    assert (parent.returncode, said) == (0, "")
+
+
+def test_awake_time_goes_on_by_looks_of_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 100.25, 160.0, 160.5])
+    monkeypatch.setattr("llmkit.launch.crew.time.monotonic", lambda: next(times))
+    clock = AwakeClock()
+    steps = []
+    for _ in range(3):
+        clock.tick()
+        steps.append(clock.step)
+    assert (steps, clock.now) == ([0.25, 1.0, 0.5], 1.75)
+
+
+def test_a_restart_goes_on_after_a_death(tmp_path: Path) -> None:
+    plan = {"0@0": "stop", "1@0": "kill", "0@1": "kill", "1@1": "stop", "*": 0}
+    code, said = run_here(tmp_path, 2, plan, restarts=3, progress=lambda: 0)
+    assert code == 0
+    lines = [line for line in said.splitlines() if line.startswith("restart")]
+    assert [re.sub(r"\d{2,}", "N", line) for line in lines] == [
+        "restart 1 of 3: worker 1 (pid N) was killed by SIGKILL; often the machine ran out of memory",
+        "restart 2 of 3: worker 0 (pid N) was killed by SIGKILL; often the machine ran out of memory",
+    ]
+    assert seen(tmp_path, 0)["LLMKIT_RESTART"] == "2"
+
+
+def test_a_stopped_worker_is_a_reason_to_restart(tmp_path: Path) -> None:
+    code, said = run_here(tmp_path, 2, {"1@0": "freeze", "0@0": "stop", "*": 0}, restarts=1)
+    assert code == 0
+    assert re.search(r"restart 1 of 1: worker 1 \(pid \d+\) was stopped for", said)
+
+
+def test_each_start_meets_at_a_place_of_its_own(tmp_path: Path) -> None:
+    places = []
+
+    def look() -> int:
+        if (tmp_path / "up0").exists():
+            places.append(seen(tmp_path, 0)["LLMKIT_RENDEZVOUS"])
+        return 0
+
+    run_here(tmp_path, 1, {"0": "kill"}, restarts=1, progress=look)
+    assert len(set(places)) == 2
+
+
+def test_restarts_are_counted_and_the_last_failure_told(tmp_path: Path) -> None:
+    gained = iter(range(100))
+    plan = {"*": 5, "0@2": 6, "1@2": "stop"}
+    code, said = run_here(tmp_path, 2, plan, restarts=2, progress=lambda: next(gained))
+    assert code == 6
+    assert said.count("restart 1 of 2") == said.count("restart 2 of 2") == 1
+    assert "not started again: all restarts are used up" in said
+
+
+def test_who_fails_by_itself_without_gain_is_not_started_again(tmp_path: Path) -> None:
+    gained = iter([0, 7, 7, 7])  # before and after each start
+    code, said = run_here(tmp_path, 2, {"1": 5, "0": "stop"}, restarts=9, progress=lambda: next(gained))
+    assert code == 5
+    assert "restart 1 of 9: worker 1 (pid" in said
+    assert "restart 2" not in said
+    assert re.search(r"not started again: worker 1 .* exit code 5, and nothing was gained", said)
+
+
+@pytest.mark.parametrize("end", [0, 2, 3, 4, 75, 130])
+def test_what_another_start_would_not_change_is_final(tmp_path: Path, end: int) -> None:
+    code, said = run_here(tmp_path, 1, {"*": end}, restarts=3, progress=iter(range(9)).__next__)
+    assert code == end
+    assert "restart" not in said
+    assert seen(tmp_path, 0)["LLMKIT_RESTART"] == "0"
+
+
+def test_a_failure_after_being_asked_to_stop_is_not_restarted(tmp_path: Path) -> None:
+    def ask() -> None:
+        wait_for((tmp_path / "up0").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    code, said = run_here(tmp_path, 1, {"*": "deaf"}, restarts=3, limits=Limits(stop_grace_s=0.5))
+    asking.join()
+    assert code == 1
+    assert "worker 0 did not end in time and is killed" in said
+    assert "restart" not in said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_between_two_starts_ends_it(tmp_path: Path, number: int, code: int) -> None:
+    asked = []
+
+    def gained() -> int:  # called before a start and after it
+        asked.append(1)
+        if len(asked) == 2:
+            os.kill(os.getpid(), number)
+        return len(asked)
+
+    ended, said = run_here(tmp_path, 1, {"*": "kill"}, restarts=3, progress=gained)
+    assert ended == code
+    assert f"not started again: {signal.Signals(number).name} came; the newest checkpoint resumes" in said
+    assert seen(tmp_path, 0)["LLMKIT_RESTART"] == "0"
+
+
+def test_one_worker_alone_is_no_world_for_accelerate(tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    assert run_here(tmp_path, 1, {"*": 0}, env=env)[0] == 0
+    alone = seen(tmp_path, 0)
+    assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")
+    assert not {"LOCAL_RANK", "OMP_NUM_THREADS"} & alone.keys(), "as without a parent"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_one_worker_that_has_no_handlers_yet_is_no_failure(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    parent = start_parent(tmp_path, {"0": "stop", "1": "plain"})
+    os.kill(int(seen(tmp_path, 1)["pid"]), number)
+    said = parent.communicate(timeout=60)[1]
+    assert parent.returncode == code, said
+    assert f"was killed by {number.name} before it could save; the newest checkpoint resumes" in said
+
+
+def test_ctrl_c_twice_in_a_worker_is_its_parents_affair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMKIT_RENDEZVOUS", "a-file")
+    with StopSignal() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        assert stop.asked() == signal.SIGINT
 
 
 def test_stop_signal_remembers_the_first_and_puts_handlers_back() -> None:
@@ -244,7 +465,32 @@ def test_stop_signal_remembers_the_first_and_puts_handlers_back() -> None:
 
 
 def test_exit_for() -> None:
-    assert [int(exit_for(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == [130, 75, 75]
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, TIME_IS_UP)
+    assert [int(exit_for(stop)) for stop in stops] == [130, 75, 75, 75]
+
+
+def test_a_stop_has_a_name() -> None:
+    assert [describe_stop(stop) for stop in (signal.SIGTERM, TIME_IS_UP)] == ["SIGTERM", "--max-time"]
+    with pytest.raises(ValueError, match="0 is not a valid Signals"):
+        describe_stop(0)
+
+
+def test_time_is_up_with_what_stopping_takes_in_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("llmkit.launch.signals.time.monotonic", lambda: now)
+    stop = StopSignal(deadline=1060.0)
+    assert [stop.asked(reserve) for reserve in (0, 59, 60, 61)] == [0, 0, TIME_IS_UP, TIME_IS_UP]
+    now = 1060.0
+    assert stop.asked() == TIME_IS_UP
+    assert StopSignal().asked(1e9) == 0, "no deadline: never"
+
+
+def test_a_signal_goes_before_the_time() -> None:
+    with StopSignal(deadline=time.monotonic() - 1) as stop:
+        assert stop.asked() == TIME_IS_UP
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert stop.asked() == signal.SIGINT
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

@@ -1,0 +1,309 @@
+"""The workers of one start, watched until all of them have ended, and the account of how that came about. No torch."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmkit.errors import ExitCode
+from llmkit.launch.signals import STOP_SIGNALS, exit_for
+
+POLL_S = 0.05
+SETTLE_S = 0.3
+"""When one worker dies its peers fail on the lost connection; waiting this long shows which came first."""
+
+LONGEST_LOOK_S = 1.0
+"""No look at the workers takes longer, unless this process itself was stopped in between."""
+
+TAIL_LINES = 20
+LOST_PEER = 69
+"""A worker's exit code when it lost the connection to another one, which is then the one to blame. It stays between
+worker and parent: the command's own exit code is 1."""
+
+RESTART = "LLMKIT_RESTART"
+"""In a worker's environment: the how-manieth start this is, from 0."""
+
+SAVED = (ExitCode.INTERRUPTED, ExitCode.CTRL_C)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long the parent waits, in seconds during which it was not stopped itself.
+
+    With the default limits everything has ended within 60 s of a worker's death, or of its being stopped.
+
+    Attributes:
+        grace_s: For the others to end by themselves, once one has died.
+        stopped_s: For a worker that was stopped (SIGSTOP, a debugger) to be continued.
+        stop_grace_s: For all to finish a step and save, once asked to stop. Python's handlers do not run inside
+            a hanging C++ call, so there must be an end to waiting.
+    """
+
+    grace_s: float = 15.0
+    stopped_s: float = 20.0
+    stop_grace_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How all workers of one start ended.
+
+    Attributes:
+        code: The exit code that tells it.
+        reason: Which worker failed and how; empty when none did.
+        by_own_words: Whether that worker ended by itself, with an exit code, as it would again.
+        asked: Whether someone asked for the end.
+    """
+
+    code: int
+    reason: str = ""
+    by_own_words: bool = False
+    asked: bool = False
+
+
+@dataclass
+class Worker:
+    """A started process.
+
+    Attributes:
+        rank: Its number.
+        process: The process, leader of a group of its own.
+        log: Where its output goes, from byte `log_start` on; None for rank 0, which writes to ours.
+        log_start: The log's length when it started.
+        stopped_s: Seconds it has been stopped (SIGSTOP) by now.
+        given_up: Whether it was killed for that.
+    """
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    log_start: int
+    stopped_s: float = 0.0
+    given_up: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called towards people."""
+        return f"worker {self.rank} (pid {self.process.pid})"
+
+    @property
+    def code(self) -> int | None:
+        """The exit code so far: None while it runs, negative for a signal."""
+        return self.process.poll()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended other than done or saved."""
+        return self.code is not None and self.code not in (0, *SAVED)
+
+    def count_stopped(self, seconds: float) -> None:
+        """Add the time since the last look to `stopped_s`, or begin again at 0 when it runs."""
+        self.stopped_s = self.stopped_s + seconds if self._is_stopped() else 0.0
+
+    def give_up(self) -> None:
+        """Kill it, with what it has started, because it was stopped for too long."""
+        self.given_up = True
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill it with the processes that it has started; no other signal ends a stopped one."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def tail(self) -> list[str]:
+        """The last lines it wrote to its log."""
+        if self.log is None:
+            return []
+        with self.log.open("rb") as file:
+            file.seek(max(self.log_start, self.log.stat().st_size - 64_000))
+            return file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+
+    def how_it_ended(self) -> str:
+        """Its end in a few words, after its name."""
+        code = self.code or 0
+        if self.given_up:
+            return f"was stopped for {self.stopped_s:.0f} s (SIGSTOP, or a debugger) and had to be killed"
+        if code == LOST_PEER:
+            return "lost the connection to another worker"
+        if code >= 0:
+            return f"failed with exit code {code}"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        often = "; often the machine ran out of memory" if -code == signal.SIGKILL else ""
+        return f"was killed by {name}{often}"
+
+    def _is_stopped(self) -> bool:
+        import psutil  # here, as only a parent needs it
+
+        if self.code is not None:
+            return False
+        try:
+            return bool(psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED)
+        except psutil.NoSuchProcess:  # some systems no longer know it once it has ended
+            return False
+
+
+class AwakeClock:
+    """Seconds since it was made in which this process was running: none pass while it is stopped (Ctrl-Z).
+
+    Else the first look after `fg` would find that workers, stopped and continued together with their parent,
+    have been stopped for too long, and that all grace is over.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.step = 0.0
+        self._last = time.monotonic()
+
+    def tick(self) -> None:
+        """Set `step` to the seconds since the last tick, at most `LONGEST_LOOK_S`; `now` goes on by them."""
+        last, self._last = self._last, time.monotonic()
+        self.step = min(self._last - last, LONGEST_LOOK_S)
+        self.now += self.step
+
+
+@dataclass
+class Crew:
+    """All workers, and what has happened to them.
+
+    Attributes:
+        tell: Gets each line there is to say.
+        limits: How long is waited for what.
+        arrived: Signals to the parent that have not been acted on; the handler only notes them, as it may
+            run in the middle of a `poll`.
+        sent: Signals that were passed on.
+        deadline: When (by `clock`) workers that still run are killed.
+        overdue: Whether that has happened.
+    """
+
+    tell: Callable[[str], None]
+    limits: Limits
+    arrived: list[int]
+    workers: list[Worker] = field(default_factory=list)
+    clock: AwakeClock = field(default_factory=AwakeClock)
+    sent: list[int] = field(default_factory=list)
+    deadline: float | None = None
+    overdue: bool = False
+
+    def wait(self) -> Ending:
+        """Wait until all have ended; the first failure, or a worker stopped for too long, ends the others."""
+        cause: Worker | None = None
+        while self._running():
+            self.clock.tick()
+            self._pass_signals_on()
+            if self.sent.count(signal.SIGINT) > 1:
+                self.kill()
+                self.tell("stopped at once; the newest checkpoint resumes")
+                return Ending(ExitCode.CTRL_C, asked=True)
+            if cause is None and (cause := self._find_cause()) is not None:
+                self._end_others()
+            self._enforce_deadline()
+            time.sleep(POLL_S)
+        if cause is None and not self.overdue:
+            cause = self._find_cause()
+        return self._ending(cause)
+
+    def kill(self) -> None:
+        """Kill what is left, with the processes that workers have started."""
+        for worker in self._running():
+            worker.kill()
+
+    def _running(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.code is None]
+
+    def _find_cause(self) -> Worker | None:
+        """The worker that failed first or was stopped for too long, reported, or None.
+
+        Peers soon fail on the lost connection, so look twice: who died of a signal did not die of that, nor who
+        did not say so; else who was seen first.
+        """
+        failed = [worker for worker in self.workers if worker.failed]
+        if not failed:
+            return self._find_stopped()
+        time.sleep(SETTLE_S)
+        failed += [worker for worker in self.workers if worker.failed and worker not in failed]
+        cause = min(failed, key=_blame)
+        self._report(cause)
+        return cause
+
+    def _find_stopped(self) -> Worker | None:
+        """The worker that has been stopped for too long, killed and reported, or None."""
+        for worker in self.workers:
+            worker.count_stopped(self.clock.step)
+        cause = next((worker for worker in self.workers if worker.stopped_s > self.limits.stopped_s), None)
+        if cause is not None:
+            cause.give_up()
+            self._report(cause)
+        return cause
+
+    def _report(self, cause: Worker) -> None:
+        how = cause.how_it_ended()
+        if self._as_asked(cause):
+            how += " before it could save; the newest checkpoint resumes"
+        self.tell(f"{cause.name} {how}")
+        tail = cause.tail()
+        if tail:
+            self.tell(f"the end of {cause.log}:")
+        for line in tail:
+            self.tell(f"  {line}")
+
+    def _as_asked(self, worker: Worker) -> bool:
+        """Whether a signal that asks to stop killed it, as happens before a worker has set up handlers.
+
+        Whether it came from us or from someone who sent it to that worker alone makes no difference.
+        """
+        return -(worker.code or 0) in STOP_SIGNALS
+
+    def _ending(self, cause: Worker | None) -> Ending:
+        asked = bool(self.sent)
+        if cause is None:
+            code = max((worker.code or 0 for worker in self.workers), default=0)
+            return Ending(ExitCode.FAILED if self.overdue else code, asked=asked)
+        code, reason = cause.code or 0, f"{cause.name} {cause.how_it_ended()}"
+        if self._as_asked(cause):
+            return Ending(exit_for(-code), reason, asked=True)
+        by_own_words = code > 0 and code != LOST_PEER
+        return Ending(code if by_own_words else ExitCode.FAILED, reason, by_own_words, asked)
+
+    def _end_others(self) -> None:
+        for worker in self._running():
+            if worker.stopped_s:  # it would not hear of SIGTERM
+                worker.give_up()
+                self.tell(f"{worker.name} is stopped too and is killed")
+        running = self._running()
+        if running:
+            ranks = ", ".join(str(worker.rank) for worker in running)
+            self.tell(f"stopping the other workers ({ranks}): {self.limits.grace_s:g} s to end")
+        self._signal_all(signal.SIGTERM)
+        self.deadline = self.clock.now + self.limits.grace_s
+
+    def _enforce_deadline(self) -> None:
+        if self.deadline is None or self.clock.now < self.deadline:
+            return
+        late = ", ".join(str(worker.rank) for worker in self._running())
+        if late:
+            self.tell(f"worker {late} did not end in time and is killed")
+        self.deadline, self.overdue = None, True
+        self.kill()
+
+    def _pass_signals_on(self) -> None:
+        while self.arrived:
+            number = self.arrived.pop(0)
+            self._signal_all(number)
+            self.sent.append(number)
+            if self.deadline is None:
+                self.deadline = self.clock.now + self.limits.stop_grace_s
+
+    def _signal_all(self, number: int) -> None:
+        """Signal every running worker itself, not its children: it decides what they do."""
+        for worker in self.workers:
+            worker.process.send_signal(number)
+
+
+def _blame(worker: Worker) -> int:
+    """The lower, the more likely is this failed worker the reason why others failed too."""
+    if (worker.code or 0) < 0:
+        return 0
+    return 2 if worker.code == LOST_PEER else 1
