@@ -1,13 +1,15 @@
 """Data sets by name, streamed with `datasets`; we check each row, for `datasets` lets anything pass."""
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmkit.data.files import hash_of, resolve
 from llmkit.data.places import Fault, Faults, FileFault
+from llmkit.data.remote import without_secrets
 from llmkit.data.tables import checked_text, pick
 from llmkit.errors import DataError, MissingError
 
@@ -95,18 +97,32 @@ def _open(dataset: str, split: str, base: Path, commit: str) -> Any:
     folder = _folder(name, base)
     revision = {"revision": commit} if commit else {}
     try:
-        return datasets.load_dataset(
-            str(folder or name),
-            config or None,
-            split=split,
-            streaming=True,
-            trust_remote_code=False,
-            **revision,
-        )
+        # Scripts of data sets, which `trust_remote_code` was for, are no longer run at all.
+        builder = datasets.load_dataset_builder(str(folder or name), config or None, **revision)
+        _check_files(dataset, folder, builder.config.data_files or {})
+        return builder.as_streaming_dataset(split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise _out_of_reach(dataset, error) from error
     except (ValueError, RuntimeError) as error:  # no such split or configuration; a loading script
         raise DataError(f"data set {dataset!r}, split {split!r}: {_first_line(error)}") from error
+
+
+def _check_files(dataset: str, folder: Path | None, files: Mapping[str, Sequence[str]]) -> None:
+    """What a data set says of itself (in its README) may name any file: only its own are read.
+
+    Raises:
+        DataError: It names one elsewhere, such as a file of this machine.
+    """
+    home: tuple[str, ...] = (f"hf://datasets/{_name_and_config(dataset)[0]}@",)
+    if folder is not None:
+        home = (os.path.abspath(folder) + os.sep, os.path.realpath(folder) + os.sep)
+    for name in (str(name) for group in files.values() for name in group):
+        place = name if "://" in name else os.path.abspath(name)
+        if not place.startswith(home) or ".." in place.split("/"):
+            raise DataError(
+                f"data set {dataset!r} sends to {without_secrets(name)}, which is not a file of its own",
+                hint="if that is the text you want, name it yourself: `files: ...`",
+            )
 
 
 def _commit(name: str) -> str:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmkit import registry
 from llmkit.data.loader import evaluation_rows
@@ -15,33 +14,28 @@ from llmkit.data.shards import TokenStream
 from llmkit.errors import DataError, MissingError
 from llmkit.evaluate.split import sum_over
 from llmkit.models.attention import use_attention
-from llmkit.models.build import check_loaded
+from llmkit.models.build import load_causal_lm
 from llmkit.objectives.base import LossModule, Objective
 
 
-def load_model(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path, *, trusted: bool = False) -> PreTrainedModel:
     """A model from a folder, in float32 on CPU, for measuring or generating.
+
+    Args:
+        folder: The model folder.
+        trusted: Code that comes with it may run.
 
     Raises:
         MissingError: The folder holds no model that can be loaded.
+        UsageError: It brings code or pickles, or its weights do not belong to its configuration.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            local_files_only=folder.exists(),
-            output_loading_info=True,
-            use_safetensors=True,
-        )
+        return load_causal_lm(str(folder), trusted=trusted)
     except (OSError, ValueError) as error:
         raise MissingError(
             f"{folder}: no model that can be loaded ({str(error).splitlines()[0]})",
             hint="give a run, its folder, or a folder with config.json and model.safetensors",
         ) from error
-    check_loaded(str(folder), info)
-    model.eval()
-    return model
 
 
 def evaluate_model(

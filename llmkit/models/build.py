@@ -1,5 +1,6 @@
 """From the recipe's `model` block to a `transformers` causal language model, seeded and checked."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmkit.errors import MissingError, UsageError
+from llmkit.models.trust import check_trust
 from llmkit.plan import PRESETS
 from llmkit.recipe.schema import Model
 
@@ -37,7 +39,7 @@ def build_model(
     else:
         config = make_config(spec, vocab_size=vocab_size, special_ids=special_ids)
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.generation_config = GenerationConfig(**special_ids)
     model.train()  # what is loaded comes in evaluation mode
     return model
@@ -122,20 +124,12 @@ def _set_length(config: PretrainedConfig, context: int, *, pinned: Mapping[str, 
 def _load_pretrained(spec: Model, vocab_size: int) -> PreTrainedModel:
     name = str(spec.name)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=torch.float32,
-            trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=Path(name).exists(),
-        )
+        model = load_causal_lm(name, trusted=spec.trust_remote_code)
     except OSError as error:
         raise MissingError(
             f"model.name: {name!r} cannot be loaded ({str(error).splitlines()[0]})",
             hint="give a folder with config.json and weights, or a Hub id while online",
         ) from error
-    check_loaded(name, info)
     limit = max_length(model.config)
     if limit is not None and limit < spec.context:
         raise UsageError(
@@ -152,6 +146,33 @@ def _load_pretrained(spec: Model, vocab_size: int) -> PreTrainedModel:
         raise UsageError(
             "model.dropout cannot be changed on a loaded model in this version", hint="leave it out"
         )
+    return model
+
+
+def load_causal_lm(name: str, *, trusted: bool) -> PreTrainedModel:
+    """A model by folder or Hub name, in float32 on CPU, in evaluation mode; every tensor is from its safetensors.
+
+    Args:
+        name: A folder, or a name on the Hub.
+        trusted: Code that comes with it may run.
+
+    Raises:
+        UsageError: It brings code or pickles, or its weights do not belong to its configuration.
+        OSError: There is no such model.
+    """
+    check_trust(name, trusted=trusted)
+    # Else a model without safetensors is sent to a converter elsewhere, and its answer taken for the model.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=torch.float32,
+        trust_remote_code=trusted,
+        output_loading_info=True,
+        use_safetensors=True,
+        weights_only=True,
+        local_files_only=Path(name).exists(),
+    )
+    check_loaded(name, info)
     return model
 
 

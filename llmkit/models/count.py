@@ -7,27 +7,33 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from llmkit.errors import MissingError
 from llmkit.models.build import make_config, max_length
+from llmkit.models.trust import check_code
 from llmkit.plan import ModelShape
 from llmkit.recipe.schema import Model
 
 
-def fetch_config(name: str) -> dict[str, Any]:
+def fetch_config(name: str, *, trusted: bool = False) -> dict[str, Any]:
     """The configuration of a model by name, as transformers finds it (its cache first, then the Hub).
+
+    Args:
+        name: A folder, or a name on the Hub.
+        trusted: Code that comes with it may run.
 
     Raises:
         MissingError: It cannot be found.
+        UsageError: It brings code, and is not trusted.
     """
-    return _named_config(name).to_dict()
+    return _named_config(name, trusted=trusted).to_dict()
 
 
 def shape_by_building(spec: Model, vocab_size: int) -> ModelShape:
     """The shape of any architecture, its parameters counted on the meta device."""
     if spec.name is not None:
-        config = _named_config(spec.name)
+        config = _named_config(spec.name, trusted=spec.trust_remote_code)
     else:
         config = make_config(spec, vocab_size=vocab_size, special_ids={})
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     head = model.get_output_embeddings().weight
     embeddings = {
         id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)
@@ -54,9 +60,10 @@ def shape_by_building(spec: Model, vocab_size: int) -> ModelShape:
     )
 
 
-def _named_config(name: str) -> PretrainedConfig:
+def _named_config(name: str, *, trusted: bool) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        check_code(name, PretrainedConfig.get_config_dict(name)[0], trusted=trusted)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trusted)
     except (OSError, ValueError) as error:
         raise MissingError(
             f"model.name: {name!r} cannot be found ({str(error).splitlines()[0]})",

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llmkit.recipe import fields
 from llmkit.recipe.positions import Keys, Node, Path, Spot, Text, deepest, dotted, find, key_spot
-from llmkit.recipe.problems import Problem
+from llmkit.recipe.problems import MOST_SHOWN, Problem
 from llmkit.recipe.translate import FOREIGN
 from llmkit.recipe.units import shown
 from llmkit.registry import nearest
@@ -17,8 +17,20 @@ LATER_SECTIONS = ("finetune", "compress")
 
 
 def problems_of(error: ValidationError, root: Node) -> list[Problem]:
-    """One problem for each wrong key or value; the branches of a union count once."""
-    found = error.errors(include_url=False)
+    """One problem for each wrong key or value; the branches of a union count once.
+
+    What comes after the first hundred is counted and not looked into, as nobody will read it.
+    """
+
+    def place(item: Any) -> tuple[int, int]:
+        spot = deepest(root, tuple(item["loc"]))[1].spot
+        return spot.line, spot.column
+
+    found = sorted(error.errors(include_url=False), key=place)
+    rest = [
+        Problem(deepest(root, tuple(item["loc"]))[1].spot, str(item["msg"])) for item in found[MOST_SHOWN:]
+    ]
+    found = found[:MOST_SHOWN]
     unknown = [_unknown_key(tuple(e["loc"]), root) for e in found if e["type"] == "extra_forbidden"]
     meant = [key for problem in unknown for key in problem.instead]
     problems: dict[Path, Problem] = {}
@@ -32,7 +44,7 @@ def problems_of(error: ValidationError, root: Node) -> list[Problem]:
         else:
             path, node = deepest(root, tuple(item["loc"]))
             problems.setdefault(path, _wrong_value(item, path, node))
-    return [*unknown, *problems.values()]
+    return [*unknown, *problems.values(), *rest]
 
 
 def _covered(key: str, meant: Sequence[str]) -> bool:

@@ -32,7 +32,7 @@ class Loaded:
         origins: Dotted key (list elements by number: `pretrain.data.0.files`) -> where its value came from.
         path: The recipe's file; None for stdin and mappings.
         text: The recipe as given.
-        expressions: Dotted keys whose value came from a variable that looks like a secret, as written.
+        expressions: Dotted keys whose value came from a variable and looks like a secret, as written.
     """
 
     recipe: Recipe
@@ -200,19 +200,19 @@ def provenance(recipe: Recipe, root: Node) -> tuple[dict[str, Origin], dict[str,
             continue
         spot = key_spot(root, path)
         origins[key] = replace(node.origin, line=spot.line if node.origin.line else 0)
-        expressions |= {one: text for one, text in _expressions(node, key) if is_secret(text)}
+        expressions |= dict(_secret_expressions(node, key))
     return origins, expressions
 
 
-def _expressions(node: Node, key: str) -> Iterator[tuple[str, str]]:
-    """The `${env:...}` expressions at and below a node, by dotted key."""
+def _secret_expressions(node: Node, key: str) -> Iterator[tuple[str, str]]:
+    """The `${env:...}` expressions at and below a node that stand for secrets, by dotted key."""
     if isinstance(node.value, Keys):
         for name, below in node.value.nodes.items():
-            yield from _expressions(below, f"{key}.{name}")
+            yield from _secret_expressions(below, f"{key}.{name}")
     elif isinstance(node.value, list):
         for number, below in enumerate(node.value):
-            yield from _expressions(below, f"{key}.{number}")
-    elif node.expression is not None:
+            yield from _secret_expressions(below, f"{key}.{number}")
+    elif node.expression is not None and is_secret(node.expression, node.value):
         yield key, node.expression
 
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
+
+from llmkit.recipe.credentials import starred
 
 Kind = Literal["file", "extends", "smoke", "command line"]
 Path = tuple[str | int, ...]
@@ -23,9 +26,12 @@ class Text:
     kind: Kind = "file"
 
     def line(self, number: int) -> str:
-        """The text of a line, counted from 1; empty past the end."""
-        lines = self.content.splitlines()
-        return lines[number - 1] if number <= len(lines) else ""
+        """The text of a line, counted from 1, stars in the place of secrets; empty past the end."""
+        return self._lines[number - 1] if number <= len(self._lines) else ""
+
+    @cached_property
+    def _lines(self) -> list[str]:
+        return starred(self.content).splitlines()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from llmkit.recipe.positions import Spot
 _ORDER = {"file": 0, "extends": 1, "smoke": 2, "command line": 3}
 _WIDEST = 100
 
+MOST_SHOWN = 100
+"""Problems that are shown in full; nobody reads more, and ten thousand guesses at misspelt keys take minutes."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -45,11 +48,12 @@ def _visible(text: str) -> str:
 
 def _excerpt(spot: Spot) -> list[str]:
     """The source line and the caret under it; a long line is cut around the place."""
-    line = _visible(spot.text.line(spot.line))
+    line = spot.text.line(spot.line)
     if not line.strip():
         return []
     start = max(0, spot.column - 1 - _WIDEST // 2) if len(line) > _WIDEST else 0
-    before, rest = line[start : spot.column - 1], line[spot.column - 1 : start + _WIDEST]
+    before = _visible(line[start : spot.column - 1])
+    rest = _visible(line[spot.column - 1 : start + _WIDEST])
     number = "" if spot.text.kind == "command line" else str(spot.line)
     carets = "^" * max(1, _cells(rest[: spot.width]))
     return [f"  {number:>4} | {before}{rest}", f"       | {' ' * _cells(before)}{carets}"]
@@ -67,6 +71,9 @@ def in_order(problems: Iterable[Problem]) -> list[Problem]:
 
 def as_error(label: str, problems: Iterable[Problem]) -> RecipeError:
     """The error that carries all problems, each as its full text."""
-    texts = [str(problem) for problem in in_order(problems)]
-    count = f"{len(texts)} problems" if len(texts) > 1 else "1 problem"
+    ordered = in_order(problems)
+    texts = [str(problem) for problem in ordered[:MOST_SHOWN]]
+    if len(ordered) > MOST_SHOWN:
+        texts.append(f"{label}: and {len(ordered) - MOST_SHOWN:,} further problems")
+    count = f"{len(ordered):,} problems" if len(ordered) > 1 else "1 problem"
     return RecipeError(f"{label}: {count}", problems=texts)

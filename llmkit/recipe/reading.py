@@ -23,8 +23,8 @@ from llmkit.recipe.positions import Keys, Node, Spot, Text
 from llmkit.recipe.problems import Problem
 
 MAX_DEPTH = 32
-MAX_NODES = 20_000
-MAX_BYTES = 1_000_000
+MAX_NODES = 10_000
+MAX_BYTES = 256 * 1024
 
 _INT = re.compile(r"[-+]?[0-9]{1,19}|0x[0-9a-fA-F]{1,15}|0o[0-7]{1,20}")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]{1,4})?")

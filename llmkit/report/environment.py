@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.durable import write_json
+from llmkit.recipe.credentials import masked
 from llmkit.report.formatting import jsonable
 
 MASK = "***"
@@ -37,8 +38,8 @@ def is_secret_name(name: str) -> bool:
 
 
 def mask_text(text: str) -> str:
-    """`text` with everything that has a known secret's form, and passwords in URLs, replaced by `***`."""
-    return _SECRET_VALUE.sub(MASK, text)
+    """`text` with all that has a known secret's form, passwords and signatures in URLs too, replaced by `***`."""
+    return masked(_SECRET_VALUE.sub(MASK, text), MASK)
 
 
 def mask_command(words: Sequence[str]) -> list[str]:

@@ -125,10 +125,14 @@ def _config_fields(spec: Model, vocab_size: int) -> dict[str, Any]:
     path = Path(str(spec.name)) / "config.json"
     if path.is_file():
         fields: dict[str, Any] = json.loads(path.read_bytes())
+        if "auto_map" in fields:  # refused now rather than when the text has been read
+            from llmkit.models.trust import check_code
+
+            check_code(str(spec.name), fields, trusted=spec.trust_remote_code)
         return fields
     from llmkit.models.count import fetch_config
 
-    return fetch_config(str(spec.name))
+    return fetch_config(str(spec.name), trusted=spec.trust_remote_code)
 
 
 def _expected_vocabulary(loaded: Loaded) -> int:

@@ -140,6 +140,7 @@ def load_tokenizer(name_or_folder: str) -> Any:
         DataError: What is there is no tokenizer we can load.
     """
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     folder = Path(name_or_folder).expanduser()
     is_folder = folder.is_dir()
@@ -149,14 +150,24 @@ def load_tokenizer(name_or_folder: str) -> Any:
             hint="make it with `llmkit tokenize RECIPE`, or name another folder or a tokenizer on the Hub",
         )
     where = str(folder) if is_folder else name_or_folder
+    offline = not is_folder and not _answers(name_or_folder)
     try:
-        return AutoTokenizer.from_pretrained(
-            where, trust_remote_code=False, local_files_only=not is_folder and not _answers(name_or_folder)
-        )
+        _refuse_code(name_or_folder, get_tokenizer_config(where, local_files_only=offline))
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=offline)
     except ImportError as error:
         raise MissingError(f"tokenizer {name_or_folder!r} needs a package: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _not_loaded(name_or_folder, is_folder, error) from error
+
+
+def _refuse_code(name: str, config: dict[str, Any]) -> None:
+    """Transformers would leave the code out without a word where it has another class for the tokenizer."""
+    if config.get("auto_map"):
+        raise DataError(
+            f"tokenizer {name!r}: tokenizer_config.json names Python code to run (`auto_map`), "
+            "and llmkit runs no code that comes with a tokenizer",
+            hint="where tokenizer.json says it all, take `auto_map` out of tokenizer_config.json",
+        )
 
 
 def _answers(name: str) -> bool:
