@@ -4,24 +4,30 @@ Nothing here has a state to save: step 70,000 is asked for as directly as step 0
 """
 
 import queue
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
+from llmkit.data.loader_workers import LoaderWorkers, shield_from_stop_signals
 from llmkit.data.order import RowOrder
 from llmkit.data.rows import Ints, Row, Rows
+from llmkit.data.seeds import held_out_seed, row_seed
 
-StepRows = list[tuple[int, list[Row]]]
+Encode = Callable[[Row], Mapping[str, Ints]]
+StepExamples = list[tuple[int, list[Mapping[str, Ints]]]]
 
 
 class MicroBatches:
     """Deals each step's rows out to ranks.
 
     Step s holds the training positions [s*R, (s+1)*R) for R = rows_per_step. The step's micro-batch k holds
-    its rows [k*m, (k+1)*m) for m = micro_batch_size and goes to rank k % world_size.
+    its rows [k*m, (k+1)*m) for m = micro_batch_size and goes to rank k % world_size. Each row's `seed` follows from
+    the order's seed and the row's position, so what is random about it does not depend on ranks or processes.
 
     Args:
         rows: Where rows come from.
@@ -31,6 +37,7 @@ class MicroBatches:
         world_size: Number of ranks.
         rank: The rank asked for.
         isolate: See `Rows.take`.
+        encode: What is made of each row; by default the row itself.
 
     Raises:
         ValueError: The ranks cannot share R rows evenly (the plan sees to it that they can).
@@ -46,6 +53,7 @@ class MicroBatches:
         world_size: int = 1,
         rank: int = 0,
         isolate: bool = False,
+        encode: Encode = dict,
     ) -> None:
         if rows_per_step % (micro_batch_size * world_size):
             raise ValueError(
@@ -61,27 +69,31 @@ class MicroBatches:
         self.world_size = world_size
         self.rank = rank
         self.isolate = isolate
+        self.encode = encode
 
     @property
     def num_micro(self) -> int:
         """Micro-batches of a step over all ranks."""
         return self.rows_per_step // self.micro_batch_size
 
-    def of_step(self, step: int) -> StepRows:
-        """This rank's `(global micro-batch index, rows)` of optimizer step `step`, counted from 0."""
-        mine = np.arange(self.rank, self.num_micro, self.world_size, dtype=np.int64)
-        offsets = mine[:, None] * self.micro_batch_size + np.arange(self.micro_batch_size)
-        sources, rows = self.order.locate(step * self.rows_per_step + offsets.reshape(-1))
-        size = self.micro_batch_size
-        return [
-            (
-                int(k),
-                self.rows.take(
-                    sources[i * size : (i + 1) * size], rows[i * size : (i + 1) * size], isolate=self.isolate
-                ),
-            )
-            for i, k in enumerate(mine)
+    def of_step(self, step: int) -> StepExamples:
+        """This rank's `(global micro-batch index, examples)` of optimizer step `step`, counted from 0."""
+        mine = range(self.rank, self.num_micro, self.world_size)
+        positions, sources, rows = self.places(step, mine)
+        found = self.rows.take(sources, rows, isolate=self.isolate)
+        seeds = (row_seed(self.order.seed, position) for position in positions.tolist())
+        examples = [
+            self.encode({**row, "seed": np.asarray(seed)}) for row, seed in zip(found, seeds, strict=True)
         ]
+        size = self.micro_batch_size
+        return [(k, examples[i * size : (i + 1) * size]) for i, k in enumerate(mine)]
+
+    def places(self, step: int, micro: Sequence[int]) -> tuple[Ints, Ints, Ints]:
+        """Training position, source and row of each row in these micro-batches of a step, of whatever rank."""
+        starts = np.asarray(micro, dtype=np.int64)[:, None] * self.micro_batch_size
+        within = (starts + np.arange(self.micro_batch_size)).reshape(-1)
+        positions = step * self.rows_per_step + within
+        return positions, *self.order.locate(positions)
 
 
 def evaluation_rows(
@@ -95,18 +107,29 @@ def evaluation_rows(
 ) -> Iterator[list[Row]]:
     """Rows in plain order, each once, the batches dealt to ranks in turn; the last batch may be smaller.
 
+    A row's `seed` follows from its number alone: what is random about it is the same in every evaluation.
+
     Args:
         rows: The rows, made with `partial=True` so that no token is left out.
         micro_batch_size: Rows in a batch.
         max_rows: At most so many, evenly spaced over all rows; None takes all.
         world_size: Number of ranks.
-        rank: The rank asked for. Ranks may get a different number of batches: add sums, never means.
+        rank: The rank asked for. Ranks may get a different number of batches: add sums, never means; and see
+            `evaluation_rounds`.
         isolate: See `Rows.take`.
     """
     index = evenly_spaced(len(rows), max_rows)
     for start in range(rank * micro_batch_size, len(index), world_size * micro_batch_size):
-        sources, numbers = rows.locate(index[start : start + micro_batch_size])
-        yield rows.take(sources, numbers, isolate=isolate)
+        chosen = index[start : start + micro_batch_size]
+        found = rows.take(*rows.locate(chosen), isolate=isolate)
+        seeds = map(held_out_seed, chosen.tolist())
+        yield [{**row, "seed": np.asarray(seed)} for row, seed in zip(found, seeds, strict=True)]
+
+
+def evaluation_rounds(rows: Rows, *, micro_batch_size: int, max_rows: int | None, world_size: int) -> int:
+    """Batches of the rank that has most of them; the others have that many or one less."""
+    num_rows = len(evenly_spaced(len(rows), max_rows))
+    return -(-num_rows // (micro_batch_size * world_size))
 
 
 def evenly_spaced(num_rows: int, limit: int | None) -> Ints:
@@ -119,21 +142,29 @@ def evenly_spaced(num_rows: int, limit: int | None) -> Ints:
 class Prefetcher:
     """Prepares the next steps' batches in a thread, in order; what comes out is what `of_step` gives.
 
-    Use it as a context manager, or iterate to the end: either way the thread is gone afterwards.
+    Use it as a context manager, or iterate to the end: either way the thread and its processes are gone afterwards.
 
     Args:
         batches: Where the batches come from.
         start: First step.
         stop: The step to end before; None goes on until closed.
         depth: Steps kept ready.
+        workers: Processes that prepare them; 0: the thread does it itself.
     """
 
-    def __init__(self, batches: MicroBatches, start: int, stop: int | None = None, *, depth: int = 2) -> None:
-        self._batches = batches
-        self._start = start
-        self._stop = stop
-        self._queue: queue.Queue[tuple[int, StepRows] | BaseException | None] = queue.Queue(maxsize=depth)
+    def __init__(
+        self,
+        batches: MicroBatches,
+        start: int,
+        stop: int | None = None,
+        *,
+        depth: int = 2,
+        workers: int = 0,
+    ) -> None:
+        self._queue: queue.Queue[tuple[int, StepExamples] | BaseException | None] = queue.Queue(maxsize=depth)
         self._closing = threading.Event()
+        steps = range(start, sys.maxsize if stop is None else stop)
+        self._workers = LoaderWorkers(batches.of_step, steps, workers, self._closing)
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -145,7 +176,7 @@ class Prefetcher:
     ) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[tuple[int, StepRows]]:
+    def __iter__(self) -> Iterator[tuple[int, StepExamples]]:
         """The steps in order, each with its batches; an error of the thread is raised here."""
         try:
             while not self._closing.is_set():
@@ -161,19 +192,22 @@ class Prefetcher:
     def close(self) -> None:
         """End the thread and wait until it is gone; may be called twice."""
         self._closing.set()
+        self._workers.kill()  # the thread may be reading what a worker has not finished writing
         self._thread.join()
 
     def _work(self) -> None:
-        step = self._start
+        shield_from_stop_signals()  # so that they wake the main thread, whatever it waits for
         try:
-            while not self._closing.is_set() and (self._stop is None or step < self._stop):
-                self._put((step, self._batches.of_step(step)))
-                step += 1
+            with closing(self._workers.prepared()) as steps:
+                for item in steps:
+                    self._put(item)
+                    if self._closing.is_set():
+                        return
             self._put(None)
         except BaseException as error:  # handed to the consumer, which raises it
             self._put(error)
 
-    def _put(self, item: tuple[int, StepRows] | BaseException | None) -> None:
+    def _put(self, item: tuple[int, StepExamples] | BaseException | None) -> None:
         # A put that waited forever would keep the thread after its consumer has gone.
         while not self._closing.is_set():
             try:

@@ -16,7 +16,8 @@ from llmkit.errors import DataError
 
 Ints = npt.NDArray[np.int64]
 Row = dict[str, Ints]
-"""`ids`, up to T + 1 of them, and where documents are isolated `positions`: of each token in its document."""
+"""`ids`, up to T + 1 of them; where documents are isolated `positions`, of each token in its document; and from the
+loader `seed`, a scalar: all that is random about the row follows from it."""
 
 
 class Stream(Protocol):

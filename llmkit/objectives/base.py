@@ -5,13 +5,15 @@ Shape suffixes: B rows of a micro-batch, T positions of a row.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
+    from transformers import PreTrainedModel
 
 Example = Mapping[str, npt.NDArray[np.int64]]
 Batch = Mapping[str, torch.Tensor]
@@ -37,14 +39,18 @@ class Objective(Protocol):
     """Four methods; no state that changes."""
 
     def encode(self, row: Any) -> Example:
-        """One row of the source -> one example; numpy only, no tensors."""
+        """One row of the source -> one example; numpy only, no tensors; in a thread or a process of the loader.
+
+        A function of the row alone: chance comes from `np.random.default_rng(int(row["seed"]))`, never from a
+        generator that lives on.
+        """
         ...
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Examples -> a micro-batch, with `num_targets`: how many terms its loss sum has."""
         ...
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> Loss:
         """The loss of a micro-batch under `model`."""
         ...
 
@@ -62,7 +68,7 @@ class LossModule(nn.Module):
         bf16: Compute matrix products in bfloat16; weights and the loss stay in float32.
     """
 
-    def __init__(self, model: PreTrainedModel, objective: Objective, *, bf16: bool) -> None:
+    def __init__(self, model: "PreTrainedModel", objective: Objective, *, bf16: bool) -> None:
         super().__init__()
         self.model = model
         self.objective = objective

@@ -7,14 +7,17 @@ Shape suffixes: B rows, T positions, N = B*T positions in a line, H hidden size,
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
 
 from llmkit.models.cross_entropy import linear_cross_entropy
 from llmkit.objectives.base import NOT_LEARNED, Batch, Example, Loss
+
+if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
+    from transformers import PreTrainedModel
 
 _FILLS = {"input_ids": 0, "targets": NOT_LEARNED, "position_ids": 0}
 
@@ -27,7 +30,8 @@ class CausalLM:
 
         Args:
             row: `ids` [T+1], and `positions` [T+1] counted from the start of each position's document where
-                documents are isolated: then no target crosses into the next document.
+                documents are isolated: then no target crosses into the next document. Its `seed` is not needed:
+                nothing is random here.
         """
         ids = row["ids"]
         example = {"input_ids": ids[:-1], "targets": ids[1:]}
@@ -52,7 +56,7 @@ class CausalLM:
         batch["num_targets"] = (batch["targets"] != NOT_LEARNED).sum()
         return batch
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> Loss:
         """Sum of the targets' negative log-likelihood. Logits are made in chunks, for targets only."""
         # position_ids restart in each document: with no attention mask given, that is what isolates them.
         positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}

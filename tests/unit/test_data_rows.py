@@ -2,6 +2,7 @@ import threading
 
 import numpy as np
 import pytest
+from loading import Memory, stream_of
 
 from llmkit.data.loader import MicroBatches, Prefetcher, evaluation_rows, evenly_spaced
 from llmkit.data.order import RowOrder
@@ -20,28 +21,6 @@ def collated(rows):
 
 def evaluation_batches(rows, **options):
     return [collated(micro) for micro in evaluation_rows(rows, **options)]
-
-
-class Memory:
-    """A token stream in memory; documents end with 0."""
-
-    def __init__(self, tokens, name="memory"):
-        self.tokens = np.asarray(tokens, dtype=np.uint16)
-        self.name = name
-        self.num_tokens = len(self.tokens)
-        self.starts = np.array([i for i in range(len(tokens)) if i == 0 or self.tokens[i - 1] == 0])
-
-    def read(self, start, stop):
-        assert 0 <= start < stop <= self.num_tokens
-        return self.tokens[start:stop]
-
-    def document_starts(self, start, stop):
-        return self.starts[(self.starts >= start) & (self.starts < stop)]
-
-
-def stream_of(lengths, seed=0):
-    generator = np.random.default_rng(seed)
-    return Memory(np.concatenate([[*generator.integers(1, 900, size=n), 0] for n in lengths]))
 
 
 def test_rows_overlap_by_one_token_so_each_is_predicted_once():
