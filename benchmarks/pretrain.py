@@ -108,11 +108,11 @@ def run_llmkit(folder: Path, work: Work, steps: int, machine: dict[str, Any]) ->
 
     def watched(run: Any, step: int, micro_batches: Any, num_targets: int) -> Any:
         clock.tick()
-        total, grad_norm = train_step(run, step, micro_batches, num_targets)
-        clock.losses.append(float(total) / num_targets)
+        outcome = train_step(run, step, micro_batches, num_targets)
+        clock.losses.append(float(outcome.total) / num_targets)
         if len(clock.losses) == steps:
             clock.tick()
-        return total, grad_norm
+        return outcome
 
     loop.train_step = watched
     made = pretrain(folder, work, steps, machine)

@@ -15,13 +15,17 @@ from llmkit.cli.options import (
     Debug,
     DryRun,
     Fresh,
+    MaxTime,
+    NoSelfCheck,
     OverrideWords,
     Processes,
     Quiet,
     RecipeWord,
+    Restarts,
     Runs,
     Settings,
     Smoke,
+    deadline_of,
     described,
     run_name,
 )
@@ -69,6 +73,8 @@ VERBS: dict[str, dict[str, str]] = {
             llmkit pretrain my.yaml
             llmkit pretrain my.yaml --processes 2
             llmkit pretrain my.yaml --fresh                     start over
+            llmkit pretrain my.yaml --max-time 4h               save and stop in time; again: goes on
+            llmkit pretrain my.yaml --restarts 3                after a crash, go on by itself
             """,
             "Train the recipe's model. The same command again goes on where it stopped.",
         ),
@@ -89,10 +95,24 @@ def _add_verb(app: typer.Typer, verb: str, *, help: str, short_help: str) -> Non
         fresh: Fresh = False,
         smoke: Smoke = False,
         processes: Processes = None,
+        max_time: MaxTime = None,
+        restarts: Restarts = 0,
+        no_self_check: NoSelfCheck = False,
         runs: Runs = Path("runs"),
         debug: Debug = False,
     ) -> None:
-        settings = Settings(runs, dry_run, quiet, as_json, fresh, smoke, processes)
+        settings = Settings(
+            runs,
+            dry_run,
+            quiet,
+            as_json,
+            fresh,
+            smoke,
+            processes,
+            deadline=deadline_of(max_time),
+            restarts=restarts,
+            self_check=not no_self_check,
+        )
         finish(call_verb(verb, recipe, overrides or (), settings), settings)
 
 
@@ -139,6 +159,9 @@ def to_options(settings: Settings, subject: Sequence[str] = ()) -> "Options":
         runs=settings.runs,
         fresh=settings.fresh,
         processes=settings.processes,
+        deadline=settings.deadline,
+        restarts=settings.restarts,
+        self_check=settings.self_check,
         json=settings.as_json,
         quiet=settings.quiet,
         command=shlex.join(["llmkit", *sys.argv[1:]]),

@@ -1,6 +1,7 @@
 """The options that commands share, each declared once."""
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +37,24 @@ Processes = Annotated[
         show_default=False,
     ),
 ]
+MaxTime = Annotated[
+    str | None,
+    typer.Option(
+        "--max-time",
+        metavar="TIME",
+        help="Stop and save before so much time has passed: 4h, 90m. The same command goes on.",
+        show_default=False,
+    ),
+]
+Restarts = Annotated[
+    int,
+    typer.Option(
+        "--restarts", min=0, metavar="N", help="Start training again after a crash, so often at most."
+    ),
+]
+NoSelfCheck = Annotated[
+    bool, typer.Option("--no-self-check", help="Leave out the proofs before the first step.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
 Runs = Annotated[
     Path,
@@ -54,6 +73,22 @@ class Settings:
     fresh: bool = False
     smoke: bool = False
     processes: int | None = None
+    deadline: float | None = None
+    restarts: int = 0
+    self_check: bool = True
+
+
+def deadline_of(max_time: str | None) -> float | None:
+    """When (`time.monotonic()`) the time given to a command is up; it counts from now.
+
+    Raises:
+        UsageError: It is no time.
+    """
+    if max_time is None:
+        return None
+    from llmkit.recipe.units import duration_of
+
+    return time.monotonic() + duration_of(max_time, "--max-time")
 
 
 def run_name(path: str) -> str:

@@ -9,7 +9,12 @@ from llmkit.objectives.base import Batch, LossModule
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
-def sum_over(core: LossModule, batches: Iterable[Batch], reduce: Reduce = torch.clone) -> dict[str, float]:
+def sum_over(
+    core: LossModule,
+    batches: Iterable[Batch | None],
+    reduce: Reduce = torch.clone,
+    between: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
     """Add up loss and targets over this process's batches, and then over all processes.
 
     No logits are gathered and no batch is padded to another's size, so nothing is counted twice; the result
@@ -17,8 +22,9 @@ def sum_over(core: LossModule, batches: Iterable[Batch], reduce: Reduce = torch.
 
     Args:
         core: Model and objective; its compiled form is passed by, for batches of every size come here.
-        batches: This process's share, on the device.
+        batches: This process's share, on the device; None where it has no batch left and others have.
         reduce: A vector of sums -> the same over all processes; by default there is one process.
+        between: Called before each batch; what it raises ends the measurement.
 
     Returns:
         `total` (nats), `num_targets`, and the objective's further sums.
@@ -26,15 +32,21 @@ def sum_over(core: LossModule, batches: Iterable[Batch], reduce: Reduce = torch.
     training = core.training
     core.eval()
     sums: dict[str, torch.Tensor] = {}
-    with torch.inference_mode():
+    try:
         for batch in batches:
-            loss = core.forward(batch)
-            found = {**loss.sums, "total": loss.total, "num_targets": batch["num_targets"]}
-            for name, value in found.items():
+            between()
+            for name, value in _measure(core, batch).items() if batch is not None else ():
                 # In float64, on the host: not every device has it.
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
-    core.train(training)
+    finally:
+        core.train(training)
     # A process may have had no batch at all; it still takes part, with zeros.
     names = sorted({"total", "num_targets", *sums})
     values = torch.stack([sums.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
     return dict(zip(names, reduce(values).tolist(), strict=True))
+
+
+@torch.inference_mode()
+def _measure(core: LossModule, batch: Batch) -> dict[str, torch.Tensor]:
+    loss = core.forward(batch)
+    return {**loss.sums, "total": loss.total, "num_targets": batch["num_targets"]}

@@ -21,9 +21,10 @@ def _machine(plan: Plan) -> list[tuple[str, str, str]]:
         "processes": str(plan.world_size),
         "precision": plan.precision,
         "compile": "yes" if plan.compile else "no",
+        "background_save": "yes" if plan.background_save else "no, training waits for it",
         "attention": plan.attention if plan.attention != "auto" else "auto (probed at the start of the run)",
     }
-    return [("machine", key, text + _why(plan, key)) for key, text in settings.items()]
+    return [("machine", key.replace("_", " "), text + _why(plan, key)) for key, text in settings.items()]
 
 
 def _why(plan: Plan, setting: str) -> str:
@@ -75,8 +76,9 @@ def _interval(plan: Plan, key: str) -> str:
 
 def _memory(plan: Plan) -> list[tuple[str, str, str]]:
     memory = plan.memory
-    terms = ("weights", "gradients", "optimizer", "activations", "logits", "process", "total")
-    lines = [("memory", term, bytes_text(getattr(memory, term))) for term in terms]
+    terms = ("weights", "gradients", "optimizer", "activations", "logits", "process", "copy", "total")
+    names = {"copy": "copy to save from"}
+    lines = [("memory", names.get(term, term), bytes_text(getattr(memory, term))) for term in terms]
     return [*lines, ("memory", "a checkpoint on disk", bytes_text(plan.checkpoint_bytes))]
 
 

@@ -1,6 +1,6 @@
 """FLOPs, memory and time by formula: FLOPs and fixed memory are counted, activations and time estimated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmkit.hardware import Hardware
 from llmkit.plan.shape import ModelShape
@@ -58,7 +58,9 @@ class Memory:
         optimizer: AdamW's two fp32 moments.
         activations: What the backward pass needs of one micro-batch (an estimate).
         logits: One chunk of logits and its gradient.
+        process: The process before the model, on CPU.
         total: The sum.
+        copy: The copy of weights and optimizer that checkpoints are written from, where it lies in this memory.
     """
 
     weights: int
@@ -68,6 +70,11 @@ class Memory:
     logits: int
     process: int
     total: int
+    copy: int = 0
+
+    def with_copy(self, size: int) -> "Memory":
+        """The same with a copy of `size` bytes."""
+        return replace(self, total=self.total + size, copy=size)
 
 
 def training_memory(

@@ -93,6 +93,7 @@ def make_plan(
     limit_s = float(wanted.train.length.value) if steps is None else None
     low, high = _seconds(rate, flops * rows * context * (steps or 0), limit_s)
     compiled = _choose_compile(draft, precision, low, high)
+    background, memory = _choose_background_save(draft, memory, 12 * model.num_parameters, world)
     epochs = steps * rows / num_rows if steps else None
     draft.notes += _remarks(data, rows, num_rows, epochs, rate)
     timing = _intervals(wanted, steps, rows, context, num_rows)
@@ -112,7 +113,9 @@ def make_plan(
         length_seconds=limit_s,
         warmup_steps=timing["warmup_steps"][0],
         checkpoint_every=timing["checkpoint_every"][0],
+        keep_every=timing["keep_every"][0],
         eval_every=timing["eval_every"][0],
+        background_save=background,
         deferred=deferred,
         num_rows_per_epoch=num_rows,
         num_epochs=epochs,
@@ -298,6 +301,23 @@ def _choose_compile(draft: _Draft, precision: str, low: float | None, high: floa
     return compiled
 
 
+def _choose_background_save(
+    draft: _Draft, memory: Memory, checkpoint_bytes: int, world: int
+) -> tuple[bool, Memory]:
+    """Whether checkpoints are written from a copy while training goes on; the memory with that copy in it."""
+    on_cpu = draft.hardware.device == "cpu"
+    copied = memory.with_copy(checkpoint_bytes) if on_cpu else memory
+    pinned = draft.machine.background_save
+    if pinned != "auto":
+        return pinned, copied if pinned else memory
+    # Of the processes on a processor the first alone keeps a copy, but each may use its share only.
+    fits = copied.total <= MEMORY_SHARE * draft.hardware.memory_bytes // (world if on_cpu else 1)
+    size = f"{checkpoint_bytes / 1e9:.2g} GB"
+    why = f"a copy of {size} fits into memory" if fits else f"there is no memory for a copy of {size}"
+    draft.choose("background_save", fits, why)
+    return fits, copied if fits else memory
+
+
 def _intervals(
     wanted: Pretrain, steps: int | None, rows: int, context: int, num_rows: int
 ) -> dict[str, tuple[int | None, Amount]]:
@@ -315,7 +335,11 @@ def _intervals(
             ),
             amount,
         )
-        for key, amount in (("checkpoint_every", wanted.checkpoint.every), ("eval_every", wanted.eval.every))
+        for key, amount in (
+            ("checkpoint_every", wanted.checkpoint.every),
+            ("keep_every", wanted.checkpoint.keep_every),
+            ("eval_every", wanted.eval.every),
+        )
     }
     warm = resolve_warmup(warmup, num_steps=steps, tokens_per_step=tokens)
     return {"warmup_steps": (warm, warmup), **every}

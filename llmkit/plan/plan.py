@@ -62,9 +62,10 @@ class Plan:
         tokens_per_step: `rows_per_step * context`.
         num_steps: Optimizer steps; None while the length is a time that has not been measured yet.
         length_seconds: The length where it is a time.
-        warmup_steps, checkpoint_every, eval_every: Steps; 0 means none (warm-up) or only at the end; None
-            while it depends on a speed that has not been measured yet: `with_steps` settles it.
+        warmup_steps, checkpoint_every, keep_every, eval_every: Steps; 0 means none (warm-up, `keep_every`) or only
+            at the end; None while it depends on a speed that has not been measured yet: `with_steps` settles it.
         deferred: For each of those that are None, what the recipe says.
+        background_save: Whether checkpoints are written while training goes on.
         num_rows_per_epoch: Rows of one pass over the training data.
         num_epochs: Passes over the data that `num_steps` make.
         vocab_size: Entries of the tokenizer.
@@ -91,7 +92,9 @@ class Plan:
     length_seconds: float | None
     warmup_steps: int | None
     checkpoint_every: int | None
+    keep_every: int | None
     eval_every: int | None
+    background_save: bool
     deferred: Mapping[str, Amount]
     num_rows_per_epoch: int
     num_epochs: float | None

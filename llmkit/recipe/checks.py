@@ -155,6 +155,16 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _measured_best(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """The best checkpoint is known only where something is measured while training."""
+    node = find(root, ("pretrain", "checkpoint", "keep_best"))
+    if node is None or node.value is None:
+        return
+    if _plain(root, ("pretrain", "eval", "every")) == "never":
+        hint = "set `pretrain.eval.every`, such as `10%`, or leave `keep_best` out"
+        yield Problem(node.spot, "`keep_best` needs evaluations, and `eval.every` is `never`", hint)
+
+
 _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _one_model,
     _source_from_one_place,
@@ -164,4 +174,5 @@ _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _some_data,
     _some_tokenizer,
     _room_for_bytes,
+    _measured_best,
 )

@@ -7,7 +7,7 @@ What JSON Schema cannot say, and only the loader checks:
 - what a recipe that extends another lacks: the schema cannot see the other, so it asks for less;
 - the value of `${env:NAME}`: any complete expression is accepted where a number or a word belongs, also one
   that quotes keep text;
-- YAML itself: duplicate keys, tags, depth.
+- YAML itself: duplicate keys, tags, depth, size; secrets that stand in the open.
 """
 
 import copy
@@ -169,6 +169,10 @@ def _add_rules(blocks: Json) -> None:
     }
     for section in ("Tokenize", "Pretrain", "Eval"):
         blocks[section]["allOf"] = [{"properties": {"data": even}}]
+    never = {"type": "object", "required": ["every"], "properties": {"every": {"const": "never"}}}
+    unmeasured = {"type": "object", "required": ["eval"], "properties": {"eval": never}}
+    best = _given("checkpoint", "keep_best")
+    blocks["Pretrain"]["allOf"].append({"not": {"allOf": [best, unmeasured]}})
     somewhere = [_given("tokenize", "data"), _given("pretrain", "data")]
     tokenizer = [_given("tokenize"), _given("pretrain", "tokenizer"), _given("pretrain", "model", "name")]
     blocks["Recipe"]["allOf"] = [

@@ -50,6 +50,11 @@ def resolved_yaml(loaded: Loaded, choices: Mapping[str, tuple[object, str]] | No
     return _HEAD + to_yaml(_written(loaded.recipe, "", loaded.expressions, chosen), reasons)
 
 
+def without_secrets(loaded: Loaded) -> dict[str, Any]:
+    """The recipe as a mapping that `load_recipe` takes, for a file: secrets as the expressions they came from."""
+    return _written(loaded.recipe, "", loaded.expressions, {})
+
+
 def show_yaml(loaded: Loaded) -> str:
     """The full recipe, each setting with where its value came from as a comment."""
     origins = {key: str(origin) for key, origin in loaded.origins.items()}

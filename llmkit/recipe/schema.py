@@ -192,6 +192,11 @@ class Train(Block):
     """The optimizer."""
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """The largest norm of the gradient; `null` leaves it alone."""
+    bad_numbers: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose loss or gradient is not finite: `stop` ends the run and names the rows, `skip`
+    leaves the weights as they are, counts it and goes on."""
+    max_skipped: Count = 10
+    """With `bad_numbers: skip`: so many steps of a run at most; one more ends it."""
 
 
 class Checkpoint(Block):
@@ -201,6 +206,11 @@ class Checkpoint(Block):
     """How often: `500 steps`, `10%` of the run, `10m`, or `never` (then only at the end)."""
     keep: Annotated[Whole, Field(ge=1)] = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_best: Annotated[str, Field(pattern=r"^eval/[a-z0-9_]+$")] | None = None
+    """A metric of the evaluations while training, such as `eval/loss`: the checkpoint that was best by it stays,
+    whatever its age. One is saved at each evaluation that is better than all before."""
+    keep_every: Every = Amount(0, "never")
+    """Checkpoints at every so many steps stay for good: `5k steps` or `25%`; they are saved in any case."""
 
 
 class EvalDuring(Block):
@@ -302,6 +312,11 @@ class Machine(Block):
     """The attention kernel; `auto` probes which is fastest here for the run's shapes."""
     micro_batch: Count | Literal["auto"] = "auto"
     """Rows a device holds at once; the rest of the batch is accumulated."""
+    loader_workers: Annotated[Whole, Field(ge=0)] = 0
+    """Processes of each training process that prepare batches ahead; 0 does it in a thread, which is faster unless
+    preparing takes long. The result is the same."""
+    background_save: bool | Literal["auto"] = "auto"
+    """Write checkpoints while training goes on, from a copy in memory; `auto`: where there is memory for the copy."""
     workers: Annotated[Whole, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that prepare and tokenize text; `auto`: one a core. The result is the same with any number."""
     engine: Literal["here", "local", "slurm"] = "here"

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from llmkit.errors import UsageError
 from llmkit.recipe.amounts import (
     BYTES,
     Amount,
@@ -46,6 +47,7 @@ __all__ = [
     "Unit",
     "Warmup",
     "Whole",
+    "duration_of",
     "format_count",
     "format_duration",
     "format_size",
@@ -238,6 +240,19 @@ def parse_duration(value: object) -> float:
     if _is_number(value):
         raise unit_error(f"`{shown(value)}`: say what it counts: {listing([f'{value}s', f'{value}m'])}")
     raise unit_error(f"`{shown(value)}` is not a time", "write `90s`, `10m` or `1h30m`")
+
+
+def duration_of(text: str, option: str) -> float:
+    """The seconds that an option of the command line gives as `90s`, `10m`, `1h30m`.
+
+    Raises:
+        UsageError: It is no time.
+    """
+    try:
+        return parse_duration(text)
+    except PydanticCustomError as error:
+        context = error.context or {}
+        raise UsageError(f"{option}: {context['message']}", hint=context["hint"]) from None
 
 
 def _ratio_parser(top: bool) -> Callable[[object], float]:

@@ -14,6 +14,7 @@ from llmkit.report.formatting import (
     format_value,
 )
 from llmkit.report.page import Card, Facts, details, objects, pairs, records, section, table, words
+from llmkit.report.spikes import Spike
 from llmkit.report.svg import Kind, Reference, Series, chart, escape, smooth, stacked_bar
 
 _STYLE = Path(__file__).with_name("report.css")
@@ -137,9 +138,21 @@ def _learning(report: Facts) -> str:
         if "eval/loss" in r
     ]
     every = table(["step", *(words(k) for k in _EVAL)], rows, numeric=range(len(_EVAL) + 1))
-    return section("How it learned", loss, details(f"All {len(rows)} evaluations", every))
+    return section("How it learned", loss, _spikes(report), details(f"All {len(rows)} evaluations", every))
 
 
+def _spikes(report: Facts) -> str:
+    """Where the loss jumped, a line each; that it never did, where it was looked at."""
+    if "spikes" not in report or not any("train/loss" in record for record in report["metrics"]):
+        return ""
+    told = [Spike(**spike).sentence() for spike in report["spikes"][:_MOST_SPIKES]]
+    left = len(report["spikes"]) - len(told)
+    more = [f"and {left:,} more spikes"] if left else []
+    lines = [*told, *more] or ["No spikes: the training loss never jumped far above its usual level."]
+    return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>'
+
+
+_MOST_SPIKES = 12
 _EVAL = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -15,6 +16,7 @@ from llmkit.report.environment import mask_command, mask_text
 from llmkit.report.formatting import jsonable
 from llmkit.report.html import render
 from llmkit.report.run_log import read_metrics, read_samples
+from llmkit.report.spikes import find_spikes
 
 SCHEMA = 1
 Records = Sequence[Mapping[str, Any]]
@@ -68,6 +70,7 @@ def collect(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "data": data,
         "environment": environment,
         "recipe": _recipe_text(folder),
+        "spikes": [asdict(spike) for spike in find_spikes(metrics)],
         "metrics": metrics,
         "samples": samples,
         "damaged": damaged,

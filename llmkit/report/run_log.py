@@ -4,13 +4,12 @@ A resumed run takes back what lies after its checkpoint: its records are those o
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from llmkit.durable import write_file
+from llmkit.durable import make_folders, open_log, sync_log, write_file
 from llmkit.errors import CorruptError
 from llmkit.report.formatting import jsonable
 
@@ -68,14 +67,13 @@ class RunLog:
     """Appends records to a run folder; each line is handed to the system at once.
 
     `resume_step` is the step of the checkpoint that the run goes on from: records of later steps are removed,
-    and a line that a crash cut short with them. 0 is a fresh start, which keeps nothing. `measure_again` says
-    that what was measured at `resume_step` itself will be measured once more: those records go too.
+    and a line that a crash cut short with them. What was measured at that step itself is measured again, so of its
+    records only those of the training stay. 0 is a fresh start, which keeps nothing.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0, *, measure_again: bool = False) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        redone = resume_step if measure_again else None
-        self._files = {name: _reopen(folder / name, resume_step, redone) for name in (METRICS, SAMPLES)}
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        make_folders(folder)
+        self._files = {name: _reopen(folder / name, resume_step) for name in (METRICS, SAMPLES)}
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl; it needs a `step`. NaN and infinities are written as null."""
@@ -88,13 +86,13 @@ class RunLog:
     def sync(self) -> None:
         """Bring every record to the disk: call before a checkpoint of the same step becomes visible."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            sync_log(file)
 
     def close(self) -> None:
-        """Close the files; nothing can be appended afterwards."""
+        """Bring every record to the disk and close the files; nothing can be appended afterwards."""
         for file in self._files.values():
-            file.close()
+            with file:
+                sync_log(file)
 
     def __enter__(self) -> Self:
         return self
@@ -112,18 +110,17 @@ class RunLog:
         file.flush()
 
 
-def _reopen(path: Path, resume_step: int, redone: int | None) -> TextIO:
-    """Open `path` for appending, holding exactly the records up to `resume_step`."""
+def _reopen(path: Path, resume_step: int) -> TextIO:
+    """Open `path` for appending, holding the records up to `resume_step`, and of that step its training's."""
     if path.exists():
         kept = [
             r
             for r in _read(path)
             if resume_step > 0
             and r.get("step", 0) <= resume_step
-            and (r.get("step") != redone or "train/loss" in r)
+            and (r.get("step") != resume_step or "train/loss" in r)
         ]
         wanted = "".join(map(_line, kept)).encode("utf-8", "backslashreplace")
         if wanted != path.read_bytes():
             write_file(path, wanted)
-    # backslashreplace writes a lone surrogate as \udXXX, which is its JSON escape: the line stays valid.
-    return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+    return open_log(path)

@@ -25,6 +25,9 @@ class Options:
         runs: The folder of run folders.
         fresh: Start over instead of going on.
         processes: Worker processes, or None: as the plan chooses.
+        deadline: When (`time.monotonic()`) training must have saved and ended; None for never.
+        restarts: How often training that a crash ended is started again.
+        self_check: Whether training proves itself before its first step.
         json: Progress as JSON lines.
         quiet: Warnings only.
         command: What the person typed, for the report.
@@ -34,6 +37,9 @@ class Options:
     runs: Path = Path("runs")
     fresh: bool = False
     processes: int | None = None
+    deadline: float | None = None
+    restarts: int = 0
+    self_check: bool = True
     json: bool = False
     quiet: bool = False
     command: str = "llmkit"
@@ -94,7 +100,7 @@ def anchored(loaded: Loaded) -> Loaded:
     base = base_of(loaded).absolute()
 
     def absolute(pattern: str) -> str:
-        if pattern == "-" or pattern.startswith("stdlib:") or Path(pattern).is_absolute():
+        if pattern == "-" or pattern.startswith("stdlib:") or "://" in pattern or Path(pattern).is_absolute():
             return pattern
         here = any(Path().glob(pattern)) or Path(pattern).exists()
         return str((Path.cwd() if here else base) / pattern)

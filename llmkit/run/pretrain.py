@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.durable import verify_folder, write_file, write_json
+from llmkit.durable import remove_file, remove_folder, verify_folder, write_file, write_json
 from llmkit.errors import (
     CorruptError,
     CtrlCError,
@@ -27,6 +26,7 @@ from llmkit.launch.local import run_local_workers
 from llmkit.launch.world import World, check_world, detect_world
 from llmkit.plan import Plan
 from llmkit.recipe import Loaded, resolved_yaml
+from llmkit.recipe.resolved import without_secrets
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
 from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from llmkit.data.corpus import Corpus
     from llmkit.data.shards import TokenShards
     from llmkit.train.job import Job
+
+KILL_AT = "LLMKIT_KILL_AT"
+"""The environment's word for `Job.kill_at`: a crash on purpose, for `llmkit verify-resume`."""
 
 _MADE_BY_TRAINING = ("checkpoints", "model", "metrics.jsonl", "samples.jsonl", "plan.json", "report.json")
 
@@ -69,7 +72,7 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
             if first:
                 _leave_plan(folder, loaded, job, shards, reporter)
             try:
-                _train(job, reporter, world)
+                _train(job, reporter, world, options.restarts)
             except LlmkitError as error:
                 if first:
                     _report_end(folder, options, error)
@@ -106,7 +109,7 @@ def _prepare(
         check_world(world, plan.world_size)
     weights = _weights(text, shards, plan, reporter)
     job = Job(
-        recipe=loaded.recipe.model_dump(mode="json"),
+        recipe=without_secrets(loaded),
         plan=plan.to_dict(),
         folder=str(folder),
         tokenizer=name,
@@ -116,6 +119,9 @@ def _prepare(
         identity=_identity(loaded, plan, fingerprint(tokenizer), shards, weights),
         command=options.command,
         face={"json": options.json, "quiet": options.quiet},
+        deadline=options.deadline,
+        self_check=options.self_check,
+        kill_at=int(os.environ[KILL_AT]) if KILL_AT in os.environ else None,
     )
     return job, shards
 
@@ -171,10 +177,15 @@ def _leave_plan(
         reporter.note(note)
 
 
-def _train(job: "Job", reporter: Reporter, world: World | None) -> None:
+def _train(job: "Job", reporter: Reporter, world: World | None, restarts: int) -> None:
     """Train here when this process is a worker or the only one; else start the workers and watch them."""
     world_size = job.plan["world_size"]
-    if world is not None or world_size == 1:
+    if world is not None and restarts:
+        raise UsageError(
+            f"--restarts is for processes that llmkit starts, and these were started by {world.source}",
+            hint="let that start them again; the same command goes on from the newest checkpoint",
+        )
+    if world is not None or (world_size == 1 and not restarts):
         from llmkit.train.pretrain import pretrain as train_here
 
         if world is not None:
@@ -187,14 +198,21 @@ def _train(job: "Job", reporter: Reporter, world: World | None) -> None:
         return
     path = Path(job.folder) / "job.json"
     job.save(path)
-    reporter.note(f"starting {world_size} processes")
+    reporter.note(f"starting {world_size} process{'es' if world_size > 1 else ''}")
     code = run_local_workers(
         world_size,
         [str(path)],
         logs=Path(job.folder) / "logs",
         program=[sys.executable, "-P", "-m", "llmkit.train.worker"],
+        restarts=restarts,
+        progress=lambda: _newest_step(Path(job.folder)),
     )
     _raise_for(code, job.folder)
+
+
+def _newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*")), default=0)
 
 
 def _report_end(folder: Path, options: Options, error: LlmkitError) -> None:
@@ -249,6 +267,7 @@ def _as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
                 "num_epochs",
                 "warmup_steps",
                 "checkpoint_every",
+                "keep_every",
                 "eval_every",
                 "deferred",
             )
@@ -257,11 +276,20 @@ def _as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
     if machine.micro_batch == "auto" and plan.rows_per_step % share == 0:
         kept["micro_batch_size"] = begun.micro_batch_size
         kept["gradient_accumulation_steps"] = plan.rows_per_step // share
+    elif plan.micro_batch_size != begun.micro_batch_size:
+        kept["notes"] = (*plan.notes, _other_micro_batches(begun, plan))
     choices = {
         key: begun.choices.get(key, choice) if key.removeprefix("machine.") in kept else choice
         for key, choice in {**plan.choices, **begun.choices}.items()
     }
     return replace(plan, **kept, choices=choices)
+
+
+def _other_micro_batches(begun: Plan, plan: Plan) -> str:
+    return (
+        f"micro-batches of {plan.micro_batch_size} rows, where this run began with {begun.micro_batch_size}: a model "
+        "with dropout draws other masks from here on; without dropout nothing but rounding changes"
+    )
 
 
 def _identity(
@@ -276,15 +304,20 @@ def _identity(
     assert recipe.pretrain is not None
     settings = recipe.pretrain.model_dump(
         mode="json",
-        exclude={"data", "tokenizer", "held_out", "checkpoint", "eval", "prompts", "sampling"},
+        exclude={
+            **dict.fromkeys(
+                ("data", "tokenizer", "held_out", "checkpoint", "eval", "prompts", "sampling"), True
+            ),
+            "train": {"bad_numbers", "max_skipped"},  # what may have to change to go on after a stop
+        },
     )
     made_by = {}
     if recipe.tokenize is not None and recipe.pretrain.tokenizer is None:
         made_by = recipe.tokenize.model_dump(mode="json", exclude={"data", "held_out"})
+    named = {**_flat(settings, "pretrain"), **_flat(made_by, "tokenize")}
     return {
         "seed": recipe.seed,
-        **_flat(settings, "pretrain"),
-        **_flat(made_by, "tokenize"),
+        **{key: loaded.expressions.get(key, value) for key, value in named.items()},
         "rows per step": plan.rows_per_step,
         "text": [[shard.name, shard.folder.name] for shard in shards],
         "weights": weights,
@@ -332,9 +365,10 @@ def _refuse_another_run(folder: Path, job: "Job") -> None:
 
 
 def _clear(folder: Path) -> None:
+    """Remove what training made; a kill midway leaves nothing that looks whole."""
     for name in _MADE_BY_TRAINING:
         path = folder / name
         if path.is_dir():
-            shutil.rmtree(path)
+            remove_folder(path)
         else:
-            path.unlink(missing_ok=True)
+            remove_file(path)

@@ -1,6 +1,7 @@
 """The parts of a run, built from a job in the order in which they depend on each other."""
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,14 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from llmkit import registry
-from llmkit.data.loader import MicroBatches, Prefetcher, evaluation_rows
+from llmkit.data.loader import MicroBatches, Prefetcher, evaluation_rounds, evaluation_rows
 from llmkit.data.order import RowOrder
 from llmkit.data.rows import Row, Rows
 from llmkit.data.shards import TokenShards
 from llmkit.data.tokenizers import load_tokenizer, special_ids
 from llmkit.models.attention import choose_attention
 from llmkit.models.build import build_model
-from llmkit.objectives.base import Batch, LossModule, Objective
+from llmkit.objectives.base import Batch, Example, LossModule, Objective
 from llmkit.optim import lr_at
 from llmkit.plan import Plan
 from llmkit.recipe.schema import Pretrain
@@ -26,6 +27,8 @@ from llmkit.train.job import Job
 from llmkit.train.loop import MicroBatch, Schedule
 
 _RECORDS_A_RUN = 500
+_MOST_DESCRIBED = 4
+_DESCRIBED_TOKENS, _DESCRIBED_LETTERS = 48, 80
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def make_schedule(section: Pretrain, plan: Plan) -> Schedule:
         eval_every=plan.eval_every or 0,
         eval_rows=section.eval.rows,
         checkpoint_every=plan.checkpoint_every or 0,
+        keep_every=plan.keep_every or 0,
         lr_at=lambda step: lr_at(step, optim, num_steps=num_steps, warmup_steps=warmup_steps),
         grad_clip=section.train.grad_clip or math.inf,
     )
@@ -121,10 +125,18 @@ class Feed:
         self._plan = plan
         self._section = section
         self._accelerator = accelerator
+        self._batches: MicroBatches | None = None
 
-    def steps(self, order: RowOrder, start: int, stop: int) -> Prefetcher:
-        """This process's rows of steps `start` to `stop`, prepared ahead by a thread; to be closed."""
-        batches = MicroBatches(
+    def steps(self, order: RowOrder, start: int, stop: int, *, workers: int = 0) -> Prefetcher:
+        """This process's examples of steps `start` to `stop`, prepared ahead; to be closed.
+
+        Args:
+            order: Which row comes when.
+            start: First step, counted from 0.
+            stop: The step to end before.
+            workers: Processes that prepare them (`machine.loader_workers`); 0: a thread.
+        """
+        self._batches = MicroBatches(
             self._data.train,
             order,
             rows_per_step=self._plan.rows_per_step,
@@ -132,8 +144,9 @@ class Feed:
             world_size=self._plan.world_size,
             rank=self._accelerator.process_index,
             isolate=self._section.isolate_documents,
+            encode=self._objective.encode,
         )
-        return Prefetcher(batches, start, stop)
+        return Prefetcher(self._batches, start, stop, workers=workers)
 
     def in_order(self, steps: Prefetcher) -> Callable[[int], list[MicroBatch]]:
         """A step -> its micro-batches on the device, for steps asked for in the order they are prepared in."""
@@ -142,32 +155,68 @@ class Feed:
         def of_step(step: int) -> list[MicroBatch]:
             number, micro = next(prepared)
             assert number == step
-            return [(index, self._batch(rows)) for index, rows in micro]
+            return [(index, self._batch(examples)) for index, examples in micro]
 
         return of_step
 
-    def held_out(self, max_rows: int | None) -> Iterator[Batch]:
-        """This process's share of the held-out rows; `max_rows` of them over all processes, or all."""
-        for rows in evaluation_rows(
-            self._data.held_out,
-            micro_batch_size=self._plan.micro_batch_size,
+    def describe(self, step: int, micro: Sequence[int] | None = None) -> list[str]:
+        """Which rows `step` (counted from 0) learns from, a line each: source, number, first words.
+
+        Args:
+            step: Any step once `steps` has been called, whether prepared yet or not.
+            micro: Only these micro-batches of it, by their numbers over all processes; None: all.
+        """
+        batches = self._batches
+        assert batches is not None
+        numbers = list(range(batches.num_micro)) if micro is None else list(micro)
+        _, sources, rows = batches.places(step, numbers)
+        size = batches.micro_batch_size
+        lines = [
+            f"micro-batch {numbers[i // size]}: {self._data.train.streams[source].name!r} row {row:,}: "
+            f"{self._first_words(source, row)}"
+            for i, (source, row) in enumerate(
+                zip(sources[:_MOST_DESCRIBED].tolist(), rows[:_MOST_DESCRIBED].tolist(), strict=True)
+            )
+        ]
+        left = len(rows) - len(lines)
+        return [*lines, f"and {left:,} more rows"] if left else lines
+
+    def _first_words(self, source: int, row: int) -> str:
+        """The start of a training row's text, on one line and without control characters."""
+        [found] = self._data.train.take([source], [row])
+        text = self._data.tokenizer.decode(found["ids"][:_DESCRIBED_TOKENS].tolist())
+        line = "".join(letter if letter.isprintable() else " " for letter in text)
+        return '"' + textwrap.shorten(line, _DESCRIBED_LETTERS, placeholder="…") + '"'
+
+    def held_out(self, max_rows: int | None) -> Iterator[Batch | None]:
+        """This process's share of the held-out rows; `max_rows` of them over all processes, or all.
+
+        Every process gets the same number of rounds: None stands for a batch that this one does not have.
+        """
+        held_out, size, world_size = self._data.held_out, self._plan.micro_batch_size, self._plan.world_size
+        batches = evaluation_rows(
+            held_out,
+            micro_batch_size=size,
             max_rows=max_rows,
-            world_size=self._plan.world_size,
+            world_size=world_size,
             rank=self._accelerator.process_index,
             isolate=self._section.isolate_documents,
-        ):
-            yield self._batch(rows)
+        )
+        rounds = evaluation_rounds(held_out, micro_batch_size=size, max_rows=max_rows, world_size=world_size)
+        for _ in range(rounds):
+            rows = next(batches, None)
+            yield None if rows is None else self._batch([self._objective.encode(row) for row in rows])
 
     def largest(self) -> Batch:
         """A made-up batch of the largest shape."""
         ids = np.arange(self._plan.context + 1, dtype=np.int64) % self._plan.vocab_size
-        row: Row = {"ids": ids}
+        row: Row = {"ids": ids, "seed": np.asarray(0)}
         if self._section.isolate_documents:
             row["positions"] = np.arange(len(ids), dtype=np.int64)
-        return self._batch([row] * self._plan.micro_batch_size)
+        return self._batch([self._objective.encode(row)] * self._plan.micro_batch_size)
 
-    def _batch(self, rows: Sequence[Row]) -> Batch:
-        batch = self._objective.collate([self._objective.encode(row) for row in rows])
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        batch = self._objective.collate(examples)
         device = self._accelerator.device
         # num_targets stays on the host: it is added up there, without a device sync.
         return {

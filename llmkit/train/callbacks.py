@@ -1,5 +1,7 @@
 """What watches a run and never changes it."""
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,7 +24,7 @@ class Callback(Protocol):
         ...
 
     def on_save(self, step: int) -> None:
-        """A checkpoint of `step` is about to become visible."""
+        """A checkpoint of `step` is about to become visible; called by the thread that writes it."""
         ...
 
 
@@ -72,3 +74,21 @@ class ConsoleCallback:
 
     def on_save(self, step: int) -> None:
         """Nothing a person waits for."""
+
+
+@dataclass(frozen=True)
+class KillAt:
+    """Ends this process by SIGKILL once it has recorded a step: how `llmkit verify-resume` makes a crash."""
+
+    step: int
+
+    def on_record(self, record: Record, *, num_steps: int) -> None:
+        """Die, when it is time."""
+        if "train/loss" in record and int(record["step"]) >= self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
+        """Nothing."""
+
+    def on_save(self, step: int) -> None:
+        """Nothing."""

@@ -16,11 +16,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llmkit.durable import remove_folder, verify_folder, write_folder, write_json
+from llmkit.durable import (
+    foreign_write,
+    read_manifest,
+    remove_folder,
+    verify_folder,
+    write_folder,
+    write_json,
+)
 from llmkit.errors import CorruptError, RunError
 from llmkit.optim import parameter_names
 from llmkit.train.state import TrainState
 
+FORMAT = 1
+"""The form of a checkpoint, in its manifest."""
+
+Tensors = Mapping[str, torch.Tensor]
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -30,32 +41,58 @@ class Checkpoints:
 
     Attributes:
         folder: `checkpoints/` of the run folder.
-        keep: How many of the newest stay.
         identity: What a resumed run must share with the saved one: data, order, model, schedule.
     """
 
     folder: Path
-    keep: int
     identity: Mapping[str, Any]
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Path:
-        """Write the checkpoint of `state`, then remove the oldest beyond `keep`. One process calls this.
+    def write(
+        self,
+        weights: Tensors,
+        moments: Tensors,
+        state: TrainState,
+        *,
+        before_writing: Callable[[], None] = lambda: None,
+        before_publishing: Callable[[], None] = lambda: None,
+    ) -> Path:
+        """Write the checkpoint of `state`; one that is whole already stays as it is. One process calls this.
 
-        A whole checkpoint of this step stays as it is. Later ones, which were damaged and not gone on from, go.
+        Args:
+            weights: As of `model_tensors`, on the host.
+            moments: As of `optimizer_tensors`, on the host.
+            state: The state they belong to.
+            before_writing: Called first; what it raises stops the save.
+            before_publishing: Called when all is written and nothing is visible yet.
         """
-        path = self.folder / f"step_{state.step:08d}"
-        if _is_whole(path):
+        before_writing()
+        path = self.path(state.step)
+        if is_whole(path):
             return path
-        with write_folder(path, facts={"step": state.step}) as temporary:
-            save_file(model_tensors(model), temporary / "model.safetensors")
-            save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        with write_folder(path, facts={"step": state.step, "format": FORMAT}) as temporary:
+            for name, tensors in (("model.safetensors", weights), ("optimizer.safetensors", moments)):
+                with foreign_write(temporary / name):
+                    save_file(dict(tensors), temporary / name)
             write_json(temporary / "state.json", {"state": state.to_dict(), "identity": dict(self.identity)})
-        steps = self._steps()
-        kept = [step for step in steps if step <= state.step][-self.keep :]
-        for step in steps:
-            if step not in kept:
-                remove_folder(self.folder / f"step_{step:08d}")
+            before_publishing()
         return path
+
+    def tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
+        """What `write` takes, where it is now."""
+        return model_tensors(model), optimizer_tensors(model, optimizer)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"step_{step:08d}"
+
+    def remove(self, step: int) -> None:
+        """Remove the checkpoint of a step."""
+        remove_folder(self.path(step))
+
+    def read_json(self, name: str) -> Any:
+        """What a file beside the checkpoints holds; None where there is none."""
+        path = self.folder / name
+        return json.loads(path.read_bytes()) if path.is_file() else None
 
     def newest(self, warn: Callable[[str], None]) -> Path | None:
         """The newest complete checkpoint, or None when there is none at all.
@@ -65,9 +102,9 @@ class Checkpoints:
         Raises:
             CorruptError: There are checkpoints, and every one of them is damaged.
         """
-        steps = self._steps()
+        steps = self.steps()
         for step in reversed(steps):
-            path = self.folder / f"step_{step:08d}"
+            path = self.path(step)
             try:
                 verify_folder(path)
             except CorruptError as error:
@@ -87,13 +124,24 @@ class Checkpoints:
         Raises:
             RunError: The recipe has changed in what matters, or tensors are missing or left over.
         """
-        saved = json.loads((path / "state.json").read_bytes())
-        check_identity(self.folder.parent, saved["identity"], self.identity)
+        state = self.read_state(path)
         _fill_model(model, load_file(path / "model.safetensors"), path)
         _fill_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"), path)
+        return state
+
+    def read_state(self, path: Path) -> TrainState:
+        """The state in a verified checkpoint.
+
+        Raises:
+            RunError: It has another form, or the recipe has changed in what matters.
+        """
+        _check_format(path)
+        saved = json.loads((path / "state.json").read_bytes())
+        check_identity(self.folder.parent, saved["identity"], self.identity)
         return TrainState(**saved["state"])
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending, whole or not."""
         if not self.folder.is_dir():
             return []
         matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
@@ -118,7 +166,17 @@ def check_identity(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, 
         )
 
 
-def _is_whole(path: Path) -> bool:
+def _check_format(path: Path) -> None:
+    found = read_manifest(path).get("format", 1)
+    if found != FORMAT:
+        raise RunError(
+            f"{path}: a checkpoint in form {found}, and this version of llmkit reads {FORMAT}",
+            hint="go on with the version that began the run, or start over with --fresh",
+        )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the folder is complete and undamaged."""
     try:
         verify_folder(path)
     except CorruptError:
@@ -140,9 +198,14 @@ def saved_identity(folder: Path) -> Mapping[str, Any] | None:
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers by name, each once: a tied weight has one name."""
+    return {name: place.contiguous() for name, place in _places(model).items()}
+
+
+def _places(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The same as they lie in the model: what is written to them reaches it."""
     saved = set(model.state_dict())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: t.detach().contiguous() for name, t in tensors.items() if name in saved}
+    return {name: tensor.detach() for name, tensor in tensors.items() if name in saved}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -155,17 +218,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def _fill_model(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    places = model_tensors(model)
+def _fill_model(model: nn.Module, tensors: Tensors, path: Path) -> None:
+    places = _places(model)
     _check_names("model.safetensors", set(tensors), set(places), path)
-    with torch.no_grad():
-        for name, place in places.items():
-            if place.shape != tensors[name].shape:
-                raise RunError(
-                    f"{path}/model.safetensors: {name} is {list(tensors[name].shape)}, "
-                    f"the model has {list(place.shape)}"
-                )
-            place.copy_(tensors[name])
+    for name, place in places.items():
+        if (place.shape, place.dtype) != (tensors[name].shape, tensors[name].dtype):
+            raise RunError(
+                f"{path}/model.safetensors: {name} is {_form(tensors[name])}, the model has {_form(place)}"
+            )
+        place.copy_(tensors[name])
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _fill_optimizer(

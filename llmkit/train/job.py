@@ -7,6 +7,7 @@ from typing import Any
 
 from llmkit.durable import write_json
 from llmkit.plan import Plan
+from llmkit.recipe import load_recipe
 from llmkit.recipe.schema import Pretrain, Recipe
 
 
@@ -25,6 +26,11 @@ class Job:
         identity: What a resumed run must share with the saved one.
         command: The command that a person types to do this again.
         face: How progress is shown: `json` and `quiet`.
+        deadline: When (`time.monotonic()`, which the processes of one machine share) the run must have saved and
+            ended; None for never.
+        self_check: Whether the run proves itself before its first step.
+        kill_at: End the first process by SIGKILL once it has recorded this step, to prove what a crash does; None
+            for never.
     """
 
     recipe: dict[str, Any]
@@ -37,6 +43,9 @@ class Job:
     identity: dict[str, Any]
     command: str
     face: dict[str, bool]
+    deadline: float | None = None
+    self_check: bool = True
+    kill_at: int | None = None
 
     def save(self, path: Path) -> None:
         """Write it for other processes to load."""
@@ -49,7 +58,7 @@ class Job:
 
     def checked_recipe(self) -> Recipe:
         """The recipe as an object."""
-        return Recipe.model_validate(self.recipe)
+        return load_recipe(self.recipe).recipe
 
     @property
     def seed(self) -> int:

@@ -4,9 +4,11 @@ A step: its micro-batches (a pure function of its number), the targets they hold
 backward on each, clip, set the learning rate (a pure function of the step), update. The loss is a sum divided
 once by that count, so it is the mean over the step's targets however they are split over micro-batches and
 devices.
+
+Arriving at a step, after an update or when a resume begins there, the run evaluates and saves if that is due. So
+a resume repeats the evaluation of its first step, and nothing about evaluations need be remembered.
 """
 
-import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +18,15 @@ import torch
 from accelerate import Accelerator
 
 from llmkit.errors import CtrlCError, InterruptedRunError, RunError
+from llmkit.launch.signals import STOP_SIGNALS, TIME_IS_UP, describe_stop
 from llmkit.objectives.base import Batch, LossModule
 from llmkit.optim import set_lr
 from llmkit.train.callbacks import Callback
-from llmkit.train.checkpoint import Checkpoints
+from llmkit.train.numbers import Numbers
+from llmkit.train.saving import Saver
 from llmkit.train.state import TrainState, mix_seed
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_REASONS = (*STOP_SIGNALS, TIME_IS_UP)
 MicroBatch = tuple[int, Batch]
 """A micro-batch and its number within the step, counted over all devices."""
 
@@ -38,6 +42,7 @@ class Schedule:
         eval_every: Held-out loss and samples, likewise.
         eval_rows: Held-out rows that such an evaluation takes, or None for all; the last one takes all.
         checkpoint_every: Checkpoints, likewise.
+        keep_every: Checkpoints that stay for good, likewise.
         lr_at: The learning rate of the update that starts at a step.
         grad_clip: The largest norm of the gradient; infinity leaves it alone.
     """
@@ -48,13 +53,26 @@ class Schedule:
     eval_every: int
     eval_rows: int | None
     checkpoint_every: int
+    keep_every: int
     lr_at: Callable[[int], float]
     grad_clip: float
+
+    def logs(self, step: int) -> bool:
+        """Whether figures are recorded at a step."""
+        return _due(step, self.log_every) or step == self.num_steps
+
+    def evaluates(self, step: int) -> bool:
+        """Whether held-out rows are measured at a step, before the measurement of all of them at the end."""
+        return step == 0 or (_due(step, self.eval_every) and step < self.num_steps)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due at a step."""
+        return _due(step, self.checkpoint_every) or _due(step, self.keep_every) or step == self.num_steps
 
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a run. Only the weights, the optimizer and the clock change while it goes.
+    """The parts of a run. Only the weights, the optimizer, the saver and the clock change while it goes.
 
     Attributes:
         accelerator: Device work: backward, reduction, clipping.
@@ -62,9 +80,12 @@ class Training:
         core: The same without wrapping.
         optimizer: As prepared by the accelerator.
         micro_batches: A step -> this process's share of it, on the device.
-        evaluate: A number of held-out rows, or None for all -> figures named `eval/...`; every process calls it.
+        numbers: What becomes of losses and gradients that are not finite.
+        saver: Writes checkpoints while training goes on.
+        evaluate: A number of held-out rows, or None for all, and what to call between batches -> figures named
+            `eval/...`; every process calls it.
         sample: A step -> (prompt, continuation) pairs; the first process calls it.
-        stop_signal: () -> the signal that asked this process to stop, or 0.
+        stop: Seconds that stopping takes -> what asks this process to stop now, or 0.
         watch_speed: (tokens per second) -> further figures: utilisation, memory.
     """
 
@@ -75,12 +96,25 @@ class Training:
     micro_batches: Callable[[int], Sequence[MicroBatch]]
     schedule: Schedule
     seed: int
-    checkpoints: Checkpoints
-    evaluate: Callable[[int | None], Mapping[str, float]]
+    numbers: Numbers
+    saver: Saver
+    evaluate: Callable[[int | None, Callable[[], object]], Mapping[str, float]]
     sample: Callable[[int], Sequence[tuple[str, str]]]
-    stop_signal: Callable[[], int]
+    stop: Callable[[float], int]
     watch_speed: Callable[[float], Mapping[str, float]]
     callbacks: Sequence[Callback]
+
+
+class StopAskedError(Exception):
+    """Every process leaves what it does: one of them was asked to stop.
+
+    Attributes:
+        reason: A signal's number, or `TIME_IS_UP`.
+    """
+
+    def __init__(self, reason: int) -> None:
+        super().__init__(describe_stop(reason))
+        self.reason = reason
 
 
 def train(run: Training, state: TrainState) -> tuple[TrainState, Mapping[str, float]]:
@@ -92,41 +126,84 @@ def train(run: Training, state: TrainState) -> tuple[TrainState, Mapping[str, fl
         The last state, and its figures named `eval/...`.
 
     Raises:
-        InterruptedRunError: A signal asked to stop; the state was saved first.
-        RunError: The loss or the gradient is not finite.
+        InterruptedRunError: Something asked to stop; the state was saved first.
+        RunError: The loss or the gradient is not finite, or a checkpoint could not be written.
     """
-    schedule = run.schedule
     run.module.train()
-    if state.step == 0:
-        observe(run, state, schedule.eval_rows)
     clock = Clock()
-    for step in range(state.step, schedule.num_steps):
-        micro_batches = run.micro_batches(step)
-        num_targets, signum = agree(run, micro_batches)
-        if signum:
-            save(run, state)
-            raise _interrupted(signum, state)
-        total, grad_norm = train_step(run, step, micro_batches, num_targets)
-
-        saving = _due(step + 1, schedule.checkpoint_every) or step + 1 == schedule.num_steps
-        logging = _due(step + 1, schedule.log_every) or step + 1 == schedule.num_steps
-        if saving or logging or run.accelerator.device.type == "cpu":  # elsewhere, looking costs a sync
-            loss = _finite_loss(run, total / num_targets, grad_norm, step + 1)
-        # After the sync, if there was one: before it, a GPU has only been given the work.
-        state = state.after(tokens=schedule.tokens_per_step, seconds=clock.lap(schedule.tokens_per_step))
-        if logging:
-            _record_step(run, state, loss, float(grad_norm), clock.tokens_per_s())
-        if _due(state.step, schedule.eval_every) and state.step < schedule.num_steps:
-            observe(run, state, schedule.eval_rows)
-        if saving:
-            save(run, state)
-        clock.restart()
-    return state, observe(run, state, None)
+    try:
+        arrive(run, state)
+        while state.step < run.schedule.num_steps:
+            state = advance(run, state, clock)
+            arrive(run, state)
+        figures = observe(run, state, None)
+        run.saver.wait()
+    except StopAskedError as asked:
+        run.saver.save(run.core.model, run.optimizer, state)
+        run.saver.wait()
+        raise _interrupted(asked.reason, state) from None
+    return state, figures
 
 
-def train_step(
-    run: Training, step: int, micro_batches: Sequence[MicroBatch], num_targets: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def advance(run: Training, state: TrainState, clock: "Clock") -> TrainState:
+    """Make one step and record it.
+
+    Raises:
+        StopAskedError: Instead of the step.
+    """
+    schedule, step = run.schedule, state.step
+    clock.restart()
+    micro_batches = run.micro_batches(step)
+    (num_targets,) = agree(
+        run, sum(int(batch["num_targets"]) for _, batch in micro_batches), soon=clock.longest_s
+    )
+    if num_targets == 0:
+        raise RunError("a step without a single target: nothing to learn from", hint="look at the data")
+    outcome = train_step(run, step, micro_batches, num_targets)
+    if schedule.logs(step + 1) or schedule.saves(step + 1):
+        run.numbers.look()  # a sync, where the device works on its own
+    # After the sync, if there was one: before it, a GPU has only been given the work.
+    seconds = clock.lap(schedule.tokens_per_step)
+    state = state.after(tokens=schedule.tokens_per_step, seconds=seconds, skipped=outcome.skipped)
+    if outcome.skipped:
+        run.numbers.count(state.skipped)
+    if clock.num_steps == 1:
+        run.saver.reserve(run.core.model, run.optimizer)  # the optimizer has its state from now on
+    if schedule.logs(state.step):
+        _record_step(run, state, outcome, num_targets, clock.tokens_per_s())
+    return state
+
+
+def arrive(run: Training, state: TrainState) -> None:
+    """What is due at a step that was reached or resumed at: an evaluation, a checkpoint.
+
+    Raises:
+        StopAskedError: In the middle of the evaluation.
+    """
+    best = False
+    if run.schedule.evaluates(state.step):
+        figures = observe(run, state, run.schedule.eval_rows)
+        best = run.saver.is_best(state.step, figures)
+    if best or (state.step > 0 and run.schedule.saves(state.step)):
+        run.saver.save(run.core.model, run.optimizer, state)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found.
+
+    Attributes:
+        total: This process's loss sum in nats, on the device.
+        grad_norm: The norm of the gradient before clipping, on the device.
+        skipped: Whether the weights were left alone because these were not finite.
+    """
+
+    total: torch.Tensor
+    grad_norm: torch.Tensor
+    skipped: bool
+
+
+def train_step(run: Training, step: int, micro_batches: Sequence[MicroBatch], num_targets: int) -> Outcome:
     """One optimizer step: from its micro-batches to new weights.
 
     Args:
@@ -135,48 +212,56 @@ def train_step(
         micro_batches: This process's share of the step.
         num_targets: Terms of the loss over all devices.
 
-    Returns:
-        This process's loss sum in nats, and the norm of the gradient before clipping; both on the device.
+    Raises:
+        RunError: The loss or the gradient is not finite, and the recipe says to stop then.
     """
     accelerator = run.accelerator
     # accelerate divides by the micro-batches, DDP by the processes: both take means, the loss here is a sum.
     scale = len(micro_batches) * accelerator.num_processes / num_targets
-    total = torch.zeros((), device=accelerator.device)
+    totals = {}
     for index, batch in micro_batches:
         torch.manual_seed(mix_seed(run.seed, step, index))  # dropout: the same on any number of devices
         with accelerator.accumulate(run.module):
             loss = run.module(batch)
             accelerator.backward(loss.total * scale)
-        total += loss.total.detach()
+        totals[index] = loss.total.detach()
     grad_norm = accelerator.clip_grad_norm_(run.core.parameters(), run.schedule.grad_clip)
-    set_lr(run.optimizer, run.schedule.lr_at(step))
-    run.optimizer.step()
+    good = run.numbers.good(step, totals, grad_norm)
+    if good:
+        set_lr(run.optimizer, run.schedule.lr_at(step))
+        run.optimizer.step()
     run.optimizer.zero_grad()
-    return total, grad_norm
+    return Outcome(sum(totals.values(), torch.zeros((), device=accelerator.device)), grad_norm, not good)
 
 
-def agree(run: Training, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
-    """What all processes must know before a step: its number of targets, and whether any was asked to stop.
+def agree(run: Training, *mine: int, soon: float = 0.0) -> list[int]:
+    """Add numbers up over all processes, and learn in the same breath whether one of them must stop.
 
-    Returns:
-        Targets over all devices, and the signal to obey: 0 for none.
+    Args:
+        run: The parts.
+        mine: This process's numbers.
+        soon: Seconds until the processes agree again.
 
     Raises:
-        RunError: The step has no targets: there is nothing to learn.
+        StopAskedError: A process was asked to stop: all of them raise this.
+        RunError: A checkpoint could not be written: all of them raise.
     """
-    mine = sum(int(batch["num_targets"]) for _, batch in micro_batches)
-    signum = run.stop_signal()
-    asked = [signum == known for known in _STOP_SIGNALS]
-    facts = torch.tensor([mine, *asked], dtype=torch.int64)
-    num_targets, *counts = run.accelerator.reduce(facts, "sum").tolist()
-    if num_targets == 0:
-        raise RunError("a step without a single target: nothing to learn from", hint="look at the data")
-    return num_targets, next((known for known, count in zip(_STOP_SIGNALS, counts, strict=True) if count), 0)
+    reason = run.stop(soon + run.saver.seconds)
+    facts = [*mine, run.saver.failed, *(reason == known for known in _REASONS)]
+    sums = run.accelerator.reduce(torch.tensor(facts, dtype=torch.int64), "sum").tolist()
+    added, (failed, *reasons) = sums[: len(mine)], sums[len(mine) :]
+    if failed:
+        run.saver.check()
+        raise RunError("another process could not save its checkpoint; its own words say why")
+    asked = next((known for known, count in zip(_REASONS, reasons, strict=True) if count), 0)
+    if asked:
+        raise StopAskedError(asked)
+    return added
 
 
 def observe(run: Training, state: TrainState, rows: int | None) -> Mapping[str, float]:
     """Evaluate on so many held-out rows (None: all) and draw samples; every process takes part."""
-    figures = run.evaluate(rows)
+    figures = run.evaluate(rows, lambda: agree(run))
     if not run.accelerator.is_main_process:
         return figures
     samples = run.sample(state.step)
@@ -187,30 +272,26 @@ def observe(run: Training, state: TrainState, rows: int | None) -> Mapping[str, 
     return figures
 
 
-def save(run: Training, state: TrainState) -> None:
-    """Save a checkpoint; the first process writes, the others wait."""
-    if run.accelerator.is_main_process:
-        if not all(bool(torch.isfinite(weight).all()) for weight in run.core.parameters()):
-            raise RunError(f"step {state.step}: weights are not finite, so nothing is saved over good ones")
-        for callback in run.callbacks:
-            callback.on_save(state.step)
-        run.checkpoints.save(run.core.model, run.optimizer, state)
-    run.accelerator.wait_for_everyone()
-
-
 class Clock:
-    """Seconds spent in steps; what lies between `lap` and `restart` (evaluation, saving) does not count."""
+    """Seconds spent in steps: what lies between `lap` and `restart` (evaluation, saving) does not count.
+
+    Attributes:
+        num_steps: Steps timed.
+        longest_s: The longest of them, in seconds.
+    """
 
     def __init__(self) -> None:
+        self.num_steps = 0
+        self.longest_s = 0.0
         self._start = time.perf_counter()
         self._seconds = 0.0
         self._tokens = 0
 
     def lap(self, tokens: int) -> float:
         """End a step of `tokens`; return its seconds."""
-        now = time.perf_counter()
-        seconds = now - self._start
-        self._start = now
+        seconds = time.perf_counter() - self._start
+        self.num_steps += 1
+        self.longest_s = max(self.longest_s, seconds)
         self._seconds += seconds
         self._tokens += tokens
         return seconds
@@ -226,38 +307,28 @@ class Clock:
         return speed
 
 
-def _finite_loss(run: Training, mine: torch.Tensor, grad_norm: torch.Tensor, step: int) -> float:
-    loss = float(run.accelerator.reduce(mine, "sum"))
-    if math.isfinite(loss) and math.isfinite(float(grad_norm)):
-        return loss
-    raise RunError(
-        f"step {step}: the loss is {loss}, the gradient's norm {float(grad_norm)}: not finite",
-        hint="The last checkpoint is untouched. A lower `train.optim.lr`, a longer `warmup` or "
-        "`machine.precision=fp32` usually helps.",
-    )
-
-
 def _record_step(
-    run: Training, state: TrainState, loss: float, grad_norm: float, tokens_per_s: float
+    run: Training, state: TrainState, outcome: Outcome, num_targets: int, tokens_per_s: float
 ) -> None:
     record = {
         "step": state.step,
         "tokens": state.tokens,
         "elapsed_s": round(state.elapsed_s, 3),
-        "train/loss": loss,
+        "train/loss": float(run.accelerator.reduce(outcome.total, "sum")) / num_targets,
         "train/lr": run.schedule.lr_at(state.step - 1),
-        "train/grad_norm": grad_norm,
+        "train/grad_norm": float(outcome.grad_norm),
         "tokens_per_s": round(tokens_per_s, 1),
+        **({"train/skipped": state.skipped} if state.skipped else {}),
         **run.watch_speed(tokens_per_s),
     }
     for callback in run.callbacks:
         callback.on_record(record, num_steps=run.schedule.num_steps)
 
 
-def _interrupted(signum: int, state: TrainState) -> InterruptedRunError:
-    kind = CtrlCError if signum == signal.SIGINT else InterruptedRunError
+def _interrupted(reason: int, state: TrainState) -> InterruptedRunError:
+    kind = CtrlCError if reason == signal.SIGINT else InterruptedRunError
     return kind(
-        f"stopped by {signal.Signals(signum).name} after step {state.step}; everything is saved",
+        f"stopped by {describe_stop(reason)} after step {state.step}; everything is saved",
         hint="The same command goes on from there.",
     )
 

@@ -1,5 +1,6 @@
 """One process's part in a pre-training run: build the parts, try the largest batch, train, finish."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,10 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from llmkit.data.order import RowOrder
 from llmkit.durable import write_file, write_json
 from llmkit.errors import RunError
 from llmkit.evaluate.generate import generate
 from llmkit.evaluate.split import sum_over
+from llmkit.launch.crew import RESTART
 from llmkit.launch.signals import StopSignal
 from llmkit.models.attention import use_attention
 from llmkit.models.peak import measure_peak_flops
@@ -22,8 +25,10 @@ from llmkit.objectives.base import LossModule
 from llmkit.optim import make_optimizer
 from llmkit.plan import Plan
 from llmkit.recipe import load_recipe, resolved_yaml
+from llmkit.recipe.schema import Pretrain
 from llmkit.report.console import Reporter
-from llmkit.report.run_log import RunLog
+from llmkit.report.run_log import RunLog, read_metrics
+from llmkit.report.spikes import SpikeWatch
 from llmkit.train.build import (
     Data,
     Feed,
@@ -33,13 +38,16 @@ from llmkit.train.build import (
     open_data,
     pick_attention,
 )
-from llmkit.train.callbacks import Callback, ConsoleCallback, LogCallback
+from llmkit.train.callbacks import Callback, ConsoleCallback, KillAt, LogCallback
 from llmkit.train.checkpoint import Checkpoints
-from llmkit.train.devices import leave, peak_memory_bytes, start_accelerator
+from llmkit.train.devices import leave, naming_lost_workers, peak_memory_bytes, start_accelerator
 from llmkit.train.finish import finish
 from llmkit.train.job import Job
-from llmkit.train.loop import Training, train
-from llmkit.train.prove import prove_head, prove_isolation
+from llmkit.train.loop import Schedule, Training, train
+from llmkit.train.numbers import Numbers
+from llmkit.train.prove import ROWS_LOOKED_AT, first_rows, prove_head, self_check
+from llmkit.train.saving import Keep, Saver
+from llmkit.train.sharded import ShardedWriter, is_sharded, load_checkpoint
 from llmkit.train.state import TrainState, mix_seed
 
 T = TypeVar("T")
@@ -53,6 +61,15 @@ def pretrain(job: Job, reporter: Reporter) -> None:
     Raises:
         LlmkitError: As the parts raise; the newest checkpoint is then what the same command resumes from.
     """
+    with ExitStack() as stack:
+        # From here on: what comes while the parts are built is obeyed before the first step.
+        stop = stack.enter_context(StopSignal(job.deadline))
+        with naming_lost_workers():  # and then, as the stack unwinds, what is being saved is finished
+            _pretrain(job, reporter, stop, stack)
+    leave()
+
+
+def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) -> None:
     section, plan = job.section(), job.checked_plan()
     accelerator = start_accelerator(plan)
     data = open_data(job)
@@ -61,50 +78,119 @@ def pretrain(job: Job, reporter: Reporter) -> None:
     if plan.compile:
         core.compile(dynamic=False)
     module, optimizer = accelerator.prepare(core, make_optimizer(core.model, section.train.optim))
-    feed = Feed(data, core.objective, plan, section, accelerator)
+    feed, order = Feed(data, core.objective, plan, section, accelerator), make_order(job, data)
 
-    checkpoints = Checkpoints(Path(job.folder) / "checkpoints", section.checkpoint.keep, job.identity)
+    checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.identity)
     saved = _from_first(accelerator, lambda: checkpoints.newest(reporter.warn))
-    state = checkpoints.load(saved, core.model, optimizer) if saved else TrainState()
+    state = load_checkpoint(checkpoints, saved, core.model, optimizer) if saved else TrainState()
     reporter.phase("prove", "one step of the largest shape" + (", compiling" if plan.compile else ""))
     prove_head(core.model)
-    if section.isolate_documents:
-        prove_isolation(core.model)
     plan = _with_length(plan, _try_largest_batch(accelerator, module, feed, plan), accelerator)
+    if job.self_check:
+        _check_itself(job, plan, module, core, data, order, accelerator, reporter)
     schedule = make_schedule(section, plan)
-
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
-        steps = stack.enter_context(feed.steps(make_order(job, data), state.step, schedule.num_steps))
-        run = Training(
-            accelerator=accelerator,
-            module=module,
-            core=core,
-            optimizer=optimizer,
-            micro_batches=feed.in_order(steps),
-            schedule=schedule,
-            seed=job.seed,
-            checkpoints=checkpoints,
-            evaluate=lambda rows: evaluate(core, feed, data, accelerator, rows),
-            sample=lambda step: _sample(core, data, job, step),
-            stop_signal=lambda: stop.requested,
-            watch_speed=_speed_watcher(plan, accelerator.device),
-            callbacks=_callbacks(job, plan, state, accelerator, reporter, stack),
-        )
-        start = f"from {saved.name}, " if saved else ""
-        reporter.phase("pretrain", f"{start}{schedule.num_steps:,} steps of {plan.tokens_per_step:,} tokens")
-        state, figures = train(run, state)
+    callbacks = _callbacks(job, plan, state, accelerator, reporter, stack)
+    shards = ShardedWriter(checkpoints) if is_sharded(core.model) else None
+    resumed = state.step if saved else None
+    saver = _saver(section, plan, schedule, checkpoints, shards, accelerator, callbacks, resumed)
+    workers = job.checked_recipe().machine.loader_workers
+    steps = stack.enter_context(feed.steps(order, state.step, schedule.num_steps, workers=workers))
+    run = Training(
+        accelerator=accelerator,
+        module=module,
+        core=core,
+        optimizer=optimizer,
+        micro_batches=feed.in_order(steps),
+        schedule=schedule,
+        seed=job.seed,
+        numbers=Numbers(
+            accelerator,
+            policy=section.train.bad_numbers,
+            max_skipped=section.train.max_skipped,
+            describe=feed.describe,
+            warn=reporter.warn,
+        ),
+        saver=stack.enter_context(saver),
+        evaluate=lambda rows, between: evaluate(core, feed, data, accelerator, rows, between),
+        sample=lambda step: _sample(core, data, job, step),
+        stop=stop.asked,
+        watch_speed=_speed_watcher(plan, accelerator.device),
+        callbacks=callbacks,
+    )
+    start = f"from {saved.name}, " if saved else ""
+    reporter.phase("pretrain", f"{start}{schedule.num_steps:,} steps of {plan.tokens_per_step:,} tokens")
+    state, figures = train(run, state)
+    if shards is not None:
+        shards.close()
     if accelerator.is_main_process:
         reporter.phase("export", f"{job.folder}/model")
         finish(job, plan, core.model, data.tokenizer, state, figures)
-    leave()
+
+
+def _check_itself(
+    job: Job,
+    plan: Plan,
+    module: torch.nn.Module,
+    core: LossModule,
+    data: Data,
+    order: RowOrder,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> None:
+    """Prove model, data and saving to themselves, and say what was found."""
+    # A sharded model is not whole on any one process, so it is not tried on disk here.
+    folder = Path(job.folder) if accelerator.is_main_process and not is_sharded(core.model) else None
+    for line in self_check(
+        module,
+        core,
+        first_rows(data.train, order, min(ROWS_LOOKED_AT, 2 * plan.rows_per_step)),
+        data.tokenizer,
+        isolate=job.section().isolate_documents,
+        compiled_rows=plan.micro_batch_size if plan.compile else None,
+        folder=folder,
+    ):
+        reporter.note(f"checked: {line}")
+
+
+def _saver(
+    section: Pretrain,
+    plan: Plan,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    shards: ShardedWriter | None,
+    accelerator: Accelerator,
+    callbacks: Sequence[Callback],
+    resumed: int | None,
+) -> Saver:
+    """Writes whole checkpoints on the first process, or each process's share of sharded ones."""
+    return Saver(
+        checkpoints,
+        Keep(section.checkpoint.keep, schedule.keep_every, section.checkpoint.keep_best),
+        background=plan.background_save,
+        writer=shards,
+        writes=shards is not None or accelerator.is_main_process,
+        tidies=accelerator.is_main_process,
+        resumed=resumed,
+        expected_bytes=plan.checkpoint_bytes,
+        before_publishing=lambda step: _on_save(callbacks, step),
+    )
+
+
+def _on_save(callbacks: Sequence[Callback], step: int) -> None:
+    for callback in callbacks:
+        callback.on_save(step)
 
 
 def evaluate(
-    core: LossModule, feed: Feed, data: Data, accelerator: Accelerator, rows: int | None
+    core: LossModule,
+    feed: Feed,
+    data: Data,
+    accelerator: Accelerator,
+    rows: int | None,
+    between: Callable[[], object],
 ) -> dict[str, float]:
     """Figures on `rows` held-out rows (None: all), named `eval/...`; every process calls it."""
-    sums = sum_over(core, feed.held_out(rows), lambda sums: accelerator.reduce(sums, "sum"))
+    sums = sum_over(core, feed.held_out(rows), lambda sums: accelerator.reduce(sums, "sum"), between)
     if not sums["num_targets"]:
         return {}  # `held_out: 0`
     sums["num_bytes"] = sums["num_targets"] * data.bytes_per_token
@@ -178,11 +264,14 @@ def _callbacks(
         return ()
     folder = Path(job.folder)
     write_json(folder / "plan.json", plan.to_dict())
-    # The last step's measurement comes after its checkpoint: a run that was stopped in between repeats it.
-    log = RunLog(folder, state.step, measure_again=state.step == plan.num_steps)
+    log = RunLog(folder, state.step)
     resolved = folder / "resolved.yaml"
     write_file(resolved, resolved_yaml(load_recipe(resolved), plan.choices))
-    return LogCallback(stack.enter_context(log)), ConsoleCallback(reporter)
+    spikes = SpikeWatch(reporter.warn, before=read_metrics(folder))  # what the log kept of an earlier session
+    watching: list[Callback] = [LogCallback(stack.enter_context(log)), ConsoleCallback(reporter), spikes]
+    if job.kill_at is not None and os.environ.get(RESTART, "0") == "0":  # once is enough
+        watching.append(KillAt(job.kill_at))
+    return watching
 
 
 def _sample(core: LossModule, data: Data, job: Job, step: int) -> list[tuple[str, str]]:

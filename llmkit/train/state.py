@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llmkit.data.seeds import mix_seed as mix_seed
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -12,31 +14,20 @@ class TrainState:
         step: Optimizer steps made.
         tokens: Positions computed, over all devices.
         elapsed_s: Wall seconds spent in steps, over all sessions of the run.
+        skipped: Of the steps, those that left the weights alone because their numbers were not finite.
     """
 
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
+    skipped: int = 0
 
-    def after(self, *, tokens: int, seconds: float) -> "TrainState":
+    def after(self, *, tokens: int, seconds: float, skipped: bool = False) -> "TrainState":
         """The state after one more step."""
-        return TrainState(self.step + 1, self.tokens + tokens, self.elapsed_s + seconds)
+        return TrainState(
+            self.step + 1, self.tokens + tokens, self.elapsed_s + seconds, self.skipped + int(skipped)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
         return asdict(self)
-
-
-def mix_seed(*parts: int) -> int:
-    """A 63-bit seed that is a pure function of `parts`, such as (seed, step, micro-batch).
-
-    **Source**: the finaliser of SplitMix64: Steele, Lea and Flood, OOPSLA 2014, figure 15.
-    """
-    mask = (1 << 64) - 1
-    state = 0
-    for part in parts:
-        state = (state + (part & mask) + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1

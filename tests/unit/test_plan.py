@@ -488,7 +488,8 @@ def test_models_that_cannot_hold_the_text() -> None:
 def test_every_auto_is_a_choice_with_a_reason() -> None:
     choices = plan_of(recipe(), H100).choices
     assert set(choices) == {
-        f"machine.{k}" for k in ("device", "processes", "precision", "compile", "micro_batch")
+        f"machine.{k}"
+        for k in ("device", "processes", "precision", "compile", "micro_batch", "background_save")
     }
     assert all(why for _, why in choices.values())
 

@@ -141,9 +141,14 @@ def test_explain_tells_type_range_default_and_text() -> None:
 
 
 def test_explain_lists_the_children_of_a_section() -> None:
-    assert [name for name, _ in explain("pretrain.checkpoint").children] == ["every", "keep"]
+    assert [name for name, _ in explain("pretrain.checkpoint").children] == [
+        "every",
+        "keep",
+        "keep_best",
+        "keep_every",
+    ]
     assert [name for name, _ in explain("").children] == list(fields.keys_of(""))
-    assert "    keep   How many of the newest" in str(explain("pretrain.checkpoint"))
+    assert "    keep        How many of the newest" in str(explain("pretrain.checkpoint"))
 
 
 @pytest.mark.parametrize("key", fields.settings())

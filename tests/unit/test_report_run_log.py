@@ -11,10 +11,12 @@ from llmkit.report.run_log import RunLog, read_metrics, read_samples
 
 
 def write_steps(folder: Path, start: int, stop: int) -> None:
+    """What a run writes: a step's record when it is made, and what is due at a step on arriving there."""
     with RunLog(folder, start) as log:
-        for step in range(start + 1, stop + 1):
-            log.metrics({"step": step, "train/loss": 1 / step})
-            if step % 5 == 0:
+        for step in range(start, stop + 1):
+            if step > start:
+                log.metrics({"step": step, "train/loss": 1 / step})
+            if step % 5 == 0 and step:
                 log.metrics({"step": step, "eval/loss": 2 / step})
                 log.sample(step, "从前\u2028", f"text\n{step}")
 
@@ -49,6 +51,13 @@ def test_a_fresh_start_keeps_nothing(tmp_path: Path) -> None:
     write_steps(tmp_path, 0, 5)
     RunLog(tmp_path, 0).close()
     assert contents(tmp_path) == (b"", b"")
+
+
+def test_what_was_measured_at_the_resumed_step_is_measured_again(tmp_path: Path) -> None:
+    write_steps(tmp_path, 0, 5)
+    RunLog(tmp_path, 5).close()
+    assert read_metrics(tmp_path)[-1] == {"step": 5, "train/loss": 0.2}
+    assert read_samples(tmp_path) == []
 
 
 def test_every_record_can_be_read_at_once(tmp_path: Path) -> None:
