@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from llmkit import __version__
-from llmkit.cli import commands, doctor, recipe
+from llmkit.cli import commands, doctor, recipe, verify
 from llmkit.cli.options import described
 from llmkit.cli.output import give, say
 from llmkit.errors import ExitCode
@@ -51,5 +51,6 @@ def start(
 
 
 commands.register(app)
+verify.register(app)
 recipe.register(app)
 doctor.register(app)
