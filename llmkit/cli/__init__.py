@@ -15,6 +15,7 @@ from llmkit.cli.app import app
 from llmkit.cli.failures import complain
 from llmkit.cli.output import close_quietly
 from llmkit.errors import CtrlCError, ExitCode, InterruptedRunError
+from llmkit.launch.signals import NOTED, STOP_SIGNALS
 
 _GOES_ON = "The same command goes on from there."
 
@@ -26,13 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `llmkit`; by default those of this process.
     """
     _set_torch_up()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    NOTED.clear()
+    for number in STOP_SIGNALS:
         signal.signal(number, _stop)
     words = list(sys.argv[1:] if arguments is None else arguments)
     flags = words[: words.index("--")] if "--" in words else words
     try:
         code = app(words, prog_name="llmkit", standalone_mode=False)
         sys.stdout.flush()
+        if code == ExitCode.CTRL_C:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else ExitCode.DONE
     except BrokenPipeError:  # the reader of a pipe has enough: `llmkit recipe schema | head`
         close_quietly(sys.stdout)
@@ -48,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _stop(number: int, frame: object) -> NoReturn:
     """What a request to stop does while nothing better is set up: training saves first, the rest only leaves."""
+    NOTED.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise InterruptedRunError(
         f"stopped by {signal.Signals(number).name}; what was complete is kept",
         hint=_GOES_ON,

@@ -85,6 +85,21 @@ class SplitCounts:
         self.chars += other.chars
 
 
+def _mapped(path: Path) -> Any:
+    """The array in a file, read when it is looked at.
+
+    Raises:
+        CorruptError: Its head is damaged. Only sizes are checked beforehand.
+    """
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise CorruptError(
+            f"{path}: not readable as an array ({error})",
+            hint=f"remove {path.parent}: the same command makes it anew",
+        ) from error
+
+
 class TokenStream:
     """One split's tokens as one long array, read in place from its files; another process opens them itself.
 
@@ -103,9 +118,9 @@ class TokenStream:
         self.num_bytes = counts.bytes
         self._tokens_per_file = counts.tokens_per_file
         num_files = -(-counts.tokens // counts.tokens_per_file) if counts.tokens else 0
-        self._files = [np.load(_token_file(folder, split, i), mmap_mode="r") for i in range(num_files)]
+        self._files = [_mapped(_token_file(folder, split, i)) for i in range(num_files)]
         starts = folder / f"{split}-documents.npy"
-        self._starts: Ints = np.load(starts, mmap_mode="r") if counts.documents else np.zeros(0, np.int64)
+        self._starts: Ints = _mapped(starts) if counts.documents else np.zeros(0, np.int64)
 
     def __reduce__(self) -> tuple[type["TokenStream"], tuple[Path, Split, str, SplitCounts]]:
         # What is mapped would be copied whole into the pickle.

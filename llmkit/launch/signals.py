@@ -17,6 +17,11 @@ TIME_IS_UP = -1
 """What `StopSignal.asked` gives in place of a signal's number when the time given to the run is up."""
 
 
+NOTED: list[int] = []
+"""Signals that came before anything better than leaving at once was set up. Leaving is an exception, and one that is
+raised in a destructor or a callback is lost: training looks here when it begins, so that the signal is not."""
+
+
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Give the stop signals to `handler` for a while; works in the main thread only, as Python has it."""
@@ -41,7 +46,7 @@ class StopSignal:
     """
 
     def __init__(self, deadline: float | None = None) -> None:
-        self.requested: int = 0
+        self.requested: int = NOTED[0] if NOTED else 0
         self.deadline = deadline
         self._interrupted = False
         self._has_parent = "LLMKIT_RENDEZVOUS" in os.environ

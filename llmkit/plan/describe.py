@@ -59,6 +59,10 @@ def _length(plan: Plan) -> list[tuple[str, str, str]]:
     lines = [("length", "steps", steps), ("length", "data", f"{plan.num_rows_per_epoch:,} rows a pass")]
     names = {"warmup_steps": "warm-up", "eval_every": "evaluation", "checkpoint_every": "checkpoint"}
     lines += [("length", name, _interval(plan, key)) for key, name in names.items()]
+    if plan.keep_every != 0:
+        lines.append(
+            ("length", "kept for good", _interval(plan, "keep_every").removesuffix(", and at the end"))
+        )
     if plan.seconds_low is not None and plan.seconds_high is not None and plan.length_seconds is None:
         spread = f"{seconds_text(plan.seconds_low)} to {seconds_text(plan.seconds_high)} (a rough estimate)"
         lines.append(("length", "time", spread))

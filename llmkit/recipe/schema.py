@@ -206,7 +206,7 @@ class Checkpoint(Block):
     """How often: `500 steps`, `10%` of the run, `10m`, or `never` (then only at the end)."""
     keep: Annotated[Whole, Field(ge=1)] = 2
     """How many of the newest checkpoints stay on disk."""
-    keep_best: Annotated[str, Field(pattern=r"^eval/[a-z0-9_]+$")] | None = None
+    keep_best: Literal["eval/loss", "eval/perplexity", "eval/bits_per_byte"] | None = None
     """A metric of the evaluations while training, such as `eval/loss`: the checkpoint that was best by it stays,
     whatever its age. One is saved at each evaluation that is better than all before."""
     keep_every: Every = Amount(0, "never")

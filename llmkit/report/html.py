@@ -142,14 +142,20 @@ def _learning(report: Facts) -> str:
 
 
 def _spikes(report: Facts) -> str:
-    """Where the loss jumped, a line each; that it never did, where it was looked at."""
+    """Where the loss jumped, a line each, or that it never did; and steps that were left out."""
     if "spikes" not in report or not any("train/loss" in record for record in report["metrics"]):
         return ""
     told = [Spike(**spike).sentence() for spike in report["spikes"][:_MOST_SPIKES]]
     left = len(report["spikes"]) - len(told)
     more = [f"and {left:,} more spikes"] if left else []
-    lines = [*told, *more] or ["No spikes: the training loss never jumped far above its usual level."]
-    return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>'
+    lines = [*told, *more]
+    if not lines and report["status"] == "done":
+        lines = ["No spikes: the training loss never jumped far above its usual level."]
+    skipped = max((int(record.get("train/skipped") or 0) for record in report["metrics"]), default=0)
+    if skipped:
+        lines.append(f"{skipped:,} step(s) skipped, because the loss or the gradient was not finite.")
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<ul class="notes">{items}</ul>' if items else ""
 
 
 _MOST_SPIKES = 12

@@ -1,8 +1,8 @@
 """`llmkit pretrain`: prepare the data once, plan, then train here or in worker processes."""
 
-import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -175,6 +175,20 @@ def _leave_plan(
     write_file(folder / "resolved.yaml", resolved_yaml(anchored(loaded), plan.choices))
     for note in plan.notes:
         reporter.note(note)
+    _warn_of_full_disk(folder, job, plan, reporter)
+
+
+def _warn_of_full_disk(folder: Path, job: "Job", plan: Plan, reporter: Reporter) -> None:
+    """Say before the first step when the checkpoints to keep, the next one and the model will not fit."""
+    kept = len(list((folder / "checkpoints").glob("step_*")))
+    more = max(0, job.section().checkpoint.keep + 1 - kept)
+    needed = more * plan.checkpoint_bytes + 4 * plan.num_parameters
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        reporter.warn(
+            f"{folder}: {free / 1e6:,.0f} MB are free on this disk, and checkpoints and model will take about "
+            f"{needed / 1e6:,.0f} MB: free some space, or choose another place with --runs"
+        )
 
 
 def _train(job: "Job", reporter: Reporter, world: World | None, restarts: int) -> None:
@@ -199,20 +213,29 @@ def _train(job: "Job", reporter: Reporter, world: World | None, restarts: int) -
     path = Path(job.folder) / "job.json"
     job.save(path)
     reporter.note(f"starting {world_size} process{'es' if world_size > 1 else ''}")
+    said: list[str] = []
+
+    def tell(line: str) -> None:
+        said.append(line)
+        sys.stderr.write(line + "\n")
+
     code = run_local_workers(
         world_size,
         [str(path)],
         logs=Path(job.folder) / "logs",
         program=[sys.executable, "-P", "-m", "llmkit.train.worker"],
+        on_line=tell,
         restarts=restarts,
         progress=lambda: _newest_step(Path(job.folder)),
     )
-    _raise_for(code, job.folder)
+    _raise_for(code, job.folder, [line for line in said if line.startswith("worker ")])
 
 
 def _newest_step(folder: Path) -> int:
     """The step of the newest checkpoint, 0 where there is none."""
-    return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*")), default=0)
+    from llmkit.train.steps import saved_steps
+
+    return max(saved_steps(folder / "checkpoints"), default=0)
 
 
 def _report_end(folder: Path, options: Options, error: LlmkitError) -> None:
@@ -223,16 +246,17 @@ def _report_end(folder: Path, options: Options, error: LlmkitError) -> None:
         write_report(folder, facts)
 
 
-def _raise_for(code: int, folder: str) -> None:
-    """Turn the workers' exit code into the error that ends this process the same way."""
+def _raise_for(code: int, folder: str, deaths: Sequence[str]) -> None:
+    """Turn the workers' exit code, and what was seen of their deaths, into the error that ends this process so."""
     if code == ExitCode.DONE:
         return
     if code in (ExitCode.INTERRUPTED, ExitCode.CTRL_C):
         kind = CtrlCError if code == ExitCode.CTRL_C else InterruptedRunError
         raise kind(f"{folder}: stopped; everything is saved", hint="The same command goes on from there.")
-    error = RunError(
-        f"{folder}: a worker failed (exit code {code}); its words are above and in {folder}/logs"
-    )
+    reason = deaths[-1] if deaths else f"a worker failed with exit code {code}"
+    newest = _newest_step(Path(folder))
+    goes_on = f"the same command goes on from step {newest}" if newest else "nothing was saved yet"
+    error = RunError(f"{folder}: {reason}", hint=f"{goes_on}; what the others said is in {folder}/logs")
     error.exit_code = ExitCode(code) if code in list(ExitCode) else ExitCode.FAILED
     raise error
 
@@ -240,18 +264,20 @@ def _raise_for(code: int, folder: str) -> None:
 def _as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
     """The plan with what a run in this folder was begun with, so that going on gives the same numbers.
 
+    That stands in its checkpoints, which are verified; a run that has none yet begins anew with today's numbers.
     What the recipe pins wins. The number of processes may change.
     """
-    path = folder / "plan.json"
-    if not path.is_file():
+    from llmkit.train.checkpoint import saved_record
+
+    saved = saved_record(folder).get("plan")
+    if not saved:
         return plan
     try:
-        begun = Plan.from_dict(json.loads(path.read_bytes()))
+        begun = Plan.from_dict(saved)
     except (ValueError, KeyError, TypeError) as error:
-        if not any((folder / "checkpoints").glob("step_*")):
-            return plan  # nothing was trained by it
         raise RunError(
-            f"{path}: not a plan of this version of llmkit ({error})", hint="start over with --fresh"
+            f"{folder}/checkpoints: not of this version of llmkit ({error})",
+            hint="go on with the version that began the run, or start over with --fresh",
         ) from error
     machine = loaded.recipe.machine
     kept: dict[str, Any] = {
@@ -357,11 +383,11 @@ def _refuse_another_run(folder: Path, job: "Job") -> None:
     Raises:
         RunError: Shows what has changed.
     """
-    from llmkit.train.checkpoint import check_identity, saved_identity
+    from llmkit.train.checkpoint import check_identity, saved_record
 
-    saved = saved_identity(folder)
-    if saved is not None:
-        check_identity(folder, saved, job.identity)
+    saved = saved_record(folder)
+    if saved:
+        check_identity(folder, saved["identity"], job.identity)
 
 
 def _clear(folder: Path) -> None:

@@ -5,10 +5,11 @@ A checkpoint is a folder `step_00001000` with `model.safetensors` (weights and b
 run's identity). No generator state: everything random is a function of (seed, step, micro-batch).
 """
 
+import errno
+import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ from llmkit.durable import (
 from llmkit.errors import CorruptError, RunError
 from llmkit.optim import parameter_names
 from llmkit.train.state import TrainState
+from llmkit.train.steps import checkpoint_path, saved_steps
 
 FORMAT = 1
 """The form of a checkpoint, in its manifest."""
 
 Tensors = Mapping[str, torch.Tensor]
-_NAME = re.compile(r"step_(\d{8,})")
+Form = tuple[torch.Size, torch.dtype]
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+_AS_FAST = ("fused", "foreign", "capturable")
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,12 @@ class Checkpoints:
     Attributes:
         folder: `checkpoints/` of the run folder.
         identity: What a resumed run must share with the saved one: data, order, model, schedule.
+        plan: The numbers the run was begun with, which a resumed one takes over.
     """
 
     folder: Path
     identity: Mapping[str, Any]
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     def write(
         self,
@@ -73,7 +79,7 @@ class Checkpoints:
             for name, tensors in (("model.safetensors", weights), ("optimizer.safetensors", moments)):
                 with foreign_write(temporary / name):
                     save_file(dict(tensors), temporary / name)
-            write_json(temporary / "state.json", {"state": state.to_dict(), "identity": dict(self.identity)})
+            write_json(temporary / "state.json", self.record(state))
             before_publishing()
         return path
 
@@ -81,18 +87,41 @@ class Checkpoints:
         """What `write` takes, where it is now."""
         return model_tensors(model), optimizer_tensors(model, optimizer)
 
+    def record(self, state: TrainState) -> dict[str, Any]:
+        """What `state.json` holds."""
+        return {"state": state.to_dict(), "identity": dict(self.identity), "plan": dict(self.plan)}
+
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
-        return self.folder / f"step_{step:08d}"
+        return checkpoint_path(self.folder, step)
 
     def remove(self, step: int) -> None:
         """Remove the checkpoint of a step."""
         remove_folder(self.path(step))
 
-    def read_json(self, name: str) -> Any:
-        """What a file beside the checkpoints holds; None where there is none."""
+    def write_note(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a file beside the checkpoints, with a hash of its own under `sha256`."""
+        write_json(self.folder / name, {**content, "sha256": _hash_of(content)})
+
+    def read_note(self, name: str) -> dict[str, Any] | None:
+        """What `write_note` wrote; None where nothing is.
+
+        Raises:
+            CorruptError: It is damaged.
+            RunError: It cannot be read at the moment.
+        """
         path = self.folder / name
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        try:
+            held = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except ValueError as error:
+            raise CorruptError(f"{path}: not JSON ({error})") from error
+        if not isinstance(held, dict) or held.pop("sha256", None) != _hash_of(held):
+            raise CorruptError(f"{path}: its own hash does not match")
+        return held
 
     def newest(self, warn: Callable[[str], None]) -> Path | None:
         """The newest complete checkpoint, or None when there is none at all.
@@ -101,19 +130,21 @@ class Checkpoints:
 
         Raises:
             CorruptError: There are checkpoints, and every one of them is damaged.
+            RunError: One cannot be read at the moment. It is not passed over: it may be whole, and to go on from the
+                one before it would remove it.
         """
         steps = self.steps()
         for step in reversed(steps):
             path = self.path(step)
             try:
-                verify_folder(path)
+                verify(path)
             except CorruptError as error:
                 warn(f"checkpoint {path.name} is damaged and not used: {error}")
             else:
                 return path
         if steps:
             raise CorruptError(
-                f"{self.folder}: every checkpoint is damaged",
+                f"{self.folder}: every checkpoint is damaged, the newest is {self.path(steps[-1]).name}",
                 hint="start over with --fresh, or restore a copy",
             )
         return None
@@ -126,7 +157,9 @@ class Checkpoints:
         """
         state = self.read_state(path)
         _fill_model(model, load_file(path / "model.safetensors"), path)
-        _fill_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"), path)
+        moments = load_file(path / "optimizer.safetensors")
+        check_moments(_forms(moments), model, optimizer, state, path)
+        fill_optimizer(model, optimizer, moments)
         return state
 
     def read_state(self, path: Path) -> TrainState:
@@ -142,10 +175,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending, whole or not."""
-        if not self.folder.is_dir():
-            return []
-        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(match[1]) for match in matches if match)
+        return saved_steps(self.folder)
 
 
 def check_identity(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -175,25 +205,61 @@ def _check_format(path: Path) -> None:
         )
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the folder is complete and undamaged."""
+def verify(path: Path, *, only: Collection[str] | None = None) -> None:
+    """Compare a checkpoint, or some of its files, with its manifest.
+
+    Raises:
+        CorruptError: It is damaged, or has the name of another step's.
+        RunError: It cannot be read at the moment, which says nothing of what it holds.
+    """
     try:
-        verify_folder(path)
+        _compare(path, only=only)
+    except CorruptError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno not in _GONE:
+            raise _unreadable(path, cause) from error
+        raise
+
+
+def _compare(path: Path, *, only: Collection[str] | None = None) -> None:
+    step = verify_folder(path, only=only).get("step")
+    if not isinstance(step, int) or checkpoint_path(path.parent, step) != path:
+        raise CorruptError(f"{path}: holds the checkpoint of step {step}, which its name does not say")
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{path}: cannot be read now ({error.strerror or error})",
+        hint="Nothing was changed: run the same command again when the disk answers. If it never will, move this "
+        "away; the run then goes on from what is left.",
+    )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the folder is complete and undamaged, and can be read."""
+    try:
+        _compare(path)
     except CorruptError:
         return False
     return True
 
 
-def saved_identity(folder: Path) -> Mapping[str, Any] | None:
-    """The identity in the newest readable checkpoint of a run folder; None where there is none."""
-    for path in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
+def saved_record(folder: Path) -> Mapping[str, Any]:
+    """What the newest checkpoint that is not damaged says of its run; empty where there is none.
+
+    Raises:
+        RunError: One cannot be read at the moment.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", {})
+    for step in reversed(checkpoints.steps()):
+        path = checkpoints.path(step)
         try:
-            verify_folder(path, only={"state.json"})
+            verify(path, only={"state.json"})
         except CorruptError:  # `newest` names it when it comes to loading
             continue
-        identity: Mapping[str, Any] = json.loads((path / "state.json").read_bytes())["identity"]
-        return identity
-    return None
+        record: Mapping[str, Any] = json.loads((path / "state.json").read_bytes())
+        return record
+    return {}
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -230,22 +296,82 @@ def _fill_model(model: nn.Module, tensors: Tensors, path: Path) -> None:
 
 
 def _form(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+    return _shown_form((tensor.shape, tensor.dtype))
 
 
-def _fill_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], path: Path
+def _shown_form(form: Form) -> str:
+    return f"{list(form[0])} of {str(form[1]).removeprefix('torch.')}"
+
+
+def _forms(tensors: Tensors) -> dict[str, Form]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def check_moments(
+    saved: Mapping[str, Form],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    path: Path,
 ) -> None:
-    names = parameter_names(model, optimizer)
-    index_of = {name: index for index, name in enumerate(names)}
+    """See that saved tensors are all that the optimizer holds by then, each of the right shape and type.
+
+    Args:
+        saved: Shape and type of each, as `optimizer_tensors` names them.
+        model: The model.
+        optimizer: Its optimizer, fresh or used.
+        state: The state they belong to. Before the first update an optimizer holds nothing.
+        path: The checkpoint, for the error.
+
+    Raises:
+        RunError: Some are missing, left over, or of another form.
+    """
+    if not saved and state.step == state.skipped:
+        return
+    wanted = _moment_forms(model, optimizer)
+    _check_names("optimizer.*safetensors", set(saved), set(wanted), path)
+    for name, form in wanted.items():
+        if saved[name] != form:
+            raise RunError(
+                f"{path}: {name} is {_shown_form(saved[name])}, the optimizer makes {_shown_form(form)}"
+            )
+
+
+def _moment_forms(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Form]:
+    """What the optimizer holds from its first update on: one of its kind makes it, of tensors without content."""
+    groups = [
+        {
+            **group,
+            **dict.fromkeys(group.keys() & set(_AS_FAST), False),  # those forms need a real device
+            "params": [_stand_in(parameter) for parameter in group["params"]],
+        }
+        for group in optimizer.param_groups
+    ]
+    own: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    twin: torch.optim.Optimizer = type(own)(groups)
+    twin.step()
+    stand_ins = (parameter for group in groups for parameter in group["params"])
+    return {
+        f"{kind}.{name}": (tensor.shape, tensor.dtype)
+        for name, parameter in zip(parameter_names(model, optimizer), stand_ins, strict=True)
+        for kind, tensor in twin.state[parameter].items()
+    }
+
+
+def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of this shape, whole if this one is a shard, on the meta device; with a gradient."""
+    made = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+    made.grad = torch.empty_like(made)
+    return made
+
+
+def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Give the optimizer the tensors that `check_moments` has found right."""
+    index_of = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
-        if name not in index_of:
-            raise RunError(f"{path}/optimizer.safetensors: {key} belongs to no parameter of the model")
         state.setdefault(index_of[name], {})[kind] = tensor
-    if tensors:
-        _check_names("optimizer.safetensors", {names[i] for i in state}, set(names), path)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -254,6 +380,10 @@ def _check_names(file: str, saved: set[str], wanted: set[str], path: Path) -> No
         raise RunError(
             f"{path}/{file}: missing {sorted(wanted - saved)[:5]}, not wanted {sorted(saved - wanted)[:5]}"
         )
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _as_json(value: object) -> object:

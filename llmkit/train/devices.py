@@ -16,7 +16,9 @@ from accelerate.utils import GradientAccumulationPlugin
 from llmkit.errors import LostWorkerError, RunError
 from llmkit.plan import Plan
 
-_TIMEOUT = timedelta(minutes=10)
+_TIMEOUT = timedelta(minutes=30)
+"""The others wait so long while the first process exports or proves a large model. One that died is noticed at once,
+by its connection; one that was stopped, by our launcher."""
 
 
 def start_accelerator(plan: Plan) -> Accelerator:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ class Job:
 
     def checked_recipe(self) -> Recipe:
         """The recipe as an object."""
+        return self._recipe
+
+    @cached_property
+    def _recipe(self) -> Recipe:
         return load_recipe(self.recipe).recipe
 
     @property

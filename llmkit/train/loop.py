@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from llmkit.train.numbers import Numbers
 from llmkit.train.saving import Saver
 from llmkit.train.state import TrainState, mix_seed
 
+_MEET_S = 5.0
 _REASONS = (*STOP_SIGNALS, TIME_IS_UP)
 MicroBatch = tuple[int, Batch]
 """A micro-batch and its number within the step, counted over all devices."""
@@ -137,10 +139,16 @@ def train(run: Training, state: TrainState) -> tuple[TrainState, Mapping[str, fl
             state = advance(run, state, clock)
             arrive(run, state)
         figures = observe(run, state, None)
-        run.saver.wait()
+        # The rows of the evaluations before, so it counts among them; another number of rows has another loss.
+        if run.schedule.eval_rows is None and run.saver.is_best(state.step, figures):
+            run.saver.save(run.core.model, run.optimizer, state)
+        finish_saving(run)
     except StopAskedError as asked:
+        if asked.reason == TIME_IS_UP and clock.num_steps == 0:
+            raise _no_time(run) from None
+        run.numbers.look()
         run.saver.save(run.core.model, run.optimizer, state)
-        run.saver.wait()
+        finish_saving(run)
         raise _interrupted(asked.reason, state) from None
     return state, figures
 
@@ -182,6 +190,7 @@ def arrive(run: Training, state: TrainState) -> None:
     """
     best = False
     if run.schedule.evaluates(state.step):
+        run.numbers.look()  # so that no best is saved after a step that was not good
         figures = observe(run, state, run.schedule.eval_rows)
         best = run.saver.is_best(state.step, figures)
     if best or (state.step > 0 and run.schedule.saves(state.step)):
@@ -226,7 +235,7 @@ def train_step(run: Training, step: int, micro_batches: Sequence[MicroBatch], nu
             accelerator.backward(loss.total * scale)
         totals[index] = loss.total.detach()
     grad_norm = accelerator.clip_grad_norm_(run.core.parameters(), run.schedule.grad_clip)
-    good = run.numbers.good(step, totals, grad_norm)
+    good = run.numbers.good(step, totals, grad_norm, num_targets)
     if good:
         set_lr(run.optimizer, run.schedule.lr_at(step))
         run.optimizer.step()
@@ -251,12 +260,34 @@ def agree(run: Training, *mine: int, soon: float = 0.0) -> list[int]:
     sums = run.accelerator.reduce(torch.tensor(facts, dtype=torch.int64), "sum").tolist()
     added, (failed, *reasons) = sums[: len(mine)], sums[len(mine) :]
     if failed:
-        run.saver.check()
-        raise RunError("another process could not save its checkpoint; its own words say why")
+        _raise_failed(run)
     asked = next((known for known, count in zip(_REASONS, reasons, strict=True) if count), 0)
     if asked:
         raise StopAskedError(asked)
     return added
+
+
+def finish_saving(run: Training) -> None:
+    """Wait until everything is on the disk, on every process: none may leave while another still writes.
+
+    The processes meet every few seconds, for a launcher may take a long silence, or one that has left, for a failure.
+
+    Raises:
+        RunError: A checkpoint could not be written: all of them raise.
+    """
+    while True:
+        run.saver.pause(_MEET_S)
+        facts = torch.tensor([run.saver.busy, run.saver.failed], dtype=torch.int64)
+        busy, failed = run.accelerator.reduce(facts, "sum").tolist()
+        if failed:
+            _raise_failed(run)
+        if not busy:
+            return
+
+
+def _raise_failed(run: Training) -> NoReturn:
+    run.saver.check()
+    raise RunError("another process could not save its checkpoint; its own words say why")
 
 
 def observe(run: Training, state: TrainState, rows: int | None) -> Mapping[str, float]:
@@ -330,6 +361,15 @@ def _interrupted(reason: int, state: TrainState) -> InterruptedRunError:
     return kind(
         f"stopped by {describe_stop(reason)} after step {state.step}; everything is saved",
         hint="The same command goes on from there.",
+    )
+
+
+def _no_time(run: Training) -> RunError:
+    """Not an interruption: whoever starts the run again whenever it was interrupted would do so for ever."""
+    return RunError(
+        f"--max-time is too short for a single step: {run.saver.seconds:.0f} s of it are kept for saving, and the rest "
+        "was used up before the first step",
+        hint="give it more time; nothing was trained, and what was saved before is untouched",
     )
 
 

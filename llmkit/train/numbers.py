@@ -14,9 +14,12 @@ from accelerate import Accelerator
 
 from llmkit.errors import RunError
 
+_ANOTHER_RUN = (
+    "a lower `train.optim.lr` or a longer `warmup` makes another run: add --fresh, or give it another `name`"
+)
 _HINT = (
-    "The last checkpoint is untouched. A lower `train.optim.lr`, a longer `warmup` or `machine.precision=fp32` "
-    "usually helps; `train.bad_numbers=skip` leaves such steps out."
+    "What was saved before is untouched. `pretrain.train.bad_numbers=skip` goes on from it without such steps; "
+    f"{_ANOTHER_RUN}."
 )
 
 
@@ -48,13 +51,16 @@ class Numbers:
         self._at_once = policy == "skip" or accelerator.device.type == "cpu"
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
 
-    def good(self, step: int, totals: Mapping[int, torch.Tensor], grad_norm: torch.Tensor) -> bool:
+    def good(
+        self, step: int, totals: Mapping[int, torch.Tensor], grad_norm: torch.Tensor, num_targets: int
+    ) -> bool:
         """Whether the update of a step may be made; every process calls this and gets the same answer.
 
         Args:
             step: Steps made so far.
             totals: This process's loss sums by the number of their micro-batch.
             grad_norm: The norm of the gradient over all processes.
+            num_targets: Terms of the loss over all processes.
 
         Raises:
             RunError: They are not finite, and the policy is to stop.
@@ -66,11 +72,13 @@ class Numbers:
         loss = float(self._accelerator.reduce(sum(totals.values(), torch.zeros_like(grad_norm)), "sum"))
         if math.isfinite(loss) and math.isfinite(float(grad_norm)):
             return True
-        said = f"step {step + 1}: the loss is {_word(loss)}, the gradient's norm {_word(float(grad_norm))}"
-        rows = self._rows(step, self._bad_micro_batches(totals))
+        norm = _word(float(grad_norm))
+        said = f"step {step + 1}: the loss is {_word(loss / num_targets)}, the gradient's norm {norm}"
+        micro_batches = self._bad_micro_batches(totals)
         if self._policy == "stop":
-            raise RunError(f"{said}: not finite{rows}", hint=_HINT)
-        self._warn(f"{said}: the step is skipped{rows}")
+            raise RunError(f"{said}: not finite{self._rows(step, micro_batches)}", hint=_HINT)
+        first, *others = self._describe(step, micro_batches)
+        self._warn(f"{said}: the step is skipped ({first}{', and others' if others else ''})")
         return False
 
     def look(self) -> None:
@@ -100,7 +108,7 @@ class Numbers:
             raise RunError(
                 f"{skipped} steps had losses or gradients that were not finite, and `train.max_skipped` is "
                 f"{self._max_skipped}",
-                hint="The last checkpoint is untouched. A lower `train.optim.lr` or a longer `warmup` usually helps.",
+                hint=f"What was saved before is untouched; {_ANOTHER_RUN}.",
             )
 
     def _bad_micro_batches(self, totals: Mapping[int, torch.Tensor]) -> list[int] | None:

@@ -66,7 +66,7 @@ def pretrain(job: Job, reporter: Reporter) -> None:
         stop = stack.enter_context(StopSignal(job.deadline))
         with naming_lost_workers():  # and then, as the stack unwinds, what is being saved is finished
             _pretrain(job, reporter, stop, stack)
-    leave()
+            leave()
 
 
 def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) -> None:
@@ -90,9 +90,12 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         _check_itself(job, plan, module, core, data, order, accelerator, reporter)
     schedule = make_schedule(section, plan)
     callbacks = _callbacks(job, plan, state, accelerator, reporter, stack)
+    checkpoints = replace(checkpoints, plan=plan.to_dict())
     shards = ShardedWriter(checkpoints) if is_sharded(core.model) else None
     resumed = state.step if saved else None
-    saver = _saver(section, plan, schedule, checkpoints, shards, accelerator, callbacks, resumed)
+    saver = _saver(
+        section, plan, schedule, checkpoints, shards, accelerator, callbacks, resumed, reporter.warn
+    )
     workers = job.checked_recipe().machine.loader_workers
     steps = stack.enter_context(feed.steps(order, state.step, schedule.num_steps, workers=workers))
     run = Training(
@@ -161,6 +164,7 @@ def _saver(
     accelerator: Accelerator,
     callbacks: Sequence[Callback],
     resumed: int | None,
+    warn: Callable[[str], None],
 ) -> Saver:
     """Writes whole checkpoints on the first process, or each process's share of sharded ones."""
     return Saver(
@@ -173,6 +177,7 @@ def _saver(
         resumed=resumed,
         expected_bytes=plan.checkpoint_bytes,
         before_publishing=lambda step: _on_save(callbacks, step),
+        warn=warn,
     )
 
 

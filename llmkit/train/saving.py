@@ -20,19 +20,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmkit.durable import write_json
-from llmkit.errors import RunError, UsageError
-from llmkit.train.checkpoint import Checkpoints, Tensors
+from llmkit.errors import CorruptError, RunError, UsageError
+from llmkit.train.checkpoint import Checkpoints, Tensors, verify
 from llmkit.train.state import TrainState
 
 BEST = "best.json"
 HIGHER_IS_BETTER = frozenset(
-    {"accuracy", "f1", "precision", "recall", "bleu", "rouge", "pearson", "matthews"}
+    {"accuracy", "exact_match", "f1", "precision", "recall", "bleu", "rouge", "pearson", "matthews"}
 )
-"""Metrics that grow as a model gets better; of all others less is better."""
+"""Metrics that grow as a model gets better."""
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+"""Metrics that shrink as a model gets better."""
 
 _UNKNOWN_BYTES_PER_S = 100e6
-_SLACK_S = 5.0
+_SLACK_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Keep:
     def surplus(self, steps: list[int], best: int | None) -> list[int]:
         """Of the steps, ascending, those whose checkpoints may go."""
         stay = {*steps[-self.last :], best}
-        return [step for step in steps if step not in stay and not (self.every and step % self.every == 0)]
+        return [step for step in steps if step not in stay and not self._marks(step)]
+
+    def _marks(self, step: int) -> bool:
+        """Whether it stays for good by its number. Step 0 does not: nothing was learnt by it."""
+        return self.every > 0 and step > 0 and step % self.every == 0
 
 
 @dataclass
@@ -70,13 +76,46 @@ class Best:
     value: float = math.nan
 
     @classmethod
-    def of(cls, checkpoints: Checkpoints, metric: str, *, up_to: int) -> "Best":
-        """What an earlier session left, unless it is of another metric, gone, or later than the resumed step."""
-        found = checkpoints.read_json(BEST) or {}
-        step = found.get("step")
-        if found.get("metric") != metric or step not in checkpoints.steps() or step > up_to:
+    def of(
+        cls,
+        checkpoints: Checkpoints,
+        metric: str,
+        *,
+        up_to: int,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> "Best":
+        """What an earlier session left, unless it is of another metric, gone, or later than the resumed step.
+
+        What is damaged, this note or the checkpoint it tells of, is named through `warn` and does not count.
+
+        Args:
+            checkpoints: Of the run.
+            metric: By which metric.
+            up_to: The step that the run goes on from, whose checkpoint has been verified.
+            warn: Gets the words.
+
+        Raises:
+            UsageError: It is not known whether more or less of this metric is better.
+            RunError: What is there cannot be read at the moment.
+        """
+        _check_direction(metric)
+        try:
+            found = checkpoints.read_note(BEST) or {}
+            step = found.get("step")
+            if found.get("metric") != metric or step not in checkpoints.steps() or step > up_to:
+                return cls(metric)
+            if step < up_to:
+                verify(checkpoints.path(step))
+        except CorruptError as error:
+            warn(
+                f"the best checkpoint up to now, by {metric}, is not known or damaged, and no longer counts: {error}"
+            )
             return cls(metric)
         return cls(metric, step, found["value"])
+
+    def remember(self, checkpoints: Checkpoints) -> None:
+        """Leave this for the next session."""
+        checkpoints.write_note(BEST, {"metric": self.metric, "step": self.step, "value": self.value})
 
     def beaten_by(self, figures: Mapping[str, float]) -> bool:
         """Whether these figures are better than all before.
@@ -97,6 +136,15 @@ class Best:
             return math.isfinite(value)
         higher = self.metric.removeprefix("eval/") in HIGHER_IS_BETTER
         return value > self.value if higher else value < self.value
+
+
+def _check_direction(metric: str) -> None:
+    if metric.removeprefix("eval/") not in HIGHER_IS_BETTER | LOWER_IS_BETTER:
+        known = ", ".join(f"eval/{name}" for name in sorted(HIGHER_IS_BETTER | LOWER_IS_BETTER))
+        raise UsageError(
+            f"checkpoint.keep_best: it is not known whether more or less of {metric!r} is better",
+            hint=f"choose one of {known}",
+        )
 
 
 class HostCopy:
@@ -185,6 +233,8 @@ class Writer(Protocol):
 class Saver:
     """Saves the checkpoints of a run; the first process has one that writes, the others one that only counts.
 
+    All processes make theirs before the first evaluation ends: it reads what was best, which a save writes anew.
+
     Args:
         checkpoints: Where.
         keep: Which of them stay.
@@ -195,6 +245,7 @@ class Saver:
         resumed: The step of the checkpoint that the run goes on from, which need not be saved again.
         expected_bytes: Size of a checkpoint, for `seconds` until one has been written.
         before_publishing: (step) -> None; called by the writer before the checkpoint becomes visible.
+        warn: Gets what a person should know of the best checkpoint of an earlier session.
     """
 
     def __init__(
@@ -209,6 +260,7 @@ class Saver:
         resumed: int | None = None,
         expected_bytes: int = 0,
         before_publishing: Callable[[int], None] = lambda step: None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._checkpoints = checkpoints
         self._keep = keep
@@ -222,7 +274,12 @@ class Saver:
         self._saved = resumed
         self._guessed_s = expected_bytes / _UNKNOWN_BYTES_PER_S
         self._longest_s = 0.0
-        self._best = Best.of(checkpoints, keep.best, up_to=resumed or 0) if keep.best is not None else None
+        self._abandoned = False
+        self._best: Best | None = None
+        if keep.best is not None and writes:
+            self._best = Best.of(checkpoints, keep.best, up_to=resumed or 0, warn=warn)
+        elif keep.best is not None:  # it saves nothing, so what was best does not matter to it
+            self._best = Best(keep.best)
 
     def __enter__(self) -> Self:
         return self
@@ -230,7 +287,13 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for what is being written; its error is raised unless another one is on its way."""
+        """Wait for what is being written; its error is raised unless another one is on its way.
+
+        Not after a second Ctrl-C: what is not visible by then will not be, for another run may have the folder.
+        """
+        if isinstance(error, KeyboardInterrupt):
+            self._abandoned = True
+            return
         self._join()
         if error is None:
             self.check()
@@ -238,12 +301,23 @@ class Saver:
     @property
     def seconds(self) -> float:
         """How long a save takes until it is on the disk, generously: as the longest so far, or by its size."""
-        return 1.5 * (self._longest_s or self._guessed_s) + _SLACK_S
+        # Twice: one may be under way when the last one is asked for.
+        return 2 * 1.5 * (self._longest_s or self._guessed_s) + _SLACK_S
 
     @property
     def failed(self) -> bool:
         """Whether a save has failed: `check` raises its error."""
         return self._writing is not None and bool(self._writing.error)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._writing is not None and self._writing.thread.is_alive()
+
+    def pause(self, seconds: float) -> None:
+        """Wait until what is being written is on the disk, but not longer than so."""
+        if self._writing is not None:
+            self._writing.thread.join(seconds)
 
     def check(self) -> None:
         """Raise what went wrong in the background."""
@@ -316,17 +390,20 @@ class Saver:
             moments,
             state,
             before_writing=lambda: _check_finite(weights, state.step),
-            before_publishing=lambda: self._before_publishing(state.step),
+            before_publishing=lambda: self._announce(state.step),
         )
+
+    def _announce(self, step: int) -> None:
+        self._before_publishing(step)
+        if self._abandoned:
+            raise RunError(f"step {step}: stopped before its checkpoint was complete")
 
     def _tidy(self, step: int, best: Best | None) -> None:
         """Remember the best and remove what need not stay. Later checkpoints, not gone on from, go too."""
         if not self._tidies:
             return
         if best is not None and best.step == step:
-            content = {"metric": best.metric, "step": best.step, "value": best.value}
-            if self._checkpoints.read_json(BEST) != content:
-                write_json(self._checkpoints.folder / BEST, content)
+            best.remember(self._checkpoints)
         steps = self._checkpoints.steps()
         until_now = [one for one in steps if one <= step]
         stays = best.step if best is not None else None

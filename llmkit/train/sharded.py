@@ -50,16 +50,18 @@ from torch.futures import Future
 
 from llmkit.durable import foreign_write, naming_full_disks, write_folder, write_json
 from llmkit.durable.calls import sync_path
-from llmkit.errors import LlmkitError, RunError
-from llmkit.optim import parameter_names
+from llmkit.errors import LlmkitError, LostWorkerError, RunError
 from llmkit.train.checkpoint import (
     FORMAT,
     Checkpoints,
     Tensors,
+    check_moments,
+    fill_optimizer,
     is_whole,
     model_tensors,
     optimizer_tensors,
 )
+from llmkit.train.devices import naming_lost_workers
 from llmkit.train.state import TrainState
 
 T = TypeVar("T")
@@ -174,8 +176,7 @@ class ShardedWriter:
         for rank, sizes in enumerate(written):
             _check_seen(folder, rank, sizes)
         _check_complete(_PieceReader(folder).metadata.state_dict_metadata, self._whole, folder)
-        content = {"state": state.to_dict(), "identity": dict(self._checkpoints.identity)}
-        write_json(folder / "state.json", content)
+        write_json(folder / "state.json", self._checkpoints.record(state))
         before_publishing()
         stack.close()
 
@@ -218,12 +219,12 @@ def load_checkpoint(
     if not is_sharded(model) and (path / "model.safetensors").exists():
         return checkpoints.load(path, model, optimizer)
     state = checkpoints.read_state(path)
-    fill(path, model, optimizer)
+    fill(path, model, optimizer, state)
     return state
 
 
-def fill(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill model and optimizer with a checkpoint's tensors.
+def fill(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    """Fill model and optimizer with the tensors of a checkpoint, which was made in `state`.
 
     Raises:
         RunError: Tensors are missing or left over, have another shape or type, or are not there in full.
@@ -233,14 +234,15 @@ def fill(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     stored = _sharded_state(model).keys()
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     weights = {name: tensor.detach() for name, tensor in held.items() if name in stored}
-    moments = _places_of_moments(saved, model, optimizer, path)
+    _check_complete(_part_of(saved, "model"), _keyed(weights, {}), path)
+    moments = _places_of_moments(_part_of(saved, "optimizer"), model, optimizer, state, path)
     places = _keyed(weights, moments)
     _check_complete(saved, places, path)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _naming_failures(f"loading {path}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: so it should be
         load(places, storage_reader=reader, planner=planner)
-    _fill_optimizer(moments, model, optimizer)
+    fill_optimizer(model, optimizer, moments)
 
 
 class _PiecePlanner(DefaultSavePlanner):
@@ -413,37 +415,27 @@ def _local(tensors: Tensors) -> dict[str, torch.Tensor]:
     }
 
 
+def _part_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {key: entry for key, entry in saved.items() if key.startswith(f"{part}/")}
+
+
 def _places_of_moments(
-    saved: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, path: Path
+    saved: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    path: Path,
 ) -> dict[str, torch.Tensor]:
     """An empty place for each saved tensor of the optimizer, sharded as its parameter where it has its shape."""
-    trained = set(parameter_names(model, optimizer))
+    forms = {key.partition("/")[2]: (entry.size, entry.properties.dtype) for key, entry in saved.items()}
+    check_moments(forms, model, optimizer, state, path)
     parameters = dict(model.named_parameters())
     places = {}
-    for key, entry in saved.items():
-        part, _, place = key.partition("/")
-        name = place.partition(".")[2]
-        if part == "optimizer" and name not in trained:
-            raise RunError(f"{path}: {key} belongs to no parameter that the optimizer trains")
-        if part == "optimizer":
-            like, dtype = parameters[name].detach(), entry.properties.dtype
-            same = like.shape == entry.size
-            places[place] = (
-                torch.empty_like(like, dtype=dtype) if same else torch.empty(entry.size, dtype=dtype)
-            )
-    found = {place.partition(".")[2] for place in places}
-    if found and found != trained:
-        raise RunError(f"{path}: the optimizer's state of {sorted(trained - found)[:5]} is missing")
+    for place, (size, dtype) in forms.items():
+        like = parameters[place.partition(".")[2]].detach()
+        same = like.shape == size
+        places[place] = torch.empty_like(like, dtype=dtype) if same else torch.empty(size, dtype=dtype)
     return places
-
-
-def _fill_optimizer(moments: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    index_of = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
-    state: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, tensor in moments.items():
-        kind, _, name = key.partition(".")
-        state[index_of[name]][kind] = tensor
-    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _check_complete(saved: Mapping[str, Any], wanted: Tensors, path: Path) -> None:
@@ -475,21 +467,17 @@ def _check_seen(folder: Path, rank: int, sizes: Mapping[str, int]) -> None:
 
 @contextmanager
 def _naming_failures(doing: str) -> Iterator[None]:
-    """Around collectives: torch's errors become ours."""
+    """Around collectives: torch's errors become ours; of a lost process, one that says it is not this one's fault."""
     try:
-        yield
+        with naming_lost_workers():
+            yield
+    except LostWorkerError as error:
+        raise LostWorkerError(f"{error.message}, while {doing}", hint=error.hint) from error
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         if isinstance(reason, LlmkitError):
             raise reason from error
         raise RunError(f"{doing}: process {rank} failed: {type(reason).__name__}: {reason}") from error
-    except (
-        RuntimeError
-    ) as error:  # what gloo and NCCL raise when a connection breaks or is silent for too long
-        raise RunError(
-            f"lost another process while {doing}: {str(error).splitlines()[0]}",
-            hint="The newest complete checkpoint is untouched: the same command resumes from it.",
-        ) from error
 
 
 def _done(value: T) -> Future[T]:

@@ -56,6 +56,14 @@ def test_a_full_disk_is_named_and_when_there_is_room_the_run_goes_on(tmp_path, s
     assert same_bits(weights(whole), weights(folder))
 
 
+def test_a_disk_that_will_not_hold_the_checkpoints_is_told_before_the_first_step(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=300_000))
+    pretrain(tmp_path)
+    assert "0 MB are free on this disk, and checkpoints and model will take about" in capsys.readouterr().err
+
+
 def test_a_run_that_failed_or_was_stopped_has_a_report_that_says_so(tmp_path):
     with pytest.raises(RunError):
         pretrain(tmp_path, pretrain__train__optim__lr=1e30, pretrain__train__grad_clip=None)

@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from training import STEPS, command, losses, pretrain, same_bits, start, weights
@@ -129,6 +130,21 @@ def test_what_does_not_matter_may_change(tmp_path):
     before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
     pretrain(tmp_path, pretrain__checkpoint__keep=1, pretrain__prompts=["other"])
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before, "trained again"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text('{"num_steps": 7}')])
+def test_the_numbers_a_run_began_with_stand_in_its_checkpoints(tmp_path, damage):
+    """A length in seconds is settled once, by measuring: measured again it would be another run."""
+    timed = {"pretrain__train__length": "3s", "pretrain__checkpoint": {"every": "20%", "keep": 10}}
+    whole = pretrain(tmp_path, **timed)
+    before, steps = weights(whole), max(losses(whole))
+    (whole / "model" / "manifest.json").unlink()
+    for path in sorted((whole / "checkpoints").glob("step_*"))[2:]:
+        shutil.rmtree(path)
+    damage(whole / "plan.json")
+    again = pretrain(tmp_path, **timed)
+    assert max(losses(again)) == steps
+    assert same_bits(before, weights(again))
 
 
 def test_oldest_checkpoints_go_and_the_newest_stay(tmp_path):

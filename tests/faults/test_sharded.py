@@ -24,14 +24,15 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmkit.durable import calls, verify_folder
-from llmkit.errors import CorruptError, RunError
+from llmkit.errors import CorruptError, LostWorkerError, RunError
 from llmkit.optim import make_optimizer, parameter_names
 from llmkit.recipe.schema import Optim
 from llmkit.train.checkpoint import Checkpoints, model_tensors, optimizer_tensors
-from llmkit.train.saving import Keep, Saver
-from llmkit.train.sharded import ShardedWriter, fill, is_sharded, load_checkpoint
+from llmkit.train.saving import Best, Keep, Saver
+from llmkit.train.sharded import ShardedWriter, _naming_failures, fill, is_sharded, load_checkpoint
 from llmkit.train.state import TrainState
 
+AT_2 = TrainState(step=2, tokens=20)
 IDENTITY = {"data": "abc", "seed": 1}
 LIMIT_S = 120
 PRELOAD = [
@@ -243,7 +244,8 @@ def _begin(rank, ranks, meeting, work, folder, arguments):
         dist.barrier()
         code = 0
     except BaseException as error:
-        (folder / f"wrong-{rank}").write_text(f"{error}\n{traceback.format_exc()}")
+        words = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        (folder / f"wrong-{rank}").write_text(words)
     os._exit(code)
 
 
@@ -406,7 +408,28 @@ def _rewrite(path, change):
             lambda t: t.update({k: t[k].half() for k in t}),
             "is torch.float16, the model has torch.float32",
         ),
-        ("*", lambda t: [t.pop(k) for k in list(t) if k.endswith(".three")], "state of .*three.* is missing"),
+        (
+            "*",
+            lambda t: [t.pop(k) for k in list(t) if k.endswith(".three")],
+            r"missing \['exp_avg\.three', 'exp_avg_sq\.three', 'step\.three'\], not wanted \[\]",
+        ),
+        (
+            "optimizer.*",
+            lambda t: [t.pop(k) for k in list(t) if k.startswith("exp_avg_sq.")],
+            r"missing \['exp_avg_sq\.",
+        ),
+        ("optimizer.*", lambda t: t.pop("exp_avg.three", None), r"missing \['exp_avg\.three'\], not wanted"),
+        ("optimizer.*", dict.clear, r"optimizer.*: missing \['exp_avg\."),
+        (
+            "optimizer.*",
+            lambda t: t.update({k: t[k].half() for k in t if k == "exp_avg.three"}),
+            r"exp_avg\.three is \[3\] of float16, the optimizer makes \[3\] of float32",
+        ),
+        (
+            "optimizer.rank-00001",
+            lambda t: t.pop("exp_avg.three"),
+            r"exp_avg\.three is \[2\] of float32, the optimizer makes \[3\] of float32",
+        ),
     ],
 )
 def test_what_is_missing_or_of_another_kind_is_refused(on_two, file, change, words):
@@ -415,7 +438,16 @@ def test_what_is_missing_or_of_another_kind_is_refused(on_two, file, change, wor
         _rewrite(one, change)
     net, optimizer = plain(4)
     with pytest.raises(RunError, match=words):
-        fill(path, net, optimizer)
+        fill(path, net, optimizer, AT_2)
+
+
+def test_a_kind_that_the_optimizer_does_not_have_is_refused(on_two):
+    path = checkpoints(on_two).path(2)
+    _rewrite(path / "optimizer.rank-00000.safetensors", lambda t: t.pop("exp_avg.three"))
+    _rewrite(path / "optimizer.rank-00001.safetensors", lambda t: t.pop("exp_avg.three"))
+    save_file({"junk.three": torch.zeros(3)}, path / "optimizer.more.safetensors")
+    with pytest.raises(RunError, match=r"missing \['exp_avg.three'\], not wanted \['junk.three'\]"):
+        fill(path, *plain(4), AT_2)
 
 
 def test_a_missing_file_is_refused_even_where_nobody_verifies(on_two):
@@ -424,7 +456,7 @@ def test_a_missing_file_is_refused_even_where_nobody_verifies(on_two):
     net, optimizer = plain(4)
     before = everything(net, optimizer)
     with pytest.raises(RunError, match="the files hold"):
-        fill(path, net, optimizer)
+        fill(path, net, optimizer, AT_2)
     assert_same(everything(net, optimizer), before)
 
 
@@ -432,16 +464,16 @@ def test_a_parameter_more_or_another_shape_is_refused(on_two):
     path = checkpoints(on_two).path(2)
     net = Net(1)
     net.more = torch.nn.Linear(2, 2)
-    with pytest.raises(RunError, match=r"the optimizer's state of \['more.bias', 'more.weight'\] is missing"):
-        fill(path, net, make_optimizer(net, Optim()))
+    with pytest.raises(RunError, match=r"missing \['model/more.bias', 'model/more.weight'\]"):
+        fill(path, net, make_optimizer(net, Optim()), AT_2)
     net = Net(1)
     net.three = torch.nn.Parameter(torch.zeros(4))
     with pytest.raises(RunError, match=r"model/three is \[3\], the model has \[4\]"):
-        fill(path, net, make_optimizer(net, Optim()))
+        fill(path, net, make_optimizer(net, Optim()), AT_2)
     net = Net(1)
     del net.three
-    with pytest.raises(RunError, match="three belongs to no parameter"):
-        fill(path, net, make_optimizer(net, Optim()))
+    with pytest.raises(RunError, match=r"not wanted \['model/three'\]"):
+        fill(path, net, make_optimizer(net, Optim()), AT_2)
 
 
 def test_another_run_is_refused(saved_on_two):
@@ -643,8 +675,9 @@ def _kill_and_resume(folder, uninterrupted, point, name):
     codes, wrong = together(2, _run, folder, 6, (point, name))
     assert codes[point[0]] == -signal.SIGKILL
     assert codes[1 - point[0]] == 1
-    assert re.match("lost another process while saving", wrong[1 - point[0]])
-    assert "the same command resumes" in wrong[1 - point[0]]
+    words = wrong[1 - point[0]]
+    assert re.match(r"LostWorkerError: lost the connection to another worker \(.*\), while saving to ", words)
+    assert "the newest checkpoint resumes" in words
     assert sorted(p.name for p in checkpoints(folder).folder.glob("step_*")) == ["step_00000002"]
     together_well(2, _run, folder, 6, None)
     assert (folder / "started").read_text() == "2"
@@ -660,3 +693,50 @@ def test_a_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path, un
 @pytest.mark.parametrize(("point", "name"), [DEATHS[0], DEATHS[2], DEATHS[3]])
 def test_a_process_killed_anywhere_else_in_the_save_too(tmp_path, uninterrupted, point, name):
     _kill_and_resume(tmp_path, uninterrupted, point, name)
+
+
+def test_what_is_not_a_lost_process_is_not_called_one():
+    """A worker that lost another is not to blame; one with an error of its own is."""
+    with pytest.raises(RuntimeError, match="a shape") as caught, _naming_failures("saving"):
+        raise RuntimeError("a shape does not fit")
+    assert not isinstance(caught.value, LostWorkerError)
+    with pytest.raises(LostWorkerError, match=r"lost .* \(Connection closed by peer\), while saving"):  # noqa: SIM117
+        with _naming_failures("saving"):
+            raise RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+
+
+def _save_the_best(rank, ranks, folder, dies):
+    """Save at step 3 a better one than at step 1; the first process may die when it is there and not noted."""
+    net, optimizer = fsdp(3, ranks)
+    kept = checkpoints(folder)
+    said = []
+    newest = kept.newest(said.append)
+    done = load_checkpoint(kept, newest, net, optimizer).step if newest else None
+    dist.barrier()
+    if dies:
+        _fail_on((0, "rename"), rank, "best.json", lambda: kept.path(3).exists() and os.kill(os.getpid(), 9))
+    keep, writer = Keep(1, best="eval/loss"), ShardedWriter(kept)
+    with Saver(
+        kept, keep, background=True, writer=writer, tidies=rank == 0, resumed=done, warn=said.append
+    ) as saver:
+        dist.barrier()  # as in an evaluation: all have read what was the best before one of them writes it
+        for step, loss in ((1, 2.0), (2, 3.0), (3, 1.0), (4, 5.0)):
+            if step >= (done or 0):
+                if step != done:
+                    train(net, optimizer, step)
+                assert saver.is_best(step, {"eval/loss": loss}) == (loss < 3.0)
+                saver.save(net, optimizer, TrainState(step=step))
+        saver.wait()
+    assert not said
+    writer.close()
+
+
+def test_a_process_killed_between_publication_and_the_note_of_the_best(tmp_path):
+    kept = checkpoints(tmp_path)
+    codes, _ = together(2, _save_the_best, tmp_path, True)
+    assert codes == [-signal.SIGKILL, 1]
+    assert kept.steps() == [1, 2, 3], "the best of before stays until the new one is noted"
+    assert Best.of(kept, "eval/loss", up_to=3) == Best("eval/loss", 1, 2.0)
+    together_well(2, _save_the_best, tmp_path, False)
+    assert kept.steps() == [3, 4]
+    assert Best.of(kept, "eval/loss", up_to=4) == Best("eval/loss", 3, 1.0)

@@ -13,7 +13,7 @@ from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.schema import Sampling, Source
 from llmkit.report.console import make_reporter
 from llmkit.run import evaluate, find_model, generate, tokenize
-from llmkit.train.checkpoint import saved_identity
+from llmkit.train.checkpoint import saved_record
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_small_source_is_read_no_more_often_than_it_may_be(tmp_path):
         {"name": "many", "files": str(tmp_path / "many.txt"), "documents": "line", "weight": 0.1},
     ]
     folder = pretrain(tmp_path, pretrain__data=data, pretrain__held_out=0)
-    few, many = saved_identity(folder)["weights"]
+    few, many = saved_record(folder)["identity"]["weights"]
     sources = json.loads((folder / "data.json").read_text())["sources"]
     rows = (sources[0]["num_tokens"] - 1) // 32
     assert few / (few + many) == pytest.approx(2 * rows / (20 * 8))
