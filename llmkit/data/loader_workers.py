@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 from llmkit.data.pipeline import sendable
 from llmkit.errors import RunError
+from llmkit.launch.crew import AwakeClock, Limits, describe_stopped, is_stopped
 from llmkit.launch.local import end_with_parent
 from llmkit.launch.signals import STOP_SIGNALS
 
@@ -21,6 +22,7 @@ T = TypeVar("T")
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads that it has not
 _AHEAD = 2
 _LOOK_S = 0.1
+_WATCH_S = 0.2
 
 
 class LoaderWorkers(Generic[T]):
@@ -29,23 +31,35 @@ class LoaderWorkers(Generic[T]):
     Worker i of n takes every n-th step from the i-th on, so nothing depends on which is faster, and there is no
     history of any generator to depend on: a step's result follows from its number. Workers do not react to the
     signals that ask a run to stop, for the step under way needs what they prepare. They hold nothing that could be
-    lost, so they are ended by SIGKILL, and by the kernel when the thread that started them ends in whatever way.
+    lost, so they are ended by SIGKILL, and by the kernel when the thread that started them ends in whatever way. One
+    that is stopped (SIGSTOP, a debugger) for too long is killed, else the run would wait for it for ever.
 
     Args:
         of_step: Picklable; called in the workers.
         steps: Which steps.
         workers: Processes; 0: the calling thread does the work itself.
         leaving: Once set, nothing more is yielded.
+        stopped_s: Seconds for a process that was stopped to be continued; while this one is stopped too, none pass.
     """
 
     def __init__(
-        self, of_step: Callable[[int], T], steps: Sequence[int], workers: int, leaving: threading.Event
+        self,
+        of_step: Callable[[int], T],
+        steps: Sequence[int],
+        workers: int,
+        leaving: threading.Event,
+        *,
+        stopped_s: float = Limits.stopped_s,
     ) -> None:
         self._of_step = of_step
         self._steps = steps
         self._leaving = leaving
         self._crew: list[tuple[SpawnProcess, Connection]] = []
         self._workers = min(workers, len(steps))
+        self._stopped_s = stopped_s
+        self._given_up: tuple[SpawnProcess, float] | None = None
+        self._watcher: threading.Thread | None = None
+        self._closed = threading.Event()
 
     def prepared(self) -> Generator[tuple[int, T], None, None]:
         """Each step with what the function made of it; to be closed.
@@ -72,6 +86,9 @@ class LoaderWorkers(Generic[T]):
 
     def close(self) -> None:
         """End the processes; may be called twice."""
+        self._closed.set()
+        if self._watcher is not None:
+            self._watcher.join()
         self.kill()
         for process, connection in self._crew:
             process.join()
@@ -94,6 +111,23 @@ class LoaderWorkers(Generic[T]):
             # With our copy of its end closed, the pipe breaks when the worker dies, be it amid a message.
             theirs.close()
             self._crew.append((process, ours))
+        # In a thread: who reads a message that a process has not finished writing cannot look at that process.
+        self._watcher = threading.Thread(target=self._watch, name="watch-loaders", daemon=True)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        """Kill a process that has been stopped for too long; who waits for it then finds its pipe broken."""
+        clock = AwakeClock()
+        stopped_s = {process: 0.0 for process, _ in self._crew}
+        while not self._closed.wait(_WATCH_S):
+            clock.tick()
+            for process in stopped_s:
+                is_still = process.pid is not None and is_stopped(process.pid)
+                stopped_s[process] = stopped_s[process] + clock.step if is_still else 0.0
+                if stopped_s[process] > self._stopped_s:
+                    self._given_up = process, stopped_s[process]
+                    process.kill()
+                    return
 
     def _ask(self, number: int) -> None:
         try:
@@ -111,7 +145,7 @@ class LoaderWorkers(Generic[T]):
     def _take(self, number: int) -> T:
         try:
             done, result = self._crew[number % self._workers][1].recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: in the middle of a message
             raise self._died(number) from None
         if not done:
             raise result
@@ -124,6 +158,8 @@ class LoaderWorkers(Generic[T]):
         code = process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         short = " Often the machine is out of memory: fewer need less." if code == -signal.SIGKILL else ""
+        if self._given_up is not None and self._given_up[0] is process:
+            how, short = describe_stopped(self._given_up[1]), ""
         return RunError(
             f"a process that prepares batches (pid {process.pid}, one of `machine.loader_workers: "
             f"{self._workers}`) {how} before it had made step {self._steps[number] + 1}",

@@ -38,12 +38,14 @@ class Limits:
     Attributes:
         grace_s: For the others to end by themselves, once one has died.
         stopped_s: For a worker that was stopped (SIGSTOP, a debugger) to be continued.
+        lost_s: For the one to blame to end, once others have lost the connection to it.
         stop_grace_s: For all to finish a step and save, once asked to stop. Python's handlers do not run inside
             a hanging C++ call, so there must be an end to waiting.
     """
 
     grace_s: float = 15.0
     stopped_s: float = 20.0
+    lost_s: float = 10.0
     stop_grace_s: float = 300.0
 
 
@@ -101,7 +103,8 @@ class Worker:
 
     def count_stopped(self, seconds: float) -> None:
         """Add the time since the last look to `stopped_s`, or begin again at 0 when it runs."""
-        self.stopped_s = self.stopped_s + seconds if self._is_stopped() else 0.0
+        is_still = self.code is None and is_stopped(self.process.pid)
+        self.stopped_s = self.stopped_s + seconds if is_still else 0.0
 
     def give_up(self) -> None:
         """Kill it, with what it has started, because it was stopped for too long."""
@@ -125,7 +128,7 @@ class Worker:
         """Its end in a few words, after its name."""
         code = self.code or 0
         if self.given_up:
-            return f"was stopped for {self.stopped_s:.0f} s (SIGSTOP, or a debugger) and had to be killed"
+            return describe_stopped(self.stopped_s)
         if code == LOST_PEER:
             return "lost the connection to another worker"
         if code >= 0:
@@ -134,15 +137,21 @@ class Worker:
         often = "; often the machine ran out of memory" if -code == signal.SIGKILL else ""
         return f"was killed by {name}{often}"
 
-    def _is_stopped(self) -> bool:
-        import psutil  # here, as only a parent needs it
 
-        if self.code is not None:
-            return False
-        try:
-            return bool(psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED)
-        except psutil.NoSuchProcess:  # some systems no longer know it once it has ended
-            return False
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped (SIGSTOP) or is halted in a debugger."""
+    import psutil  # here, as only who watches processes needs it
+
+    try:
+        status = psutil.Process(pid).status()
+    except psutil.NoSuchProcess:  # some systems no longer know it once it has ended
+        return False
+    return status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+
+
+def describe_stopped(seconds: float) -> str:
+    """What is said of a process that was stopped for too long, after its name."""
+    return f"was stopped for {seconds:.0f} s (SIGSTOP, or a debugger) and had to be killed"
 
 
 class AwakeClock:
@@ -176,6 +185,7 @@ class Crew:
         sent: Signals that were passed on.
         deadline: When (by `clock`) workers that still run are killed.
         overdue: Whether that has happened.
+        lost_until: How long (by `clock`) is waited for a better cause than that a worker lost its connection.
     """
 
     tell: Callable[[str], None]
@@ -186,6 +196,7 @@ class Crew:
     sent: list[int] = field(default_factory=list)
     deadline: float | None = None
     overdue: bool = False
+    lost_until: float | None = None
 
     def wait(self) -> Ending:
         """Wait until all have ended; the first failure, or a worker stopped for too long, ends the others."""
@@ -217,7 +228,7 @@ class Crew:
         """The worker that failed first or was stopped for too long, reported, or None.
 
         Peers soon fail on the lost connection, so look twice: who died of a signal did not die of that, nor who
-        did not say so; else who was seen first.
+        did not say so; else who was seen first. Whom they lost may take a while to end: it is waited for.
         """
         failed = [worker for worker in self.workers if worker.failed]
         if not failed:
@@ -225,8 +236,16 @@ class Crew:
         time.sleep(SETTLE_S)
         failed += [worker for worker in self.workers if worker.failed and worker not in failed]
         cause = min(failed, key=_blame)
+        if cause.code == LOST_PEER and self._may_yet_fail():
+            return self._find_stopped()
         self._report(cause)
         return cause
+
+    def _may_yet_fail(self) -> bool:
+        """Whether the one that others have lost the connection to still runs, and there is time for it to end."""
+        if self.lost_until is None:
+            self.lost_until = self.clock.now + self.limits.lost_s
+        return bool(self._running()) and self.clock.now < self.lost_until
 
     def _find_stopped(self) -> Worker | None:
         """The worker that has been stopped for too long, killed and reported, or None."""

@@ -2,9 +2,10 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
-from llmkit.errors import LlmkitError, LostWorkerError
+from llmkit.errors import LlmkitError, LostWorkerError, RunError
 from llmkit.launch.crew import LOST_PEER
 from llmkit.report.console import make_reporter
 from llmkit.train.job import Job
@@ -12,18 +13,37 @@ from llmkit.train.pretrain import pretrain
 
 
 def main(path: str) -> int:
-    """Do one process's part of the job; return its exit code. Only rank 0 shows progress."""
+    """Do one process's part of the job; return its exit code. Only rank 0 shows progress.
+
+    Every error is told here and becomes an exit code: one that went through the interpreter's shutdown would end the
+    process so late that its peers, who fail on the lost connection, would be blamed.
+    """
     job = Job.load(Path(path))
     first = os.environ.get("RANK", "0") == "0"
     reporter = make_reporter(json=job.face["json"], quiet=job.face["quiet"] or not first)
     try:
         pretrain(job, reporter)
-    except LlmkitError as error:
-        reporter.error(error)
-        return LOST_PEER if isinstance(error, LostWorkerError) else int(error.exit_code)
+    except Exception as error:  # none is swallowed: each ends this process, with words
+        known = _foreseen(error)
+        reporter.error(known)
+        return LOST_PEER if isinstance(known, LostWorkerError) else int(known.exit_code)
     finally:
         reporter.close()
     return 0
+
+
+def _foreseen(error: Exception) -> LlmkitError:
+    """`error` itself when it is ours, else its words; of a bug also where it happened."""
+    if isinstance(error, LlmkitError):
+        return error
+    if isinstance(error, OSError) and error.strerror:  # a full disk, no permission: the system's words say it
+        where = f": {error.filename}" if error.filename else ""
+        hint = "Once that is mended, the newest checkpoint resumes."
+        return RunError(f"{error.strerror}{where}", hint=hint)
+    text = "".join(traceback.format_exception(error)).rstrip()
+    return RunError(
+        f"{type(error).__name__}: {error}", hint=f"This is a bug in llmkit. It happened here:\n{text}"
+    )
 
 
 if __name__ == "__main__":

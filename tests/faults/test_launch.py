@@ -66,11 +66,30 @@ WORKER = textwrap.dedent(
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGSTOP)
         sys.exit(0)
+    if todo == "halt":                       # a debugger comes and holds it
+        import ctypes, subprocess
+        ctypes.CDLL(None).prctl(0x59616D61, -1, 0, 0, 0)  # PR_SET_PTRACER: it may, though it is no ancestor
+        debugger = subprocess.Popen([sys.executable, "-c", os.environ["LLMKIT_TEST_DEBUGGER"], str(os.getpid())])
+        sys.exit(f"no debugger: {debugger.wait()}")
+    if str(todo).startswith("late"):         # fails after its peers have lost it
+        time.sleep(1.5)
+        todo = int(todo[4:])
     sys.stderr.write(f"worker {rank} says {todo}\\n")
     sys.exit(todo)
     """
 )
 
+DEBUGGER = textwrap.dedent(
+    """
+    import ctypes, os, sys, time
+    pid, libc = int(sys.argv[1]), ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    if libc.ptrace(16, pid, None, None):     # PTRACE_ATTACH
+        sys.exit(os.strerror(ctypes.get_errno()))
+    os.waitpid(pid, 0)
+    time.sleep(60)
+    """
+)
 PARENT = textwrap.dedent(
     """
     import json, sys
@@ -216,6 +235,26 @@ def test_who_only_lost_the_connection_is_not_to_blame(
     assert ("lost the connection to another worker" in lines[0]) == (codes[blamed] == LOST_PEER)
 
 
+def test_whom_others_have_lost_is_waited_for_and_blamed(tmp_path: Path) -> None:
+    """It may take longer to end than they take to notice."""
+    code, said = run_here(tmp_path, 3, {"0": 69, "1": "late7", "2": 69}, limits=Limits(grace_s=20))
+    assert code == 7
+    assert re.search(r"^worker 1 \(pid \d+\) failed with exit code 7$", said, re.MULTILINE)
+    assert "  worker 1 says 7" in said
+    assert "lost the connection" not in said
+    assert "stopping the other workers" not in said
+
+
+def test_whom_others_have_lost_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    limits = Limits(grace_s=0.5, lost_s=0.5)
+    code, said = run_here(tmp_path, 3, {"0": 69, "1": "stop", "2": "deaf"}, limits=limits)
+    assert code == 1
+    assert "worker 0 (pid" in said
+    assert "lost the connection to another worker" in said
+    assert "stopping the other workers (1, 2)" in said
+    assert not any(runs(seen(tmp_path, rank)["pid"]) for rank in range(3))
+
+
 def test_a_failed_workers_last_lines_are_shown(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank_1.log").write_text("from an earlier run\n")
@@ -288,6 +327,17 @@ def test_a_stopped_worker_is_named_and_all_are_ended(tmp_path: Path) -> None:
     assert "stopping the other workers (0, 2)" in said
     assert "out of memory" not in said
     assert not any(runs(seen(tmp_path, rank)["pid"]) for rank in range(3))
+
+
+def test_a_worker_that_a_debugger_holds_is_stopped_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMKIT_TEST_DEBUGGER", DEBUGGER)
+    code, said = run_here(tmp_path, 2, {"0": "stop", "1": "halt"})
+    if "no debugger" in said:
+        pytest.skip(f"processes may not be traced here: {said}")
+    assert code == 1
+    assert re.search(r"worker 1 \(pid \d+\) was stopped for \d+ s \(SIGSTOP, or a debugger\)", said)
 
 
 def test_every_stopped_worker_is_killed_without_grace(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Real training in two processes, and signals, a death or a stop that come to some of them."""
+"""Real training in two processes, and what comes to some of them: signals, a death, a stop, an error, a slow disk."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training import command, losses, same_bits, weights
+from injection import environment
+from training import command, losses, same_bits, start, weights
 
 from llmkit.durable import verify_folder
 
@@ -32,11 +35,54 @@ sys.exit(main())
 """The command line with less patience for stopped workers than it has by itself."""
 
 
+RANK_1 = """
+import os
+if os.environ.get("RANK") == "1":
+    from llmkit.train import loop
+    real = loop.train_step
+
+    def train_step(run, step, *rest):
+        if step == 3:
+            raise ValueError("no such thing as step 3")
+        return real(run, step, *rest)
+
+    loop.train_step = train_step
+"""
+"""Run by every Python process before its first line: one of them makes an error that nobody foresaw."""
+
+HOLDING = """
+import os, time
+from pathlib import Path
+from llmkit.durable import calls
+from llmkit.train import loop
+
+loop._MEET_S = 1.0
+if os.environ.get("RANK") == "0":
+    place = Path(__file__).parent
+
+    def hold(call):
+        if call.name == "foreign" and "checkpoints" in str(call.path):
+            (place / "holding").touch()
+            while not (place / "go").exists():
+                time.sleep(0.02)
+
+    calls.fail_point = hold
+"""
+"""The first process saves only once it may; until then all meet every second."""
+
+
+def spoilt(folder, program):
+    """Variables under which Python runs `program` at each start."""
+    (folder / "spoilt").mkdir()
+    (folder / "spoilt" / "sitecustomize.py").write_text(program)
+    return {"PYTHONPATH": os.pathsep.join([str(folder / "spoilt"), str(Path(__file__).parents[2])])}
+
+
 class Run:
     """A command that trains in two processes, in a session of its own."""
 
-    def __init__(self, words):
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def __init__(self, words, **env):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(words, env=env, start_new_session=True, **pipes)
         self.folder = Path(words[words.index("--runs") + 1]) / Path(words[words.index("pretrain") + 1]).stem
@@ -173,6 +219,75 @@ def test_a_signal_to_one_rank_stops_all_and_a_death_is_survived(tmp_path, whole)
     assert code == 0, said
     assert "restart 1 of 1: worker 1 (pid" in said
     assert_same(run, whole)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_an_error_that_nobody_foresaw_ends_both_and_is_told(tmp_path, rank):
+    """The one that made it is blamed, not the one that lost it."""
+    words = two(tmp_path, "run", "--no-self-check", **NEVER)
+    with Run(words, **spoilt(tmp_path, RANK_1.replace('"1"', f'"{rank}"'))) as run:
+        code, said = run.end()
+    assert code == 1, said
+    assert re.search(rf"worker {rank} \(pid \d+\) failed with exit code 1\n", said), said
+    assert "error: ValueError: no such thing as step 3" in said
+    assert re.search(r'sitecustomize.py", line \d+, in train_step\n', said), "where it happened"
+    assert said.count("Traceback") == 1, said
+    assert last_step(run) == 3
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_rank_ends_both_and_the_run_goes_on(tmp_path, whole):
+    words = two(tmp_path, "run", **SAVING)
+    with Run(words, **environment("ENOSPC", 40, lasting=True, path="checkpoints")) as run:
+        code, said = run.end()
+    assert code == 1, said
+    assert re.search(r"worker 0 \(pid \d+\) failed with exit code 1\n", said), said
+    assert "error: no space left on the disk while writing " in said
+    assert "Traceback" not in said
+    assert "another process could not save" in (run.folder / "logs/rank_1.log").read_text()
+    assert checkpoints(run) == ["step_00000007"]
+    verify_folder(run.folder / "checkpoints/step_00000007")
+    with Run(words) as resumed:
+        code, said = resumed.end()
+    assert code == 0, said
+    assert_same(resumed, whole)
+
+
+def test_under_another_launcher_nobody_leaves_before_the_save_is_on_the_disk(tmp_path):
+    """Such a launcher may end the others as soon as one has left."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    changes = {**NEVER, "pretrain__train__length": "4000 steps", "pretrain__eval__every": "never"}
+    words = command(tmp_path, "pair", "--no-self-check", **changes)
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world |= {"GLOO_SOCKET_IFNAME": "lo", **spoilt(tmp_path, HOLDING)}
+    folder = tmp_path / "runs/pair/pretrain"
+    pair = [start(words, RANK=str(n), LOCAL_RANK=str(n), **world) for n in (0, 1)]
+    try:
+        wait_for(lambda: (folder / "metrics.jsonl").exists() and max(losses(folder), default=0) >= 5, pair)
+        pair[1].send_signal(signal.SIGTERM)
+        wait_for((tmp_path / "spoilt/holding").exists, pair)
+        with pytest.raises(subprocess.TimeoutExpired):
+            pair[1].wait(timeout=5)
+        assert not list((folder / "checkpoints").glob("step_*"))
+        (tmp_path / "spoilt/go").touch()
+        said = [process.communicate(timeout=120) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [75, 75], said
+    assert all("stopped by SIGTERM after step" in words[1] for words in said), said
+    (saved,) = (folder / "checkpoints").glob("step_*")
+    verify_folder(saved)
+
+
+def wait_for(condition, processes, limit_s=240):
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.03)
 
 
 @pytest.mark.slow

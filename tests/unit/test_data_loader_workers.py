@@ -30,9 +30,9 @@ def eventually(condition):
         time.sleep(0.02)
 
 
-def crew(of_step, steps, workers=2):
+def crew(of_step, steps, workers=2, **limits):
     leaving = threading.Event()
-    return LoaderWorkers(of_step, steps, workers, leaving), leaving
+    return LoaderWorkers(of_step, steps, workers, leaving, **limits), leaving
 
 
 def in_a_thread(work):
@@ -134,6 +134,57 @@ def test_a_killed_process_is_an_error_that_says_so(of_step):
     assert "`machine.loader_workers: 2`" in str(caught.value)
     assert "out of memory" in caught.value.hint
     eventually(lambda: not children_serving())
+
+
+def test_a_process_killed_in_its_last_message_is_an_error_that_says_so():
+    """It has been asked for nothing more, so the system tells it otherwise than in the middle of a run."""
+    loader, _ = crew(large, range(2))
+
+    def work():
+        steps = loader.prepared()
+        next(steps)
+        eventually(lambda: loader._crew[1][1].poll(0))
+        os.kill(loader._crew[1][0].pid, signal.SIGKILL)
+        return list(steps)
+
+    with pytest.raises(RunError, match=r"was killed by SIGKILL before it had made step 2"):
+        in_a_thread(work)
+
+
+@pytest.mark.parametrize("of_step", [doubled, large])
+def test_a_stopped_process_is_given_up_and_named(of_step):
+    """Between two steps; and in the middle of a message, which is then waited for."""
+    loader, _ = crew(of_step, range(100), stopped_s=0.5)
+    victim = []
+
+    def work():
+        steps = loader.prepared()
+        next(steps)
+        eventually(lambda: loader._crew[1][1].poll(0))
+        victim.append(loader._crew[1][0].pid)
+        os.kill(victim[0], signal.SIGSTOP)
+        return list(steps)
+
+    with pytest.raises(RunError, match=r"was stopped for \d+ s \(SIGSTOP, or a debugger\)") as caught:
+        in_a_thread(work)
+    assert f"(pid {victim[0]}, one of `machine.loader_workers: 2`)" in str(caught.value)
+    assert "out of memory" not in str(caught.value)
+    assert not children_serving()
+
+
+def test_a_process_that_goes_on_in_time_is_left_alone():
+    loader, _ = crew(doubled, range(20), stopped_s=1000)
+
+    def work():
+        steps = loader.prepared()
+        got = [next(steps)]
+        victim = loader._crew[1][0].pid
+        os.kill(victim, signal.SIGSTOP)
+        threading.Timer(1.0, os.kill, (victim, signal.SIGCONT)).start()
+        return got + list(steps)
+
+    assert in_a_thread(work) == [(step, 2 * step) for step in range(20)]
+    assert not [thread for thread in threading.enumerate() if thread.name == "watch-loaders"]
 
 
 def test_leaving_does_not_wait_for_a_process_that_is_busy():
