@@ -86,10 +86,10 @@ def table(found: "Verified") -> list[tuple[str, ...]]:
     """The findings as rows of text: a column for the resumed run, one for that on another number of processes."""
     columns = [
         ("", *(one.what for one in found.resumed)),
-        ("compared", *(one.compared for one in found.resumed)),
+        ("compared", *(one.compared or "none" for one in found.resumed)),
         (
             f"killed after step {found.killed_at} of {found.steps}, resumed from {found.saved_at}",
-            *("same bits" if one.same else f"DIFFERS {_apart(one)}" for one in found.resumed),
+            *(_to_the_bit(one) for one in found.resumed),
         ),
     ]
     if found.other_processes is not None:
@@ -98,16 +98,20 @@ def table(found: "Verified") -> list[tuple[str, ...]]:
     return list(zip(*columns, strict=True))
 
 
+def _to_the_bit(one: "Finding") -> str:
+    if one.same:
+        return "same bits" if one.compared else "nothing to compare"
+    return f"DIFFERS {_by(one, one.largest)}"
+
+
 def _to_rounding(one: "Finding", found: "Verified") -> str:
     if one.same:
-        return "same bits"
+        return _to_the_bit(one)
     tolerance = found.tolerances.get(one.what)
-    if tolerance is None:
-        return "may differ" if math.isinf(one.largest) else _apart(one)
-    return f"{_apart(one)}, " + (
-        f"within {tolerance:g}" if one.largest <= tolerance else f"NOT WITHIN {tolerance:g}"
-    )
+    if one.unlike or tolerance is None:
+        return "may differ" if found.within(one) else f"DIFFERS {_by(one, math.inf)}"
+    return f"{_by(one, one.apart)}, {'within' if found.within(one) else 'NOT WITHIN'} {tolerance:g}"
 
 
-def _apart(one: "Finding") -> str:
-    return f"by {one.largest:.1e}" if math.isfinite(one.largest) else f"({one.first})"
+def _by(one: "Finding", apart: float) -> str:
+    return f"by {apart:.1e}" if math.isfinite(apart) else f"({one.first})"
