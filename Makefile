@@ -27,11 +27,11 @@ endif
 TORCH_INDEX := $(if $(filter cpu cu130,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
 # A busy machine punishes threads inside of processes: tests take one each. The demo takes every core.
-test test-slow: export OMP_NUM_THREADS ?= 1
-test test-slow: export TOKENIZERS_PARALLELISM ?= false
+test test-slow test-faults: export OMP_NUM_THREADS ?= 1
+test test-slow test-faults: export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help install demo test test-slow check format lint imports types bench bench-tokenize bench-memory clean distclean
+.PHONY: help install demo test test-slow test-faults check format lint imports types bench bench-tokenize bench-memory clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,14 @@ test: check  ## Everything that must hold: formatting, lint, import direction, t
 test-slow: $(STAMP)  ## The tests that take longer
 	$(BIN)/python -m pytest -m slow $(TESTS)
 
+test-faults: export LLMKIT_TEST_FIGURES := $(CURDIR)/build/faults
+test-faults: $(STAMP)  ## Every fault that tests can make, and a table of the runs that survived
+	@rm -rf $(LLMKIT_TEST_FIGURES)
+	@status=0; \
+	$(BIN)/python -m pytest -m '' -n $(JOBS) --dist worksteal tests/faults || status=1; \
+	PYTHONPATH=tests $(BIN)/python tests/faults/matrix.py $(LLMKIT_TEST_FIGURES) || status=1; \
+	exit $$status
+
 check: lint imports types  ## All of `make test` but the tests
 
 format: $(STAMP)  ## Put the code in form
@@ -83,7 +91,8 @@ imports: $(STAMP)  ## A module imports only downward
 types: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## Tokens per second against Hugging Face Trainer
+bench: $(STAMP)  ## How much of a save training waits for; tokens per second against Hugging Face Trainer
+	$(BIN)/python -W ignore -m benchmarks.saving
 	$(BIN)/python -m benchmarks.pretrain
 
 bench-tokenize: $(STAMP)  ## From JSON lines to ids against other ways, on 100 MB
