@@ -75,7 +75,7 @@ class RunError(LlmkitError):
 
 
 class LostWorkerError(RunError):
-    """The connection to another worker broke: that one has ended, and is the one to blame."""
+    """Another worker is to blame: the connection to it broke, or it said that it could not go on."""
 
 
 class GateError(LlmkitError):

@@ -208,7 +208,8 @@ class Checkpoint(Block):
     """How many of the newest checkpoints stay on disk."""
     keep_best: Literal["eval/loss", "eval/perplexity", "eval/bits_per_byte"] | None = None
     """A metric of the evaluations while training, such as `eval/loss`: the checkpoint that was best by it stays,
-    whatever its age. One is saved at each evaluation that is better than all before."""
+    whatever its age. One is saved at each evaluation that is better than all before. The evaluation at the end counts
+    where `eval.rows` is `null`; else it measures other rows than those before."""
     keep_every: Every = Amount(0, "never")
     """Checkpoints at every so many steps stay for good: `5k steps` or `25%`; they are saved in any case."""
 

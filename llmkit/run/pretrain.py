@@ -33,6 +33,7 @@ from llmkit.run.folders import Options, Result, anchored, leave_record, locked, 
 from llmkit.run.planning import plan as plan_ahead
 from llmkit.run.planning import plan_run
 from llmkit.run.tokenize import corpora, find_tokenizer
+from llmkit.train.steps import saved_steps
 
 if TYPE_CHECKING:
     from llmkit.data.corpus import Corpus
@@ -180,8 +181,7 @@ def _leave_plan(
 
 def _warn_of_full_disk(folder: Path, job: "Job", plan: Plan, reporter: Reporter) -> None:
     """Say before the first step when the checkpoints to keep, the next one and the model will not fit."""
-    kept = len(list((folder / "checkpoints").glob("step_*")))
-    more = max(0, job.section().checkpoint.keep + 1 - kept)
+    more = max(0, job.section().checkpoint.keep + 1 - len(saved_steps(folder / "checkpoints")))
     needed = more * plan.checkpoint_bytes + 4 * plan.num_parameters
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -233,8 +233,6 @@ def _train(job: "Job", reporter: Reporter, world: World | None, restarts: int) -
 
 def _newest_step(folder: Path) -> int:
     """The step of the newest checkpoint, 0 where there is none."""
-    from llmkit.train.steps import saved_steps
-
     return max(saved_steps(folder / "checkpoints"), default=0)
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 from accelerate import Accelerator
 
-from llmkit.errors import CtrlCError, InterruptedRunError, RunError
+from llmkit.errors import CtrlCError, InterruptedRunError, LostWorkerError, RunError
 from llmkit.launch.signals import STOP_SIGNALS, TIME_IS_UP, describe_stop
 from llmkit.objectives.base import Batch, LossModule
 from llmkit.optim import set_lr
@@ -287,7 +287,7 @@ def finish_saving(run: Training) -> None:
 
 def _raise_failed(run: Training) -> NoReturn:
     run.saver.check()
-    raise RunError("another process could not save its checkpoint; its own words say why")
+    raise LostWorkerError("another process could not save its checkpoint; its own words say why")
 
 
 def observe(run: Training, state: TrainState, rows: int | None) -> Mapping[str, float]:

@@ -112,12 +112,15 @@ def test_a_bug_says_so_and_debug_shows_where(monkeypatch, capsys):
     assert "in broken" in capsys.readouterr().err
 
 
+GOES_ON = "The same command goes on from there."
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         ("PermissionError(13, 'Permission denied', 'runs')", 1, "error: Permission denied: runs"),
         ("OSError(28, 'No space left on device')", 1, "error: No space left on device"),
-        ("KeyboardInterrupt()", 130, ""),
+        ("KeyboardInterrupt()", 130, f"error: stopped by Ctrl-C; what was complete is kept\nhint: {GOES_ON}"),
         ("MissingError('no gpu', hint='get one')", 3, "error: no gpu\nhint: get one"),
         ("GateError('worse')", 4, "error: worse"),
         ("InterruptedRunError('saved')", 75, "error: saved"),
@@ -173,7 +176,9 @@ def test_the_words_of_the_readme_are_commands(capsys):
     """Every `llmkit ...` of the README names a command, and every option in it is one of that command."""
     from llmkit.cli import main
 
-    said = re.findall(r"llmkit ((?:recipe )?[a-z]+)\b([^`\n#]*)", _code(README.read_text(encoding="utf-8")))
+    said = re.findall(
+        r"llmkit ((?:recipe )?[a-z]+(?:-[a-z]+)*)\b([^`\n#]*)", _code(README.read_text(encoding="utf-8"))
+    )
     assert len(said) > 15
     for command, rest in said:
         assert main([*command.split(), "--help"]) == 0, command

@@ -1,5 +1,6 @@
 """Real training in two processes, and what comes to some of them: signals, a death, a stop, an error, a slow disk."""
 
+import errno
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +17,8 @@ from injection import environment
 from training import command, losses, same_bits, start, weights
 
 from llmkit.durable import verify_folder
+from llmkit.errors import LostWorkerError, MissingError
+from llmkit.train import worker
 
 pytestmark = pytest.mark.timeout(1200)  # some start six times, and machines are busy
 
@@ -233,6 +237,29 @@ def test_an_error_that_nobody_foresaw_ends_both_and_is_told(tmp_path, rank):
     assert re.search(r'sitecustomize.py", line \d+, in train_step\n', said), "where it happened"
     assert said.count("Traceback") == 1, said
     assert last_step(run) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 1, "error: Permission denied: a/b\n"),
+        (LostWorkerError("no one is there"), 69, "error: no one is there\n"),
+        (MissingError("no package"), 3, "error: no package\n"),
+    ],
+)
+def test_what_a_worker_says_and_ends_with(monkeypatch, capsys, error, code, says):
+    def fail(job, reporter):
+        raise error
+
+    monkeypatch.setattr(worker, "pretrain", fail)
+    monkeypatch.setattr(
+        worker.Job, "load", lambda path: SimpleNamespace(face={"json": False, "quiet": False})
+    )
+    assert worker.main("job.json") == code
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
