@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import masked
 import numpy as np
 from safetensors.numpy import load_file
 from sessions import ORDER, Ended, Point, Server
@@ -77,7 +78,10 @@ class Cell:
 
 def cells() -> list[Cell]:
     """All of them. What is registered as an objective is in."""
-    return [Cell(*parts) for parts in product(registry.OBJECTIVES, (False, True), (1, 3), (0, 2), (1, 2))]
+    return [
+        Cell(*parts)
+        for parts in product((*registry.OBJECTIVES, masked.NAME), (False, True), (1, 3), (0, 2), (1, 2))
+    ]
 
 
 def moments(cell: Cell) -> dict[str, Point | int]:

@@ -10,7 +10,6 @@ from sessions import shared_server
 
 pytestmark = pytest.mark.timeout(1200)  # a cell takes a minute where nothing else runs
 
-masked.register(masked.NAME)
 PAIRS = sorted({(c.objective, c.dropout, c.accumulation, c.processes) for c in cells()})
 
 

@@ -116,7 +116,7 @@ def test_the_report_says_that_there_was_none(tmp_path):
     with RunLog(tmp_path) as log:
         for record in records(curve()):
             log.metrics(record)
-    assert write_report(tmp_path, {"name": "x", "kind": "pretrain"})["spikes"] == []
+    assert write_report(tmp_path, {"name": "x", "kind": "pretrain", "status": "done"})["spikes"] == []
     assert "No spikes" in page(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
     write_report(tmp_path, {"name": "x", "kind": "tokenize"})
