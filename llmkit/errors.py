@@ -94,3 +94,9 @@ class CtrlCError(InterruptedRunError):
     """Ctrl-C stopped the run after its state was saved."""
 
     exit_code = ExitCode.CTRL_C
+
+
+def refused_by_system(error: OSError, *, hint: str = "") -> RunError:
+    """What an error of the operating system, such as a full disk, means to a person: its own words."""
+    where = f": {error.filename}" if error.filename else ""
+    return RunError(f"{error.strerror or error}{where}", hint=hint)

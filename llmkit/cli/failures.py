@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llmkit.errors import LlmkitError, RunError, UsageError
+from llmkit.errors import LlmkitError, UsageError, refused_by_system
 
 
 class BugError(LlmkitError):
@@ -37,9 +37,8 @@ def foreseen(error: Any) -> LlmkitError:
         return UsageError(
             error.format_message(), hint=f"see {context.command_path} --help" if context else ""
         )
-    if isinstance(error, OSError):  # a full disk, no permission: the system's own words say it
-        where = f": {error.filename}" if error.filename else ""
-        return RunError(f"{error.strerror or error}{where}")
+    if isinstance(error, OSError):
+        return refused_by_system(error)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return BugError(
         text, hint="this is a bug in llmkit; the same command with --debug shows where it happened"

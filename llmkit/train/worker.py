@@ -5,7 +5,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from llmkit.errors import LlmkitError, LostWorkerError, RunError
+from llmkit.errors import LlmkitError, LostWorkerError, RunError, refused_by_system
 from llmkit.launch.crew import LOST_PEER
 from llmkit.report.console import make_reporter
 from llmkit.train.job import Job
@@ -36,10 +36,10 @@ def _foreseen(error: Exception) -> LlmkitError:
     """`error` itself when it is ours, else its words; of a bug also where it happened."""
     if isinstance(error, LlmkitError):
         return error
-    if isinstance(error, OSError) and error.strerror:  # a full disk, no permission: the system's words say it
-        where = f": {error.filename}" if error.filename else ""
-        hint = "Once that is mended, the newest checkpoint resumes."
-        return RunError(f"{error.strerror}{where}", hint=hint)
+    if (
+        isinstance(error, OSError) and error.strerror
+    ):  # without its words it is a library's own, which is a bug
+        return refused_by_system(error, hint="Once that is mended, the newest checkpoint resumes.")
     text = "".join(traceback.format_exception(error)).rstrip()
     return RunError(
         f"{type(error).__name__}: {error}", hint=f"This is a bug in llmkit. It happened here:\n{text}"
