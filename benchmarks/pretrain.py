@@ -106,10 +106,10 @@ def run_llmkit(folder: Path, work: Work, steps: int, machine: dict[str, Any]) ->
 
     clock, train_step = Clock(), loop.train_step
 
-    def watched(run: Any, step: int, micro_batches: Any, num_targets: int) -> Any:
+    def watched(run: Any, step: int, micro_batches: Any, counts: Any) -> Any:
         clock.tick()
-        outcome = train_step(run, step, micro_batches, num_targets)
-        clock.losses.append(float(outcome.total) / num_targets)
+        outcome = train_step(run, step, micro_batches, counts)
+        clock.losses.append(float(outcome.loss))
         if len(clock.losses) == steps:
             clock.tick()
         return outcome
@@ -205,7 +205,7 @@ def prepare(folder: Path, work: Work, steps: int) -> None:
     reporter.close()
     rows: list[Any] = []
 
-    def recorded(run: Any, step: int, micro_batches: Any, num_targets: int) -> Any:
+    def recorded(run: Any, step: int, micro_batches: Any, counts: Any) -> Any:
         if step == 0:
             run.core.model.save_pretrained(folder / "start")
         rows.extend(batch["input_ids"].numpy() for _, batch in micro_batches)

@@ -42,7 +42,7 @@ class Work:
 
     def __init__(self, preset: str, vocab_size: int, folder: Path) -> None:
         self.model = build_model(
-            Model(preset=preset, context=64), vocab_size=vocab_size, special_ids=SPECIAL, seed=0
+            Model(preset=preset, context=64), "causal", vocab_size=vocab_size, special_ids=SPECIAL, seed=0
         )
         self.optimizer = make_optimizer(self.model, Optim())
         self.folder = folder

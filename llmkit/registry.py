@@ -1,15 +1,69 @@
-"""Names to code, lazily: `clm -> llmkit.objectives.clm:CausalLM`; a wrong name gets the nearest as answer."""
+"""Names to code, lazily: `clm -> llmkit.objectives.clm:build`; a wrong name gets the nearest as answer."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from llmkit.errors import UsageError
 
-OBJECTIVES: Mapping[str, str] = {
-    "clm": "llmkit.objectives.clm:CausalLM",
+T = TypeVar("T")
+
+ModelKind = Literal["causal", "masked", "pairs", "seq2seq", "detector"]
+"""What a model does: `causal` predicts the next token, `masked` fills gaps, `pairs` also says whether two texts belong
+together, `seq2seq` writes an output to an input, `detector` finds replaced tokens."""
+
+BERT_ROLES = ("<|cls|>", "<|sep|>", "<|mask|>")
+"""What stands for `[CLS]`, `[SEP]` and `[MASK]` in vocabularies that do not have these."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """An objective as far as it is known without its code.
+
+    Attributes:
+        code: `module:function`; called with the recipe's `pretrain` section and the `Vocabulary`, it gives the
+            objective.
+        model: The kind of model that learns it.
+        sections: Its settings' names in the `pretrain` section.
+        tokens: Special tokens that it needs; a tokenizer that the recipe learns gets them.
+        metrics: What an evaluation of it measures.
+        learns_end: Whether the ends of documents are among its targets.
+        isolates: Whether documents that share a row can be kept apart.
+        positions: Whether its rows say where documents begin, isolated or not.
+        other: Whether its rows come with text of another document.
+    """
+
+    code: str
+    model: ModelKind
+    sections: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("loss", "perplexity")
+    learns_end: bool = False
+    isolates: bool = False
+    positions: bool = False
+    other: bool = False
+
+
+OBJECTIVES: Mapping[str, Goal] = {
+    "clm": Goal(
+        "llmkit.objectives.clm:build",
+        "causal",
+        metrics=("loss", "perplexity", "bits_per_byte"),
+        learns_end=True,
+        isolates=True,
+    ),
 }
+
+
+def goal_of(objective: str) -> Goal:
+    """What is known of an objective.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    return find(OBJECTIVES, objective, "objective")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -18,8 +72,14 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return next((c for c in choices if matches and c.lower() == matches[0]), None)
 
 
-def load(registry: Mapping[str, str], name: str, kind: str) -> Any:
-    """Import what `name` stands for.
+def load(code: str) -> Any:
+    """Import what `module:attribute` stands for."""
+    module, attribute = code.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def find(registry: Mapping[str, T], name: str, kind: str) -> T:
+    """What `name` stands for.
 
     Raises:
         UsageError: `name` is not registered; the message lists the known names and the nearest one.
@@ -30,5 +90,4 @@ def load(registry: Mapping[str, str], name: str, kind: str) -> Any:
             f"unknown {kind} {name!r}; known: {', '.join(sorted(registry))}",
             hint=f"did you mean {guess!r}?" if guess else "",
         )
-    module, attribute = registry[name].split(":")
-    return getattr(import_module(module), attribute)
+    return registry[name]

@@ -36,7 +36,7 @@ def stream_of(lengths, seed=0):
 
 def batches(seed=9, world_size=1, rank=0, **options):
     """Eight micro-batches of two rows a step, from two weighted sources."""
-    rows = Rows([stream_of([30] * 20), stream_of([11] * 30, seed=1)], context=7)
+    rows = Rows([stream_of([30] * 20), stream_of([11] * 30, seed=1)], stride=7)
     return MicroBatches(
         rows,
         RowOrder(rows.sizes, [1, 2], seed),

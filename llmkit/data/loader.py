@@ -16,7 +16,7 @@ import numpy as np
 from llmkit.data.loader_workers import LoaderWorkers, shield_from_stop_signals
 from llmkit.data.order import RowOrder
 from llmkit.data.rows import Ints, Row, Rows
-from llmkit.data.seeds import held_out_seed, row_seed
+from llmkit.data.seeds import OTHER, held_out_seed, mix_seed, row_seed
 
 Encode = Callable[[Row], Mapping[str, Ints]]
 StepExamples = list[tuple[int, list[Mapping[str, Ints]]]]
@@ -37,6 +37,8 @@ class MicroBatches:
         world_size: Number of ranks.
         rank: The rank asked for.
         isolate: See `Rows.take`.
+        other: Whether each row also has `other`, the ids of a row that shares no document with it, and
+            `other_positions`.
         encode: What is made of each row; by default the row itself.
 
     Raises:
@@ -53,6 +55,7 @@ class MicroBatches:
         world_size: int = 1,
         rank: int = 0,
         isolate: bool = False,
+        other: bool = False,
         encode: Encode = dict,
     ) -> None:
         if rows_per_step % (micro_batch_size * world_size):
@@ -69,6 +72,7 @@ class MicroBatches:
         self.world_size = world_size
         self.rank = rank
         self.isolate = isolate
+        self.other = other
         self.encode = encode
 
     @property
@@ -80,11 +84,9 @@ class MicroBatches:
         """This rank's `(global micro-batch index, examples)` of optimizer step `step`, counted from 0."""
         mine = range(self.rank, self.num_micro, self.world_size)
         positions, sources, rows = self.places(step, mine)
-        found = self.rows.take(sources, rows, isolate=self.isolate)
-        seeds = (row_seed(self.order.seed, position) for position in positions.tolist())
-        examples = [
-            self.encode({**row, "seed": np.asarray(seed)}) for row, seed in zip(found, seeds, strict=True)
-        ]
+        seeds = [row_seed(self.order.seed, position) for position in positions.tolist()]
+        found = seeded_rows(self.rows, sources, rows, seeds, isolate=self.isolate, other=self.other)
+        examples = [self.encode(row) for row in found]
         size = self.micro_batch_size
         return [(k, examples[i * size : (i + 1) * size]) for i, k in enumerate(mine)]
 
@@ -104,6 +106,7 @@ def evaluation_rows(
     world_size: int = 1,
     rank: int = 0,
     isolate: bool = False,
+    other: bool = False,
 ) -> Iterator[list[Row]]:
     """Rows in plain order, each once, the batches dealt to ranks in turn; the last batch may be smaller.
 
@@ -117,13 +120,29 @@ def evaluation_rows(
         rank: The rank asked for. Ranks may get a different number of batches: add sums, never means; and see
             `evaluation_rounds`.
         isolate: See `Rows.take`.
+        other: See `MicroBatches`.
     """
     index = evenly_spaced(len(rows), max_rows)
     for start in range(rank * micro_batch_size, len(index), world_size * micro_batch_size):
         chosen = index[start : start + micro_batch_size]
-        found = rows.take(*rows.locate(chosen), isolate=isolate)
-        seeds = map(held_out_seed, chosen.tolist())
-        yield [{**row, "seed": np.asarray(seed)} for row, seed in zip(found, seeds, strict=True)]
+        seeds = [held_out_seed(number) for number in chosen.tolist()]
+        yield seeded_rows(rows, *rows.locate(chosen), seeds, isolate=isolate, other=other)
+
+
+def seeded_rows(
+    rows: Rows, sources: Ints, numbers: Ints, seeds: Sequence[int], *, isolate: bool, other: bool
+) -> list[Row]:
+    """Rows with their `seed`, and `other` where it is asked for; see `MicroBatches`."""
+    found = rows.take(sources, numbers, isolate=isolate)
+    seeded = [{**row, "seed": np.asarray(seed)} for row, seed in zip(found, seeds, strict=True)]
+    if not other:
+        return seeded
+    places = zip(sources.tolist(), numbers.tolist(), seeds, strict=True)
+    others = [rows.take_other(source, number, mix_seed(seed, OTHER)) for source, number, seed in places]
+    return [
+        {**row, "other": one["ids"], "other_positions": one["positions"]}
+        for row, one in zip(seeded, others, strict=True)
+    ]
 
 
 def evaluation_rounds(rows: Rows, *, micro_batch_size: int, max_rows: int | None, world_size: int) -> int:

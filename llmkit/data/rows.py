@@ -1,9 +1,10 @@
-"""Rows of `context` tokens cut out of token streams, as arrays ready for a model.
+"""Rows cut out of token streams, as arrays ready for an objective.
 
-Row i of a stream is tokens[i*T : i*T + T + 1]: T inputs and, one further, T targets. So each token but a
-stream's first is predicted exactly once.
+Row i of a stream is tokens[i*S : i*S + S + O]: S of its own (the stride), and O of the next row's (the overlap). Where
+each token is predicted from those before it, O is 1: S inputs and, one further, S targets, so each token but a stream's
+first is predicted exactly once.
 
-Shapes: B rows, T = context.
+Shapes: B rows, S = stride, O = overlap.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,11 @@ from llmkit.errors import DataError
 
 Ints = npt.NDArray[np.int64]
 Row = dict[str, Ints]
-"""`ids`, up to T + 1 of them; where documents are isolated `positions`, of each token in its document; and from the
-loader `seed`, a scalar: all that is random about the row follows from it."""
+"""`ids`, up to S + O of them; where they are asked for `positions`, of each token in its document, and `other`, the
+ids of a row that shares no document with it; and from the loader `seed`, a scalar: all that is random about the row
+follows from it."""
+
+_TRIES = 64
 
 
 class Stream(Protocol):
@@ -37,16 +41,20 @@ class Stream(Protocol):
     def document_starts(self, start: int, stop: int) -> Ints:
         """The positions in [start, stop) at which documents begin, sorted."""
 
+    def num_documents_before(self, position: int) -> int:
+        """How many documents begin before a position."""
+
 
 class Rows:
     """All rows of some streams.
 
     Args:
         streams: One per source.
-        context: T, the tokens in a row.
-        partial: Also count a stream's last row that is shorter than T, as evaluation does. Then every token but a
-            stream's first is predicted. Streams without any token are allowed. Training leaves that row out (under
-            T of a stream's tokens), so that all its rows are full.
+        stride: S, the tokens of a row's own.
+        overlap: O, tokens of the next row that it sees too.
+        partial: Also count a stream's last row that is shorter than S, as evaluation does: then no token is left out.
+            Streams without any token are allowed. Training leaves that row out (under S of a stream's tokens), so
+            that all its rows are full.
 
     Attributes:
         sizes: Rows in each stream.
@@ -55,25 +63,28 @@ class Rows:
         DataError: A stream is too short for one row.
     """
 
-    def __init__(self, streams: Sequence[Stream], context: int, *, partial: bool = False) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], stride: int, *, overlap: int = 1, partial: bool = False
+    ) -> None:
         self.streams = list(streams)
-        self.context = context
+        self.stride = stride
+        self.overlap = overlap
         self.sizes = [self._num_rows(stream, partial) for stream in self.streams]
 
     def __len__(self) -> int:
         return sum(self.sizes)
 
     def _num_rows(self, stream: Stream, partial: bool) -> int:
-        num_targets = max(stream.num_tokens - 1, 0)
+        usable = max(stream.num_tokens - self.overlap, 0)
         if partial:
-            return -(-num_targets // self.context)
-        if num_targets < self.context:
+            return -(-usable // self.stride)
+        if usable < self.stride:
             raise DataError(
                 f"the context is longer than the text: {stream.name!r} has {stream.num_tokens:,} tokens "
-                f"to train on, a row of `context: {self.context}` needs {self.context + 1:,}",
-                hint=_what_fits(num_targets),
+                f"to train on, a row needs {self.stride + self.overlap:,}",
+                hint=_what_fits(usable),
             )
-        return num_targets // self.context
+        return usable // self.stride
 
     def locate(self, index: npt.ArrayLike) -> tuple[Ints, Ints]:
         """Source and row of each number in plain order: the first stream's rows, then the second's, ..."""
@@ -107,8 +118,33 @@ class Rows:
     def _span(self, source: int, row: int) -> tuple[int, int]:
         if not 0 <= row < self.sizes[source]:
             raise IndexError(f"row {row} of {self.sizes[source]} in {self.streams[source].name!r}")
-        start = row * self.context
-        return start, min(start + self.context + 1, self.streams[source].num_tokens)
+        start = row * self.stride
+        return start, min(start + self.stride + self.overlap, self.streams[source].num_tokens)
+
+    def take_other(self, source: int, row: int, seed: int) -> Row:
+        """Another row, drawn by `seed`, that shares no document with this one; with `positions`.
+
+        Raises:
+            DataError: None was found: nearly all the text is one document.
+        """
+        draw = np.random.default_rng(seed)
+        start, stop = self._span(source, row)
+        documents = self._documents(source, start, stop)
+        for _ in range(_TRIES):
+            (other,), (there,) = self.locate([int(draw.integers(len(self)))])
+            found = self._documents(int(other), *self._span(int(other), int(there)))
+            if other != source or found[0] > documents[1] or found[1] < documents[0]:
+                return self._read(int(other), int(there), isolate=True)
+        raise DataError(
+            f"no text of another document was found for row {row:,} of {self.streams[source].name!r}",
+            hint="set `documents: paragraph` or `documents: line` on the source, or choose an objective without pairs",
+        )
+
+    def _documents(self, source: int, start: int, stop: int) -> tuple[int, int]:
+        """The number of the first and of the last document with tokens in [start, stop)."""
+        stream = self.streams[source]
+        before = stream.num_documents_before
+        return before(start + 1) - 1, before(stop) - 1
 
 
 def _restarting_positions(starts: Ints, length: int) -> Ints:

@@ -2,7 +2,9 @@
 
 ROW = 1 << 41
 HELD_OUT = 1 << 42
-"""Keep the seeds of training rows and held-out rows apart from each other and from those of micro-batches."""
+OTHER = 1 << 43
+"""Keep the seeds of training rows, of held-out rows and of what is drawn beside a row apart from each other and from
+those of micro-batches."""
 
 
 def mix_seed(*parts: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmkit.models.attention import kernels_of
 from llmkit.models.build import max_length, set_attention
 from llmkit.recipe.schema import Sampling
 
@@ -63,12 +64,14 @@ def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and an attention that takes a cache; afterwards all is as before."""
     training, attention = model.training, model.config._attn_implementation
     model.eval()
-    set_attention(model, "sdpa")
+    if kernels_of(model):
+        set_attention(model, "sdpa")
     try:
         with torch.inference_mode():
             yield
     finally:
-        set_attention(model, attention)
+        if kernels_of(model):
+            set_attention(model, attention)
         model.train(training)
 
 
@@ -78,6 +81,8 @@ def _generate_batch(
     prompts: Sequence[str],
     sampling: Sampling,
 ) -> list[Continuation]:
+    if model.config.is_encoder_decoder:
+        return _answer_batch(model, tokenizer, prompts, sampling)
     limit = max_length(model.config) or 1 << 30
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = [tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"] or [start] for p in prompts]
@@ -99,6 +104,39 @@ def _generate_batch(
         **_draw(sampling),
     )
     rows = output[:, width:].tolist()
+    return [
+        _continuation(tokenizer, prompt, row, cut=len(ids) - len(kept))
+        for prompt, row, ids, kept in zip(prompts, rows, encoded, fitting, strict=True)
+    ]
+
+
+def _answer_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sampling: Sampling,
+) -> list[Continuation]:
+    """What an encoder-decoder writes when it has read each prompt."""
+    limit = max_length(model.config) or 1 << 30
+    encoded = [
+        [*tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
+        for p in prompts
+    ]
+    fitting = [ids[-limit:] for ids in encoded]
+    width = max(map(len, fitting))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        input_ids=torch.tensor([ids + [pad] * (width - len(ids)) for ids in fitting], device=model.device),
+        attention_mask=torch.tensor(
+            [[1] * len(ids) + [0] * (width - len(ids)) for ids in fitting], device=model.device
+        ),
+        max_new_tokens=min(sampling.max_new_tokens, limit - 1),
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        **_draw(sampling),
+    )
+    rows = output[:, 1:].tolist()  # without the start token
     return [
         _continuation(tokenizer, prompt, row, cut=len(ids) - len(kept))
         for prompt, row, ids, kept in zip(prompts, rows, encoded, fitting, strict=True)

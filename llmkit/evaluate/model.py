@@ -7,15 +7,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmkit import registry
 from llmkit.data.loader import evaluation_rows
 from llmkit.data.rows import Rows
 from llmkit.data.shards import TokenStream
 from llmkit.errors import DataError, MissingError
 from llmkit.evaluate.split import sum_over
 from llmkit.models.attention import use_attention
-from llmkit.models.build import load_causal_lm
-from llmkit.objectives.base import LossModule, Objective
+from llmkit.models.build import kind_of, load_weights
+from llmkit.models.heads import choose_heads
+from llmkit.objectives.base import LossModule
+from llmkit.objectives.make import make_objective
+from llmkit.plan import layout_of
+from llmkit.recipe.schema import Pretrain
+from llmkit.registry import goal_of
 
 
 def load_model(folder: Path, *, trusted: bool = False) -> PreTrainedModel:
@@ -30,7 +34,7 @@ def load_model(folder: Path, *, trusted: bool = False) -> PreTrainedModel:
         UsageError: It brings code or pickles, or its weights do not belong to its configuration.
     """
     try:
-        return load_causal_lm(str(folder), trusted=trusted)
+        return load_weights(str(folder), kind_of(str(folder)), trusted=trusted)
     except (OSError, ValueError) as error:
         raise MissingError(
             f"{folder}: no model that can be loaded ({str(error).splitlines()[0]})",
@@ -42,46 +46,58 @@ def evaluate_model(
     model: PreTrainedModel,
     streams: Sequence[TokenStream],
     *,
-    objective: str,
-    context: int,
+    section: Pretrain,
+    tokenizer: Any,
     device: str,
     bf16: bool = False,
-    isolate: bool = False,
     batch_size: int = 8,
     max_rows: int | None = None,
 ) -> dict[str, Any]:
-    """Loss and what follows from it, over every token of `streams` but the first of each.
+    """Loss and what follows from it, over all rows of `streams`.
 
-    Windowing: consecutive rows of `context` tokens, each predicted from those before it in its row.
+    Windowing: consecutive rows of the section's context. A model that predicts the next token predicts every token of a
+    stream but its first, each from those before it in its row.
 
     Args:
-        model: A causal language model.
+        model: A model of the objective's kind.
         streams: The text as tokens of the model's own tokenizer.
-        objective: The registered objective whose loss is measured.
-        context: Tokens in a row.
+        section: What was learned, and in which rows: a recipe's `pretrain` section.
+        tokenizer: The model's.
         device: `cpu`, `cuda` or `mps`.
         bf16: Matrix products in bfloat16.
-        isolate: Documents in a row do not see each other.
         batch_size: Rows computed together.
         max_rows: At most so many rows, evenly spaced; None takes all.
 
     Raises:
         DataError: There is nothing to measure on.
     """
-    goal: Objective = registry.load(registry.OBJECTIVES, objective, "objective")()
+    goal, layout, isolate = goal_of(section.objective), layout_of(section), section.isolate_documents
+    objective = make_objective(section, tokenizer)
     use_attention(model, "sdpa", isolate=isolate)
-    core = LossModule(model, goal, bf16=bf16).to(device)
-    rows = Rows(streams, context, partial=True)
+    choose_heads(model, goal.model)
+    core = LossModule(model, objective, bf16=bf16).to(device)
+    rows = Rows(streams, layout.stride, overlap=layout.overlap, partial=True)
     if len(rows) == 0:
         raise DataError("no text to measure on: nothing was held out", hint="give other text: --data FILES")
+    found = evaluation_rows(
+        rows,
+        micro_batch_size=batch_size,
+        max_rows=max_rows,
+        isolate=isolate or goal.positions,
+        other=goal.other,
+    )
     batches = (
-        {name: tensor.to(device) for name, tensor in goal.collate(list(map(goal.encode, micro))).items()}
-        for micro in evaluation_rows(rows, micro_batch_size=batch_size, max_rows=max_rows, isolate=isolate)
+        {
+            name: tensor.to(device)
+            for name, tensor in objective.collate(list(map(objective.encode, micro))).items()
+        }
+        for micro in found
     )
     started = time.perf_counter()
     sums = sum_over(core, batches)
     seconds = time.perf_counter() - started
-    num_bytes = sum(stream.num_bytes for stream in streams)
-    num_tokens = sum(stream.num_tokens for stream in streams)
-    sums["num_bytes"] = sums["num_targets"] * num_bytes / num_tokens
-    return {**goal.summarise(sums), "tokens_per_s": sums["num_targets"] / seconds}
+    if "bits_per_byte" in goal.metrics:
+        num_bytes = sum(stream.num_bytes for stream in streams)
+        num_tokens = sum(stream.num_tokens for stream in streams)
+        sums["num_bytes"] = sums["num_targets"] * num_bytes / num_tokens
+    return {**objective.summarise(sums), "tokens_per_s": sums["num_targets"] / seconds}

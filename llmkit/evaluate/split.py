@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from llmkit.objectives.base import Batch, LossModule
+from llmkit.objectives.base import TARGETS, Batch, LossModule
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -27,7 +27,7 @@ def sum_over(
         between: Called before each batch; what it raises ends the measurement.
 
     Returns:
-        `total` (nats), `num_targets`, and the objective's further sums.
+        `total` (nats, of `num_targets`), every count of the batches, and the objective's further sums.
     """
     training = core.training
     core.eval()
@@ -40,8 +40,8 @@ def sum_over(
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
     finally:
         core.train(training)
-    # A process may have had no batch at all; it still takes part, with zeros.
-    names = sorted({"total", "num_targets", *sums})
+    # A process may have had no batch at all; it still takes part, with zeros for every sum the objective has.
+    names = sorted({"total", TARGETS, *core.objective.sums, *sums})
     values = torch.stack([sums.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
     return dict(zip(names, reduce(values).tolist(), strict=True))
 
@@ -49,4 +49,5 @@ def sum_over(
 @torch.inference_mode()
 def _measure(core: LossModule, batch: Batch) -> dict[str, torch.Tensor]:
     loss = core.forward(batch)
-    return {**loss.sums, "total": loss.total, "num_targets": batch["num_targets"]}
+    counts = {name: count for name, count in batch.items() if name.startswith("num_")}
+    return {**loss.sums, "total": loss.totals[TARGETS], **counts}

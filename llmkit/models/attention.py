@@ -25,6 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llmkit.errors import UsageError
+
 IMPLEMENTATIONS = ("sdpa", "eager", "compiled")
 """The names a recipe can use."""
 
@@ -37,21 +39,37 @@ _PROBE_RUNS = 3
 _PROBE_DOCUMENTS = 4
 
 
+def kernels_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """Of `IMPLEMENTATIONS`, those that the architecture can use; none where it has no attention."""
+    if model._supports_attention_backend:
+        return IMPLEMENTATIONS
+    # Its own code adds something that other kernels would leave out, such as T5's position bias.
+    return ("sdpa", "eager") if model._supports_sdpa else ()
+
+
 def use_attention(model: PreTrainedModel, name: str, *, isolate: bool) -> None:
-    """Make `model` use an attention kernel for training.
+    """Make `model` use an attention kernel for training; one without attention stays as it is.
 
     Args:
-        model: Any decoder that goes through transformers' attention interface.
-        name: One of `IMPLEMENTATIONS`.
+        model: Any model.
+        name: One of `kernels_of(model)`.
         isolate: Whether documents that share a row are kept apart: those that `position_ids`, given to the model
             without a mask, show by restarting. False: rows are seen as a whole, whatever their `position_ids`.
 
     Raises:
-        ValueError: No such name, or the model cannot use another kernel than its own.
+        UsageError: The model cannot use that kernel.
     """
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    model.set_attn_implementation(_implementation(name, isolate=isolate))
+    known = kernels_of(model)
+    if not known:
+        return
+    if name not in known:
+        raise UsageError(
+            f"{model.config.model_type} cannot use the attention kernel {name!r}",
+            hint=f"machine.attention={known[0]}, or auto",
+        )
+    model.set_attn_implementation(
+        _implementation(name, isolate=isolate) if known == IMPLEMENTATIONS else name
+    )
 
 
 def _implementation(name: str, *, isolate: bool) -> str:

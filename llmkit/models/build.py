@@ -1,4 +1,4 @@
-"""From the recipe's `model` block to a `transformers` causal language model, seeded and checked."""
+"""From the recipe's `model` block to a `transformers` model of the objective's kind, seeded and checked."""
 
 import os
 from collections.abc import Mapping
@@ -6,19 +6,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from llmkit.errors import MissingError, UsageError
 from llmkit.models.trust import check_trust
 from llmkit.plan import PRESETS
 from llmkit.recipe.schema import Model
+from llmkit.registry import ModelKind
 
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DROPOUT_MARKS = ("dropout", "pdrop")
+_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
+"""Model types whose positions are counted from the padding token's id on."""
+
+AUTO_CLASSES: Mapping[ModelKind, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "pairs": AutoModelForPreTraining,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "detector": AutoModelForPreTraining,
+}
+"""By the kind of model, what transformers chooses its class by."""
 
 
 def build_model(
-    spec: Model, *, vocab_size: int, special_ids: Mapping[str, int], seed: int
+    spec: Model, kind: ModelKind, *, vocab_size: int, special_ids: Mapping[str, int], seed: int
 ) -> PreTrainedModel:
     """Build the model that `spec` asks for, on CPU in float32.
 
@@ -26,6 +47,7 @@ def build_model(
 
     Args:
         spec: The recipe's `model` block.
+        kind: What the objective needs.
         vocab_size: Entries of the tokenizer; a new model has as many embeddings.
         special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for the configuration.
         seed: The recipe's seed.
@@ -35,12 +57,14 @@ def build_model(
         MissingError: A pretrained model cannot be found.
     """
     if spec.name is not None:
-        model = _load_pretrained(spec, vocab_size)
+        model = _load_pretrained(spec, kind, vocab_size)
     else:
         config = make_config(spec, vocab_size=vocab_size, special_ids=special_ids)
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    model.generation_config = GenerationConfig(**special_ids)
+        model = AUTO_CLASSES[kind].from_config(config, dtype=torch.float32, trust_remote_code=False)
+    if kind in ("causal", "seq2seq"):
+        start = getattr(model.config, "decoder_start_token_id", None)
+        model.generation_config = GenerationConfig(**special_ids, decoder_start_token_id=start)
     model.train()  # what is loaded comes in evaluation mode
     return model
 
@@ -65,6 +89,10 @@ def make_config(spec: Model, *, vocab_size: int, special_ids: Mapping[str, int])
             f"model.config.vocab_size is {config.vocab_size:,}, but the tokenizer has {vocab_size:,} entries",
             hint="leave `vocab_size` out: it follows the tokenizer",
         )
+    if config.is_encoder_decoder and "decoder_start_token_id" not in fields:
+        # T5 begins with padding, BART with the end of text.
+        start = "pad_token_id" if config.model_type != "bart" else "eos_token_id"
+        config.decoder_start_token_id = special_ids.get(start, 0)
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)
     return config
@@ -113,7 +141,8 @@ def _set_length(config: PretrainedConfig, context: int, *, pinned: Mapping[str, 
     if field is None:
         return
     if field not in pinned:
-        setattr(config, field, context)
+        offset = config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0
+        setattr(config, field, context + offset)
     elif getattr(config, field) < context:
         raise UsageError(
             f"model.config.{field} is {getattr(config, field)}, shorter than `context: {context}`",
@@ -121,10 +150,10 @@ def _set_length(config: PretrainedConfig, context: int, *, pinned: Mapping[str, 
         )
 
 
-def _load_pretrained(spec: Model, vocab_size: int) -> PreTrainedModel:
+def _load_pretrained(spec: Model, kind: ModelKind, vocab_size: int) -> PreTrainedModel:
     name = str(spec.name)
     try:
-        model = load_causal_lm(name, trusted=spec.trust_remote_code)
+        model = load_weights(name, kind, trusted=spec.trust_remote_code)
     except OSError as error:
         raise MissingError(
             f"model.name: {name!r} cannot be loaded ({str(error).splitlines()[0]})",
@@ -149,11 +178,29 @@ def _load_pretrained(spec: Model, vocab_size: int) -> PreTrainedModel:
     return model
 
 
-def load_causal_lm(name: str, *, trusted: bool) -> PreTrainedModel:
+def kind_of(name: str) -> ModelKind:
+    """What kind of model a folder or name on the Hub holds, by the class that its configuration names.
+
+    Raises:
+        OSError: There is no such model.
+    """
+    fields = PretrainedConfig.get_config_dict(name)[0]
+    architecture = (fields.get("architectures") or [""])[0]
+    if fields.get("is_encoder_decoder"):
+        return "seq2seq"
+    if "ForMaskedLM" in architecture:
+        return "masked"
+    if "ForPreTraining" in architecture:
+        return "detector" if fields.get("model_type") == "electra" else "pairs"
+    return "causal"
+
+
+def load_weights(name: str, kind: ModelKind, *, trusted: bool) -> PreTrainedModel:
     """A model by folder or Hub name, in float32 on CPU, in evaluation mode; every tensor is from its safetensors.
 
     Args:
         name: A folder, or a name on the Hub.
+        kind: What it is loaded as.
         trusted: Code that comes with it may run.
 
     Raises:
@@ -163,7 +210,7 @@ def load_causal_lm(name: str, *, trusted: bool) -> PreTrainedModel:
     check_trust(name, trusted=trusted)
     # Else a model without safetensors is sent to a converter elsewhere, and its answer taken for the model.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = AUTO_CLASSES[kind].from_pretrained(
         name,
         dtype=torch.float32,
         trust_remote_code=trusted,

@@ -1,9 +1,10 @@
-"""The contract of an objective: rows in, loss out. A loss is a sum and a count, never a mean.
+"""The contract of an objective: rows in, loss out. A loss is a sum and a count, never a mean; two are two of each.
 
-Shape suffixes: B rows of a micro-batch, T positions of a row.
+Shape suffixes: B rows of a micro-batch, T positions of a row, N positions in a line, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+
+from llmkit.models.heads import Scores
 
 if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
     from transformers import PreTrainedModel
@@ -21,41 +24,82 @@ Batch = Mapping[str, torch.Tensor]
 NOT_LEARNED = -100
 """The target of a position that is not in the loss."""
 
+TARGETS = "num_targets"
+"""The count of an objective's first loss; every batch has it."""
+
+Criterion = Callable[[Scores, torch.Tensor], torch.Tensor]
+"""What a model says of N positions, and their targets (`NOT_LEARNED`: none) -> their loss as a sum in nats.
+
+Label smoothing, a z-loss or a teacher act here, so no objective knows of them."""
+
+
+def cross_entropy(scores: Scores, targets_N: torch.Tensor) -> torch.Tensor:
+    """The sum of the targets' negative log-likelihood."""
+    return scores.nll(targets_N)
+
 
 @dataclass(frozen=True)
 class Loss:
     """The loss of a micro-batch.
 
     Attributes:
-        total: Scalar, the sum over all targets, in nats; what backward runs on.
-        sums: Further scalar sums to add up over micro-batches, devices and steps.
+        totals: Scalar sums in nats by the name of their count in the batch, `num_targets` first. Each is divided by
+            its count over the whole step, and the quotients are added: that is what training lowers.
+        sums: Further scalar sums to add up over micro-batches, devices and steps, for `summarise`.
     """
 
-    total: torch.Tensor
+    totals: Mapping[str, torch.Tensor]
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> torch.Tensor:
+        """All sums together."""
+        return sum(self.totals.values(), torch.zeros((), device=self.totals[TARGETS].device))
+
+    def mean(self, counts: Mapping[str, int]) -> torch.Tensor:
+        """Each sum over its count, added up.
+
+        Args:
+            counts: Terms of each sum, over whatever is meant by the mean.
+        """
+        means = [total / max(1, int(counts[name])) for name, total in self.totals.items()]
+        return sum(means[1:], means[0])
 
 
 class Objective(Protocol):
-    """Four methods; no state that changes."""
+    """Four methods; no state that changes.
+
+    Attributes:
+        sums: Names of what `loss` gives besides its first total: further counts, and those of `Loss.sums`.
+    """
+
+    sums: Sequence[str]
 
     def encode(self, row: Any) -> Example:
         """One row of the source -> one example; numpy only, no tensors; in a thread or a process of the loader.
 
         A function of the row alone: chance comes from `np.random.default_rng(int(row["seed"]))`, never from a
-        generator that lives on.
+        generator that lives on. Every example has `targets`, `NOT_LEARNED` where there is none.
         """
         ...
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Examples -> a micro-batch, with `num_targets`: how many terms its loss sum has."""
+        """Examples -> a micro-batch, with `num_targets`: how many terms its loss sum has.
+
+        Keys that begin with `num_` are such counts, scalars that stay on the host.
+        """
         ...
 
-    def loss(self, model: "PreTrainedModel", batch: Batch) -> Loss:
+    def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
         """The loss of a micro-batch under `model`."""
         ...
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Sums over a whole split -> metrics by name, without the `eval/` in front."""
+        """Sums over a whole split -> metrics by name, without the `eval/` in front.
+
+        Args:
+            sums: `total` (that of `num_targets`), every `num_*`, and the sums of `Loss.sums`.
+        """
         ...
 
 
@@ -63,19 +107,78 @@ class LossModule(nn.Module):
     """A model and its objective as one module, so that what wraps modules (DDP, compile) wraps the loss too.
 
     Args:
-        model: The network.
+        model: The network that is exported.
         objective: What it learns.
         bf16: Compute matrix products in bfloat16; weights and the loss stay in float32.
+        criterion: What is made of scores and targets while training; an evaluation takes the plain cross-entropy.
+        parts: Networks that are trained and saved beside the model, by name; the objective holds them too.
+        frozen: Networks that the objective asks and that never change.
     """
 
-    def __init__(self, model: "PreTrainedModel", objective: Objective, *, bf16: bool) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        objective: Objective,
+        *,
+        bf16: bool,
+        criterion: Criterion = cross_entropy,
+        parts: Mapping[str, nn.Module] | None = None,
+        frozen: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.parts = nn.ModuleDict(dict(parts or {}))
+        self.frozen = nn.ModuleDict(dict(frozen or {})).requires_grad_(False)
         self.objective = objective
+        self.criterion = criterion
         self.bf16 = bf16
 
     def forward(self, batch: Batch) -> Loss:
         """The loss of one micro-batch; see `Objective.loss`."""
-        device = batch["input_ids"].device.type
+        device = batch["targets"].device.type
+        criterion = self.criterion if self.training else cross_entropy
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
-            return self.objective.loss(self.model, batch)
+            return self.objective.loss(self.model, batch, criterion)
+
+    def train(self, mode: bool = True) -> "LossModule":
+        """Training or evaluation mode; what is frozen stays in the latter."""
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    @property
+    def trained(self) -> nn.Module:
+        """What optimizer and checkpoints hold: the model, and where there are parts, these beside it."""
+        if not self.parts:
+            return self.model
+        return nn.ModuleDict({"model": self.model, **dict(self.parts.items())})
+
+
+def token_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Loss in nats per target, its perplexity, and the share of targets that were the likeliest token, if counted."""
+    loss = sums["total"] / sums[TARGETS]
+    metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if "correct" in sums:
+        metrics["accuracy"] = sums["correct"] / sums[TARGETS]
+    return {**metrics, TARGETS: sums[TARGETS]}
+
+
+def padded(examples: Sequence[Example], fills: Mapping[str, int], width: int = 0) -> dict[str, torch.Tensor]:
+    """Stack arrays of the same name to [B, T], filled up on the right to the longest.
+
+    Args:
+        examples: Those that have the names.
+        fills: Name -> what to fill up with. A name that the examples do not have is left out.
+        width: T at least: the same for every batch where shapes must not change.
+    """
+    names = [name for name in fills if name in examples[0]]
+    longest = max(width, *(len(example[name]) for example in examples for name in names))
+    return {
+        name: torch.from_numpy(np.stack([_widened(e[name], longest, fills[name]) for e in examples]))
+        for name in names
+    }
+
+
+def _widened(array_T: npt.NDArray[np.int64], width: int, fill: int) -> npt.NDArray[np.int64]:
+    missing = width - len(array_T)
+    return np.pad(array_T, (0, missing), constant_values=fill) if missing else array_T

@@ -10,11 +10,21 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from llmkit.models.cross_entropy import linear_cross_entropy
-from llmkit.objectives.base import NOT_LEARNED, Batch, Example, Loss
+from llmkit.data.tokenizers.vocabulary import Vocabulary
+from llmkit.models.heads import causal_scores
+from llmkit.objectives.base import (
+    NOT_LEARNED,
+    Batch,
+    Criterion,
+    Example,
+    Loss,
+    cross_entropy,
+    padded,
+    token_metrics,
+)
+from llmkit.recipe.schema import Pretrain
 
 if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
     from transformers import PreTrainedModel
@@ -22,8 +32,15 @@ if TYPE_CHECKING:  # loader workers import objectives, and this takes them secon
 _FILLS = {"input_ids": 0, "targets": NOT_LEARNED, "position_ids": 0}
 
 
+def build(section: Pretrain, vocabulary: Vocabulary) -> "CausalLM":
+    """The objective as the recipe wants it; it has no settings."""
+    return CausalLM()
+
+
 class CausalLM:
     """The mean over targets of -log p(token | tokens before it), as a sum and a count."""
+
+    sums = ()
 
     def encode(self, row: Example) -> Example:
         """Shift a row of token ids by one.
@@ -47,37 +64,19 @@ class CausalLM:
         A row shorter than the longest is filled up on the right; nothing there is a target, and no target
         sees it.
         """
-        width = max(len(example["input_ids"]) for example in examples)
-        batch = {
-            name: torch.from_numpy(np.stack([_widened(e[name], width, fill) for e in examples]))
-            for name, fill in _FILLS.items()
-            if name in examples[0]
-        }
+        batch = padded(examples, _FILLS)
         batch["num_targets"] = (batch["targets"] != NOT_LEARNED).sum()
         return batch
 
-    def loss(self, model: "PreTrainedModel", batch: Batch) -> Loss:
+    def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
         """Sum of the targets' negative log-likelihood. Logits are made in chunks, for targets only."""
         # position_ids restart in each document: with no attention mask given, that is what isolates them.
-        positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
-        hidden_BTH = model.base_model(
-            input_ids=batch["input_ids"], use_cache=False, **positions
-        ).last_hidden_state
-        head = model.get_output_embeddings()
-        total = linear_cross_entropy(
-            hidden_BTH.flatten(0, 1), head.weight, batch["targets"].flatten(), bias=head.bias
-        )
-        return Loss(total=total)
+        scores = causal_scores(model, batch["input_ids"], batch.get("position_ids"))
+        return Loss({"num_targets": criterion(scores, batch["targets"].flatten())})
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Loss in nats per target, its perplexity, and bits per UTF-8 byte where `num_bytes` is known."""
-        loss = sums["total"] / sums["num_targets"]
-        metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        metrics = token_metrics(sums)
         if sums.get("num_bytes"):
             metrics["bits_per_byte"] = sums["total"] / math.log(2) / sums["num_bytes"]
-        return {**metrics, "num_targets": sums["num_targets"]}
-
-
-def _widened(array_T: npt.NDArray[np.int64], width: int, fill: int) -> npt.NDArray[np.int64]:
-    missing = width - len(array_T)
-    return np.pad(array_T, (0, missing), constant_values=fill) if missing else array_T
+        return metrics

@@ -3,9 +3,13 @@
 from llmkit.plan.batch import PlanError, rows_of_batch
 from llmkit.plan.describe import describe
 from llmkit.plan.estimate import Memory, flops_per_token, training_memory
+from llmkit.plan.families import shape_of_config, shape_of_preset, with_lengths
+from llmkit.plan.fit import check_fit, known_kinds
 from llmkit.plan.make import make_plan
 from llmkit.plan.plan import DataFacts, Plan, SourceFacts
-from llmkit.plan.shape import PRESETS, ModelShape, preset_fields, shape_of_config, shape_of_preset
+from llmkit.plan.presets import PRESETS, architecture_fields, model_fields, preset_fields
+from llmkit.plan.rows import layout_of
+from llmkit.plan.shape import ModelShape
 
 __all__ = [
     "PRESETS",
@@ -15,12 +19,18 @@ __all__ = [
     "Plan",
     "PlanError",
     "SourceFacts",
+    "architecture_fields",
+    "check_fit",
     "describe",
     "flops_per_token",
+    "known_kinds",
+    "layout_of",
     "make_plan",
+    "model_fields",
     "preset_fields",
     "rows_of_batch",
     "shape_of_config",
     "shape_of_preset",
     "training_memory",
+    "with_lengths",
 ]

@@ -16,7 +16,9 @@ from llmkit.plan.estimate import (
 )
 from llmkit.plan.length import resolve_every, resolve_length, resolve_warmup
 from llmkit.plan.plan import DataFacts, Plan
+from llmkit.plan.rows import layout_of
 from llmkit.plan.shape import ModelShape
+from llmkit.recipe.objectives import RowLayout
 from llmkit.recipe.schema import Machine, Pretrain, Recipe
 from llmkit.recipe.units import Amount
 
@@ -75,7 +77,7 @@ def make_plan(
         raise PlanError("the recipe has no `pretrain` section, so there is nothing to plan")
     wanted, context = recipe.pretrain, recipe.pretrain.model.context
     _check_model(model, vocab_size, context)
-    num_rows = _rows_of_data(data, context)
+    num_rows = rows_of_data(data, layout_of(wanted), context)
     draft = _Draft(recipe.machine, hardware, notes=list(hardware.notes))
     if recipe.machine.device == "auto":
         draft.choose("device", hardware.device, hardware.device_name)
@@ -144,15 +146,15 @@ def _check_model(model: ModelShape, vocab_size: int, context: int) -> None:
         )
 
 
-def _rows_of_data(data: DataFacts, context: int) -> int:
-    """Full rows of one pass; each source is cut by itself, and a row needs one token more: a last target."""
+def rows_of_data(data: DataFacts, layout: RowLayout, context: int) -> int:
+    """Full rows of one pass; each source is cut by itself."""
     sizes = [source.num_tokens for source in data.per_source] or [data.num_tokens]
-    rows = sum(max(0, size - 1) // context for size in sizes)
+    rows = sum(max(0, size - layout.overlap) // layout.stride for size in sizes)
     if rows or not data.exact:
         return max(1, rows)  # a guess from file sizes refuses nothing: text may be compressed, or far away
     raise PlanError(
-        f"the training text has {max(sizes):,} tokens, fewer than the {context + 1:,} that a row of context "
-        f"{context:,} needs",
+        f"the training text has {max(sizes):,} tokens, fewer than the {layout.stride + layout.overlap:,} that a row of "
+        f"context {context:,} needs",
         hint="a smaller pretrain.model.context, or more text",
     )
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llmkit.recipe.faults import written
+from llmkit.recipe.objectives import BERT_LIKE, tokens_for
 from llmkit.recipe.positions import Keys, Node, Path, find, key_spot
 from llmkit.recipe.problems import Problem
 from llmkit.recipe.units import listing, parse_whole
+from llmkit.registry import OBJECTIVES
 
 BYTES = 256
 BUILT_IN_TOKENS = ("<|endoftext|>", "<|pad|>")
-BERT_LIKE = ("wordpiece", "chars")
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BYTES_TWICE = 511
 """For `wordpiece` and `chars`: each byte at the beginning of a word and within it, but one that never is within."""
@@ -141,8 +142,11 @@ def _room_for_bytes(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
     if _plain(root, ("tokenize", "byte_fallback")) is False and algorithm != "bpe":
         return
     special = _plain(root, ("tokenize", "special_tokens"))
+    objective = _plain(root, ("pretrain", "objective"))
     alphabet, built_in = (BYTES_TWICE, BERT_TOKENS) if algorithm in BERT_LIKE else (BYTES, BUILT_IN_TOKENS)
-    extra = set(special) - set(built_in) if _is_texts(special) else set()
+    known = isinstance(objective, str) and objective in OBJECTIVES
+    needed = tokens_for(objective, algorithm, ()) if known else []
+    extra = {*(special if _is_texts(special) else ()), *needed} - set(built_in)
     least = alphabet + len(built_in) + len(extra)
     size = parse_whole(node.value)
     if isinstance(size, int) and not isinstance(size, bool) and 2 <= size < least:

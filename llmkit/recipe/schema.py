@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmkit.recipe.block import Block, Files, as_list
+from llmkit.recipe.objectives import tokens_for
 from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.units import (
     Amount,
@@ -206,7 +207,7 @@ class Checkpoint(Block):
     """How often: `500 steps`, `10%` of the run, `10m`, or `never` (then only at the end)."""
     keep: Annotated[Whole, Field(ge=1)] = 2
     """How many of the newest checkpoints stay on disk."""
-    keep_best: Literal["eval/loss", "eval/perplexity", "eval/bits_per_byte"] | None = None
+    keep_best: Literal["eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy"] | None = None
     """A metric of the evaluations while training, such as `eval/loss`: the checkpoint that was best by it stays,
     whatever its age. One is saved at each evaluation that is better than all before. The evaluation at the end counts
     where `eval.rows` is `null`; else it measures other rows than those before."""
@@ -273,8 +274,8 @@ class Eval(Block):
     """The model: a run or a model folder; by default what this recipe trained."""
     data: Sources | None = None
     """Other text to measure on, all of it; by default the held-out documents of the training data."""
-    metrics: list[Literal["loss", "perplexity", "bits_per_byte"]] = ["loss", "perplexity", "bits_per_byte"]
-    """What to report."""
+    metrics: list[Literal["loss", "perplexity", "bits_per_byte", "accuracy", "pair_accuracy"]] = []
+    """What to report; by default all that the model's objective measures."""
     rows: Count | None = None
     """At most so many rows; `null` takes all."""
 
@@ -348,3 +349,12 @@ class Recipe(Block):
     """Measuring."""
     machine: Machine = Machine()
     """How the work is done here."""
+
+
+def tokenize_of(recipe: Recipe) -> Tokenize | None:
+    """The `tokenize` section; where a tokenizer is learnt, with the special tokens that the objective needs."""
+    spec = recipe.tokenize
+    if spec is None or spec.tokenizer is not None or recipe.pretrain is None:
+        return spec
+    tokens = tokens_for(recipe.pretrain.objective, spec.algorithm, spec.special_tokens)
+    return spec if tokens == spec.special_tokens else spec.model_copy(update={"special_tokens": tokens})

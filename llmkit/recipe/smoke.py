@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from llmkit.recipe.emit import scalar_text
-from llmkit.recipe.schema import Pretrain, Recipe, Source, Tokenize
+from llmkit.recipe.schema import Pretrain, Recipe, Source, Tokenize, tokenize_of
 
 _STEPS = 20
 _VOCAB = 1000
@@ -18,7 +18,8 @@ def smoke_words(recipe: Recipe) -> list[str]:
     for section in ("tokenize", "pretrain", "eval"):
         block = getattr(recipe, section)
         words += _limits(section, block.data) if block is not None and block.data else []
-    words += _tokenize(recipe.tokenize) if recipe.tokenize is not None else []
+    spec = tokenize_of(recipe)
+    words += _tokenize(spec) if spec is not None else []
     words += _pretrain(recipe.pretrain) if recipe.pretrain is not None else []
     if recipe.eval is not None:
         words.append(f"eval.rows={min(recipe.eval.rows or _ROWS, _ROWS)}")

@@ -5,13 +5,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from llmkit.durable import write_json
 from llmkit.errors import MissingError, UsageError
 from llmkit.hardware import detect_hardware
 from llmkit.recipe import Loaded, load_recipe
 from llmkit.recipe.preparation import Prepare
+from llmkit.recipe.schema import Model, Pretrain, Train
+from llmkit.recipe.units import Amount
+from llmkit.registry import ModelKind, goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.formatting import format_number
 from llmkit.report.report import write_report
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from llmkit.data.shards import TokenShards, TokenStream
 
 _LONGEST_ROW = 2048
+_FIRST: dict[ModelKind, Literal["clm"]] = {"causal": "clm"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
         UsageError: Nothing says what to measure on.
         MissingError: There is no such model.
     """
+    from llmkit.data.tokenizers import load_tokenizer
     from llmkit.evaluate.model import evaluate_model, load_model
-    from llmkit.models.build import max_length
+    from llmkit.models.build import kind_of, max_length
 
     section = loaded.recipe.eval if loaded else None
     word = target or (section.model if section else None) or (loaded.recipe.name if loaded else "")
@@ -65,28 +70,49 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
     with locked(folder):
         leave_record(folder, about)
         model = load_model(place)
-        context = trained.model.context if trained else min(max_length(model.config) or 512, _LONGEST_ROW)
+        learned = trained or _learned_by(kind_of(str(place)), max_length(model.config))
         figures = evaluate_model(
             model,
             text.streams(),
-            objective=trained.objective if trained else "clm",
-            context=context,
+            section=learned,
+            tokenizer=load_tokenizer(str(place)),
             device=detect_hardware(about.recipe.machine).device,
             bf16=_precision_of(place) == "bf16",
-            isolate=trained.isolate_documents if trained else False,
             max_rows=section.rows if section else None,
         )
         final = {f"eval/{name}": value for name, value in figures.items() if name != "tokens_per_s"}
         _write(folder, about, options, text, place, final)
-    for name in section.metrics if section else ("loss", "perplexity", "bits_per_byte"):
+    known = goal_of(learned.objective).metrics
+    for name in section.metrics if section and section.metrics else known:
         reporter.note(f"{name} {format_number(figures[name])}")
     prompts = (trained.prompts if trained else []) or ["Once"]
     metrics = {name.removeprefix("eval/"): value for name, value in final.items()}
     return Result(
         folder,
-        {"model": str(place), "metrics": metrics, "context": context, "report": str(folder / "report.html")},
+        {
+            "model": str(place),
+            "metrics": metrics,
+            "context": learned.model.context,
+            "report": str(folder / "report.html"),
+        },
         shlex.join(["llmkit", "generate", str(place), prompts[0], "-n", "3"]),
     )
+
+
+def _learned_by(kind: ModelKind, longest: int | None) -> Pretrain:
+    """What a model that comes without a recipe is measured by: what models of its kind learn first.
+
+    Raises:
+        UsageError: Nothing is known to measure such a model by.
+    """
+    objective = _FIRST.get(kind)
+    if objective is None:
+        raise UsageError(
+            f"a model of this kind ({kind}) comes without a recipe, and nothing says what it learned",
+            hint="measure the run that trained it",
+        )
+    model = Model(preset=None, context=min(longest or 512, _LONGEST_ROW))
+    return Pretrain(objective=objective, model=model, train=Train(length=Amount(1, "steps")))
 
 
 def _write(

@@ -24,9 +24,11 @@ from llmkit.errors import (
 from llmkit.hardware import detect_hardware, usable_cores
 from llmkit.launch.local import run_local_workers
 from llmkit.launch.world import World, check_world, detect_world
-from llmkit.plan import Plan
+from llmkit.plan import Plan, layout_of
 from llmkit.recipe import Loaded, resolved_yaml
+from llmkit.recipe.objectives import RowLayout
 from llmkit.recipe.resolved import without_secrets
+from llmkit.recipe.schema import tokenize_of
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
 from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
@@ -108,7 +110,8 @@ def _prepare(
     plan = _as_begun(plan, folder, loaded)
     if world is not None:
         check_world(world, plan.world_size)
-    weights = _weights(text, shards, plan, reporter)
+    assert loaded.recipe.pretrain is not None
+    weights = _weights(text, shards, plan, layout_of(loaded.recipe.pretrain), reporter)
     job = Job(
         recipe=without_secrets(loaded),
         plan=plan.to_dict(),
@@ -128,7 +131,7 @@ def _prepare(
 
 
 def _weights(
-    text: "Corpus", shards: "Sequence[TokenShards]", plan: Plan, reporter: Reporter
+    text: "Corpus", shards: "Sequence[TokenShards]", plan: Plan, layout: RowLayout, reporter: Reporter
 ) -> list[float] | None:
     """The sources' weights, lowered where a source would be read more than `max_epochs` times over.
 
@@ -151,7 +154,7 @@ def _weights(
         )
     if plan.num_steps is None:
         return weights
-    sizes = Rows([shard.split("train") for shard in shards], plan.context).sizes
+    sizes = Rows([shard.split("train") for shard in shards], layout.stride, overlap=layout.overlap).sizes
     rows = plan.num_steps * plan.rows_per_step
     if any(caps):
         weights = capped_weights(sizes, weights, caps, rows)
@@ -336,8 +339,9 @@ def _identity(
         },
     )
     made_by = {}
-    if recipe.tokenize is not None and recipe.pretrain.tokenizer is None:
-        made_by = recipe.tokenize.model_dump(mode="json", exclude={"data", "held_out"})
+    spec = tokenize_of(recipe)
+    if spec is not None and recipe.pretrain.tokenizer is None:
+        made_by = spec.model_dump(mode="json", exclude={"data", "held_out"})
     named = {**_flat(settings, "pretrain"), **_flat(made_by, "tokenize")}
     return {
         "seed": recipe.seed,

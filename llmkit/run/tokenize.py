@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.durable import write_file, write_json
 from llmkit.errors import DataError, MissingError, UsageError
 from llmkit.recipe import Loaded, resolved_yaml
+from llmkit.recipe.schema import tokenize_of
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
 from llmkit.run.folders import CACHE, Options, Result, anchored, base_of, leave_record, locked, run_folder
@@ -155,9 +156,10 @@ def find_tokenizer(loaded: Loaded, text: "Corpus", reporter: Reporter) -> tuple[
     recipe = loaded.recipe
     if recipe.pretrain is not None and recipe.pretrain.tokenizer is not None:
         return recipe.pretrain.tokenizer, {}
-    if recipe.tokenize is not None:
+    spec = tokenize_of(recipe)
+    if spec is not None:
         length = recipe.pretrain.model.context if recipe.pretrain else None
-        folder, figures = ensure_tokenizer(recipe.tokenize, text, reporter, max_length=length)
+        folder, figures = ensure_tokenizer(spec, text, reporter, max_length=length)
         return str(folder), figures
     if recipe.pretrain is not None and recipe.pretrain.model.name is not None:
         return recipe.pretrain.model.name, {}

@@ -11,18 +11,20 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from llmkit import registry
 from llmkit.data.loader import MicroBatches, Prefetcher, evaluation_rounds, evaluation_rows
 from llmkit.data.order import RowOrder
 from llmkit.data.rows import Row, Rows
 from llmkit.data.shards import TokenShards
 from llmkit.data.tokenizers import load_tokenizer, special_ids
-from llmkit.models.attention import choose_attention
+from llmkit.models.attention import choose_attention, kernels_of
 from llmkit.models.build import build_model
+from llmkit.models.heads import choose_heads
 from llmkit.objectives.base import Batch, Example, LossModule, Objective
+from llmkit.objectives.make import make_objective
 from llmkit.optim import lr_at
-from llmkit.plan import Plan
+from llmkit.plan import Plan, layout_of
 from llmkit.recipe.schema import Pretrain
+from llmkit.registry import goal_of
 from llmkit.train.job import Job
 from llmkit.train.loop import MicroBatch, Schedule
 
@@ -51,13 +53,13 @@ class Data:
 def open_data(job: Job) -> Data:
     """Open tokenizer and shards."""
     shards = [TokenShards.open(Path(folder)) for folder in job.shards]
-    context = job.section().model.context
+    layout = layout_of(job.section())
     held_out = [shard.split("held_out") for shard in shards]
     tokens = sum(stream.num_tokens for stream in held_out)
     return Data(
         tokenizer=load_tokenizer(job.tokenizer),
-        train=Rows([shard.split("train") for shard in shards], context),
-        held_out=Rows(held_out, context, partial=True),
+        train=Rows([shard.split("train") for shard in shards], layout.stride, overlap=layout.overlap),
+        held_out=Rows(held_out, layout.stride, overlap=layout.overlap, partial=True),
         bytes_per_token=sum(stream.num_bytes for stream in held_out) / max(1, tokens),
     )
 
@@ -65,16 +67,23 @@ def open_data(job: Job) -> Data:
 def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LossModule:
     """The model with the weights it starts from, and its objective."""
     section = job.section()
+    kind = goal_of(section.objective).model
     model = build_model(
-        section.model, vocab_size=len(tokenizer), special_ids=special_ids(tokenizer), seed=job.seed
+        section.model,
+        kind,
+        vocab_size=len(tokenizer),
+        special_ids=special_ids(tokenizer),
+        seed=job.seed,
     )
-    objective: Objective = registry.load(registry.OBJECTIVES, section.objective, "objective")()
-    return LossModule(model, objective, bf16=plan.precision == "bf16")
+    choose_heads(model, kind)
+    return LossModule(model, make_objective(section, tokenizer), bf16=plan.precision == "bf16")
 
 
 def pick_attention(plan: Plan, core: LossModule, *, isolate: bool) -> tuple[str, str]:
     """The fastest attention kernel in a probe of the run's shapes, and why."""
-    config = core.model.config
+    config, known = core.model.config, kernels_of(core.model)
+    if "compiled" not in known:
+        return "sdpa", "its own attention" if known else "it has no attention"
     heads = config.num_attention_heads
     name, why, _ = choose_attention(
         device=plan.device,
@@ -125,6 +134,8 @@ class Feed:
         self._plan = plan
         self._section = section
         self._accelerator = accelerator
+        self._goal = goal_of(section.objective)
+        self._tells_positions = section.isolate_documents or self._goal.positions
         self._batches: MicroBatches | None = None
 
     def steps(self, order: RowOrder, start: int, stop: int, *, workers: int = 0) -> Prefetcher:
@@ -143,7 +154,8 @@ class Feed:
             micro_batch_size=self._plan.micro_batch_size,
             world_size=self._plan.world_size,
             rank=self._accelerator.process_index,
-            isolate=self._section.isolate_documents,
+            isolate=self._tells_positions,
+            other=self._goal.other,
             encode=self._objective.encode,
         )
         return Prefetcher(self._batches, start, stop, workers=workers)
@@ -200,7 +212,8 @@ class Feed:
             max_rows=max_rows,
             world_size=world_size,
             rank=self._accelerator.process_index,
-            isolate=self._section.isolate_documents,
+            isolate=self._tells_positions,
+            other=self._goal.other,
         )
         rounds = evaluation_rounds(held_out, micro_batch_size=size, max_rows=max_rows, world_size=world_size)
         for _ in range(rounds):
@@ -209,17 +222,20 @@ class Feed:
 
     def largest(self) -> Batch:
         """A made-up batch of the largest shape."""
-        ids = np.arange(self._plan.context + 1, dtype=np.int64) % self._plan.vocab_size
+        layout = layout_of(self._section)
+        ids = np.arange(layout.stride + layout.overlap, dtype=np.int64) % self._plan.vocab_size
         row: Row = {"ids": ids, "seed": np.asarray(0)}
-        if self._section.isolate_documents:
+        if self._tells_positions:
             row["positions"] = np.arange(len(ids), dtype=np.int64)
+        if self._goal.other:
+            row |= {"other": ids, "other_positions": np.arange(len(ids), dtype=np.int64)}
         return self._batch([self._objective.encode(row)] * self._plan.micro_batch_size)
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         batch = self._objective.collate(examples)
         device = self._accelerator.device
-        # num_targets stays on the host: it is added up there, without a device sync.
+        # Counts stay on the host: they are added up there, without a device sync.
         return {
-            name: tensor if name == "num_targets" else tensor.to(device, non_blocking=True)
+            name: tensor if name.startswith("num_") else tensor.to(device, non_blocking=True)
             for name, tensor in batch.items()
         }

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmkit import __version__
 from llmkit.data.tokenizers import save_tokenizer
 from llmkit.models.save import save_model
+from llmkit.objectives.base import LossModule
 from llmkit.plan import Plan
 from llmkit.report.card import write_model_card
 from llmkit.report.report import collect, write_report
@@ -20,13 +21,16 @@ from llmkit.train.state import TrainState
 def finish(
     job: Job,
     plan: Plan,
-    model: PreTrainedModel,
+    core: LossModule,
     tokenizer: PreTrainedTokenizerBase,
     state: TrainState,
     figures: Mapping[str, float],
 ) -> None:
-    """Export the model with its card, then write the report whose status says that all is done."""
-    folder = Path(job.folder)
+    """Export the model with its card, then write the report whose status says that all is done.
+
+    What was trained beside the model is exported first, each to a folder of its own name beside the model's.
+    """
+    folder, model = Path(job.folder), core.model
     recipe = job.checked_recipe()
     prompt = shlex.quote((job.section().prompts or ["Once"])[0])
     facts: dict[str, Any] = {
@@ -42,6 +46,9 @@ def finish(
     card = {**collect(folder, {**facts, "status": "done"}), "run": str(folder)}
     tokenizer.model_max_length = plan.context
     manifest = {"kind": "model", "llmkit": __version__, "step": state.step, "identity": job.identity}
+    for name, part in core.parts.items():
+        if isinstance(part, PreTrainedModel):
+            save_model(folder / name, part, facts={**manifest, "kind": name})
     save_model(
         folder / "model",
         model,

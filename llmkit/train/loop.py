@@ -3,7 +3,7 @@
 A step: its micro-batches (a pure function of its number), the targets they hold on all devices, forward and
 backward on each, clip, set the learning rate (a pure function of the step), update. The loss is a sum divided
 once by that count, so it is the mean over the step's targets however they are split over micro-batches and
-devices.
+devices. An objective of several losses has a sum and a count of each.
 
 Arriving at a step, after an update or when a resume begins there, the run evaluates and saves if that is due. So
 a resume repeats the evaluation of its first step, and nothing about evaluations need be remembered.
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from llmkit.errors import CtrlCError, InterruptedRunError, LostWorkerError, RunError
 from llmkit.launch.signals import STOP_SIGNALS, TIME_IS_UP, describe_stop
-from llmkit.objectives.base import Batch, LossModule
+from llmkit.objectives.base import TARGETS, Batch, LossModule
 from llmkit.optim import set_lr
 from llmkit.train.callbacks import Callback
 from llmkit.train.numbers import Numbers
@@ -141,13 +141,13 @@ def train(run: Training, state: TrainState) -> tuple[TrainState, Mapping[str, fl
         figures = observe(run, state, None)
         # The rows of the evaluations before, so it counts among them; another number of rows has another loss.
         if run.schedule.eval_rows is None and run.saver.is_best(state.step, figures):
-            run.saver.save(run.core.model, run.optimizer, state)
+            run.saver.save(run.core.trained, run.optimizer, state)
         finish_saving(run)
     except StopAskedError as asked:
         if asked.reason == TIME_IS_UP and clock.num_steps == 0:
             raise _no_time(run) from None
         run.numbers.look()
-        run.saver.save(run.core.model, run.optimizer, state)
+        run.saver.save(run.core.trained, run.optimizer, state)
         finish_saving(run)
         raise _interrupted(asked.reason, state) from None
     return state, figures
@@ -162,12 +162,11 @@ def advance(run: Training, state: TrainState, clock: "Clock") -> TrainState:
     schedule, step = run.schedule, state.step
     clock.restart()
     micro_batches = run.micro_batches(step)
-    (num_targets,) = agree(
-        run, sum(int(batch["num_targets"]) for _, batch in micro_batches), soon=clock.longest_s
-    )
-    if num_targets == 0:
+    mine = counts_of(micro_batches)
+    counts = dict(zip(mine, agree(run, *mine.values(), soon=clock.longest_s), strict=True))
+    if counts[TARGETS] == 0:
         raise RunError("a step without a single target: nothing to learn from", hint="look at the data")
-    outcome = train_step(run, step, micro_batches, num_targets)
+    outcome = train_step(run, step, micro_batches, counts)
     if schedule.logs(step + 1) or schedule.saves(step + 1):
         run.numbers.look()  # a sync, where the device works on its own
     # After the sync, if there was one: before it, a GPU has only been given the work.
@@ -176,9 +175,9 @@ def advance(run: Training, state: TrainState, clock: "Clock") -> TrainState:
     if outcome.skipped:
         run.numbers.count(state.skipped)
     if clock.num_steps == 1:
-        run.saver.reserve(run.core.model, run.optimizer)  # the optimizer has its state from now on
+        run.saver.reserve(run.core.trained, run.optimizer)  # the optimizer has its state from now on
     if schedule.logs(state.step):
-        _record_step(run, state, outcome, num_targets, clock.tokens_per_s())
+        _record_step(run, state, outcome, clock.tokens_per_s())
     return state
 
 
@@ -194,7 +193,7 @@ def arrive(run: Training, state: TrainState) -> None:
         figures = observe(run, state, run.schedule.eval_rows)
         best = run.saver.is_best(state.step, figures)
     if best or (state.step > 0 and run.schedule.saves(state.step)):
-        run.saver.save(run.core.model, run.optimizer, state)
+        run.saver.save(run.core.trained, run.optimizer, state)
 
 
 @dataclass(frozen=True)
@@ -202,45 +201,54 @@ class Outcome:
     """What a step found.
 
     Attributes:
-        total: This process's loss sum in nats, on the device.
+        loss: This process's part of the step's loss in nats per target, on the device: the parts of all processes add
+            up to it.
         grad_norm: The norm of the gradient before clipping, on the device.
         skipped: Whether the weights were left alone because these were not finite.
     """
 
-    total: torch.Tensor
+    loss: torch.Tensor
     grad_norm: torch.Tensor
     skipped: bool
 
 
-def train_step(run: Training, step: int, micro_batches: Sequence[MicroBatch], num_targets: int) -> Outcome:
+def counts_of(micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
+    """The terms of each loss sum in this process's share of a step, by the names that batches give them."""
+    names = [name for name in micro_batches[0][1] if name.startswith("num_")]
+    return {name: sum(int(batch[name]) for _, batch in micro_batches) for name in names}
+
+
+def train_step(
+    run: Training, step: int, micro_batches: Sequence[MicroBatch], counts: Mapping[str, int]
+) -> Outcome:
     """One optimizer step: from its micro-batches to new weights.
 
     Args:
         run: The parts.
         step: Steps made so far.
         micro_batches: This process's share of the step.
-        num_targets: Terms of the loss over all devices.
+        counts: Terms of each loss sum over all devices.
 
     Raises:
         RunError: The loss or the gradient is not finite, and the recipe says to stop then.
     """
     accelerator = run.accelerator
     # accelerate divides by the micro-batches, DDP by the processes: both take means, the loss here is a sum.
-    scale = len(micro_batches) * accelerator.num_processes / num_targets
-    totals = {}
+    scale = len(micro_batches) * accelerator.num_processes
+    losses = {}
     for index, batch in micro_batches:
         torch.manual_seed(mix_seed(run.seed, step, index))  # dropout: the same on any number of devices
         with accelerator.accumulate(run.module):
-            loss = run.module(batch)
-            accelerator.backward(loss.total * scale)
-        totals[index] = loss.total.detach()
-    grad_norm = accelerator.clip_grad_norm_(run.core.parameters(), run.schedule.grad_clip)
-    good = run.numbers.good(step, totals, grad_norm, num_targets)
+            loss = run.module(batch).mean(counts)
+            accelerator.backward(loss * scale)
+        losses[index] = loss.detach()
+    grad_norm = accelerator.clip_grad_norm_(run.core.trained.parameters(), run.schedule.grad_clip)
+    good = run.numbers.good(step, losses, grad_norm)
     if good:
         set_lr(run.optimizer, run.schedule.lr_at(step))
         run.optimizer.step()
     run.optimizer.zero_grad()
-    return Outcome(sum(totals.values(), torch.zeros((), device=accelerator.device)), grad_norm, not good)
+    return Outcome(sum(losses.values(), torch.zeros((), device=accelerator.device)), grad_norm, not good)
 
 
 def agree(run: Training, *mine: int, soon: float = 0.0) -> list[int]:
@@ -338,14 +346,12 @@ class Clock:
         return speed
 
 
-def _record_step(
-    run: Training, state: TrainState, outcome: Outcome, num_targets: int, tokens_per_s: float
-) -> None:
+def _record_step(run: Training, state: TrainState, outcome: Outcome, tokens_per_s: float) -> None:
     record = {
         "step": state.step,
         "tokens": state.tokens,
         "elapsed_s": round(state.elapsed_s, 3),
-        "train/loss": float(run.accelerator.reduce(outcome.total, "sum")) / num_targets,
+        "train/loss": float(run.accelerator.reduce(outcome.loss, "sum")),
         "train/lr": run.schedule.lr_at(state.step - 1),
         "train/grad_norm": float(outcome.grad_norm),
         "tokens_per_s": round(tokens_per_s, 1),

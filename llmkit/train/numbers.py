@@ -51,30 +51,27 @@ class Numbers:
         self._at_once = policy == "skip" or accelerator.device.type == "cpu"
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
 
-    def good(
-        self, step: int, totals: Mapping[int, torch.Tensor], grad_norm: torch.Tensor, num_targets: int
-    ) -> bool:
+    def good(self, step: int, losses: Mapping[int, torch.Tensor], grad_norm: torch.Tensor) -> bool:
         """Whether the update of a step may be made; every process calls this and gets the same answer.
 
         Args:
             step: Steps made so far.
-            totals: This process's loss sums by the number of their micro-batch.
+            losses: This process's parts of the step's loss by the number of their micro-batch.
             grad_norm: The norm of the gradient over all processes.
-            num_targets: Terms of the loss over all processes.
 
         Raises:
             RunError: They are not finite, and the policy is to stop.
         """
         if not self._at_once:
-            bad = ~torch.isfinite(torch.stack([*totals.values(), grad_norm.detach()])).all()
+            bad = ~torch.isfinite(torch.stack([*losses.values(), grad_norm.detach()])).all()
             self._first_bad = torch.where((self._first_bad < 0) & bad, step, self._first_bad)
             return True
-        loss = float(self._accelerator.reduce(sum(totals.values(), torch.zeros_like(grad_norm)), "sum"))
+        loss = float(self._accelerator.reduce(sum(losses.values(), torch.zeros_like(grad_norm)), "sum"))
         if math.isfinite(loss) and math.isfinite(float(grad_norm)):
             return True
         norm = _word(float(grad_norm))
-        said = f"step {step + 1}: the loss is {_word(loss / num_targets)}, the gradient's norm {norm}"
-        micro_batches = self._bad_micro_batches(totals)
+        said = f"step {step + 1}: the loss is {_word(loss)}, the gradient's norm {norm}"
+        micro_batches = self._bad_micro_batches(losses)
         if self._policy == "stop":
             raise RunError(f"{said}: not finite{self._rows(step, micro_batches)}", hint=_HINT)
         first, *others = self._describe(step, micro_batches)
@@ -111,9 +108,9 @@ class Numbers:
                 hint=f"What was saved before is untouched; {_ANOTHER_RUN}.",
             )
 
-    def _bad_micro_batches(self, totals: Mapping[int, torch.Tensor]) -> list[int] | None:
+    def _bad_micro_batches(self, losses: Mapping[int, torch.Tensor]) -> list[int] | None:
         """Of all processes' micro-batches those with a bad loss; None when all losses are good."""
-        mine = {number: bool(torch.isfinite(total)) for number, total in totals.items()}
+        mine = {number: bool(torch.isfinite(loss)) for number, loss in losses.items()}
         marks = torch.zeros(len(mine) * self._accelerator.num_processes, dtype=torch.int64)
         marks[[number for number, finite in mine.items() if not finite]] = 1
         bad = self._accelerator.reduce(marks, "sum").nonzero().flatten().tolist()

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from llmkit.data.order import RowOrder
 from llmkit.durable import write_file, write_json
 from llmkit.errors import RunError
-from llmkit.evaluate.generate import generate
+from llmkit.evaluate.complete import complete
 from llmkit.evaluate.split import sum_over
 from llmkit.launch.crew import RESTART
 from llmkit.launch.signals import StopSignal
@@ -26,6 +26,7 @@ from llmkit.optim import make_optimizer
 from llmkit.plan import Plan
 from llmkit.recipe import load_recipe, resolved_yaml
 from llmkit.recipe.schema import Pretrain
+from llmkit.registry import goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.run_log import RunLog, read_metrics
 from llmkit.report.spikes import SpikeWatch
@@ -43,9 +44,9 @@ from llmkit.train.checkpoint import Checkpoints
 from llmkit.train.devices import leave, naming_lost_workers, peak_memory_bytes, start_accelerator
 from llmkit.train.finish import finish
 from llmkit.train.job import Job
-from llmkit.train.loop import Schedule, Training, train
+from llmkit.train.loop import Schedule, Training, counts_of, train
 from llmkit.train.numbers import Numbers
-from llmkit.train.prove import ROWS_LOOKED_AT, first_rows, prove_head, self_check
+from llmkit.train.prove import ROWS_LOOKED_AT, first_rows, self_check
 from llmkit.train.saving import Keep, Saver
 from llmkit.train.sharded import ShardedWriter, is_sharded, load_checkpoint
 from llmkit.train.state import TrainState, mix_seed
@@ -77,14 +78,13 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     plan = _with_attention(plan, core, accelerator, isolate=section.isolate_documents)
     if plan.compile:
         core.compile(dynamic=False)
-    module, optimizer = accelerator.prepare(core, make_optimizer(core.model, section.train.optim))
+    module, optimizer = accelerator.prepare(core, make_optimizer(core.trained, section.train.optim))
     feed, order = Feed(data, core.objective, plan, section, accelerator), make_order(job, data)
 
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.identity)
     saved = _from_first(accelerator, lambda: checkpoints.newest(reporter.warn))
-    state = load_checkpoint(checkpoints, saved, core.model, optimizer) if saved else TrainState()
+    state = load_checkpoint(checkpoints, saved, core.trained, optimizer) if saved else TrainState()
     reporter.phase("prove", "one step of the largest shape" + (", compiling" if plan.compile else ""))
-    prove_head(core.model)
     plan = _with_length(plan, _try_largest_batch(accelerator, module, feed, plan), accelerator)
     if job.self_check:
         _check_itself(job, plan, module, core, data, order, accelerator, reporter)
@@ -98,6 +98,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     )
     workers = job.checked_recipe().machine.loader_workers
     steps = stack.enter_context(feed.steps(order, state.step, schedule.num_steps, workers=workers))
+    measures_bytes = "bits_per_byte" in goal_of(section.objective).metrics
     run = Training(
         accelerator=accelerator,
         module=module,
@@ -114,7 +115,9 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
             warn=reporter.warn,
         ),
         saver=stack.enter_context(saver),
-        evaluate=lambda rows, between: evaluate(core, feed, data, accelerator, rows, between),
+        evaluate=lambda rows, between: evaluate(
+            core, feed, data, accelerator, rows, between, measures_bytes=measures_bytes
+        ),
         sample=lambda step: _sample(core, data, job, step),
         stop=stop.asked,
         watch_speed=_speed_watcher(plan, accelerator.device),
@@ -127,7 +130,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         shards.close()
     if accelerator.is_main_process:
         reporter.phase("export", f"{job.folder}/model")
-        finish(job, plan, core.model, data.tokenizer, state, figures)
+        finish(job, plan, core, data.tokenizer, state, figures)
 
 
 def _check_itself(
@@ -143,11 +146,13 @@ def _check_itself(
     """Prove model, data and saving to themselves, and say what was found."""
     # A sharded model is not whole on any one process, so it is not tried on disk here.
     folder = Path(job.folder) if accelerator.is_main_process and not is_sharded(core.model) else None
+    goal = goal_of(job.section().objective)
     for line in self_check(
         module,
         core,
-        first_rows(data.train, order, min(ROWS_LOOKED_AT, 2 * plan.rows_per_step)),
+        first_rows(data.train, order, min(ROWS_LOOKED_AT, 2 * plan.rows_per_step), other=goal.other),
         data.tokenizer,
+        goal=goal,
         isolate=job.section().isolate_documents,
         compiled_rows=plan.micro_batch_size if plan.compile else None,
         folder=folder,
@@ -193,12 +198,15 @@ def evaluate(
     accelerator: Accelerator,
     rows: int | None,
     between: Callable[[], object],
+    *,
+    measures_bytes: bool,
 ) -> dict[str, float]:
     """Figures on `rows` held-out rows (None: all), named `eval/...`; every process calls it."""
     sums = sum_over(core, feed.held_out(rows), lambda sums: accelerator.reduce(sums, "sum"), between)
     if not sums["num_targets"]:
         return {}  # `held_out: 0`
-    sums["num_bytes"] = sums["num_targets"] * data.bytes_per_token
+    if measures_bytes:
+        sums["num_bytes"] = sums["num_targets"] * data.bytes_per_token
     return {f"eval/{name}": value for name, value in core.objective.summarise(sums).items()}
 
 
@@ -230,8 +238,8 @@ def _try_largest_batch(accelerator: Accelerator, module: torch.nn.Module, feed: 
     for _ in range(1 + (_MEASURED_STEPS if plan.deferred or plan.num_steps is None else 0)):
         start = time.perf_counter()
         with _naming_out_of_memory(plan):
-            loss = module(batch).total
-            accelerator.backward(loss / batch["num_targets"])
+            loss = module(batch).mean(counts_of([(0, batch)]))
+            accelerator.backward(loss)
             float(loss.detach())  # waits for the device
         seconds = time.perf_counter() - start
         module.zero_grad()
@@ -281,14 +289,9 @@ def _callbacks(
 
 def _sample(core: LossModule, data: Data, job: Job, step: int) -> list[tuple[str, str]]:
     section = job.section()
-    written = generate(
-        core.model,
-        data.tokenizer,
-        section.prompts,
-        section.sampling,
-        seed=mix_seed(job.seed, _SAMPLING, step),
-    )
-    return [(one.prompt, one.text) for one in written]
+    seed = mix_seed(job.seed, _SAMPLING, step)
+    kind = goal_of(section.objective).model
+    return complete(core.model, kind, data.tokenizer, section.prompts, section.sampling, seed=seed)
 
 
 def _speed_watcher(plan: Plan, device: torch.device) -> Callable[[float], Mapping[str, float]]:

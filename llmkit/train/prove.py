@@ -20,15 +20,18 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from llmkit.data.loader import seeded_rows
 from llmkit.data.order import RowOrder
 from llmkit.data.rows import Row, Rows
 from llmkit.data.seeds import row_seed
 from llmkit.data.tokenizers import special_ids
 from llmkit.durable import scratch_folder
 from llmkit.errors import DataError, RunError, UsageError
+from llmkit.models.attention import kernels_of
 from llmkit.models.build import check_loaded, max_length
 from llmkit.models.save import save_model
 from llmkit.objectives.base import NOT_LEARNED, Batch, Example, LossModule
+from llmkit.registry import Goal
 from llmkit.train.checkpoint import Checkpoints, model_tensors
 from llmkit.train.state import TrainState
 
@@ -40,6 +43,7 @@ _TOLERANCE = 1e-3
 _VISIBLE = 1e-6
 """An influence under this share of the loss cannot be told from rounding. What documents do to each other is exactly 0
 where they are masked from each other."""
+_NOT_SAVED = "its code does not save all that it computes with; choose another architecture"
 _LEAK_RATIO = 0.05
 """With experts, what documents may do to each other, as a share of what they do when nothing keeps them apart: tokens
 of several documents go through a kernel together there, and each expert's share of them changes how it rounds."""
@@ -51,6 +55,7 @@ def self_check(
     rows: Sequence[Row],
     tokenizer: Any,
     *,
+    goal: Goal,
     isolate: bool,
     compiled_rows: int | None,
     folder: Path | None,
@@ -64,6 +69,7 @@ def self_check(
         core: The same without wrapping.
         rows: The run's first, from `first_rows`.
         tokenizer: The run's.
+        goal: What is known of the objective.
         isolate: Whether documents in a row are kept apart.
         compiled_rows: The number of rows that `module` is compiled for, lest it be compiled again; None: it is not.
         folder: Where to try saving, in a temporary folder: the run folder; None on all processes but the first.
@@ -76,21 +82,30 @@ def self_check(
         UsageError: The architecture does not keep documents in a row apart.
         RunError: The model does not come back from disk as it was.
     """
-    seen = rows if isolate else [_without_positions(row) for row in rows]
+    seen = rows if isolate or goal.positions else [_without_positions(row) for row in rows]
     examples = [core.objective.encode(row) for row in seen]
-    found = [prove_targets(examples), prove_end_of_text(rows, examples, tokenizer)]
+    found = [prove_targets(examples)]
+    if goal.learns_end:
+        found.append(prove_end_of_text(rows, examples, tokenizer))
     if isolate:
         prove_isolation(core.model)
         found.append(prove_isolation_of(module, core, examples, compiled_rows))
     if folder is not None:
-        found.append(prove_saving(core.model, folder))
+        found.append(prove_saving(core, folder))
     return found
 
 
-def first_rows(rows: Rows, order: RowOrder, num_rows: int) -> list[Row]:
-    """The `num_rows` rows that a run takes first, with `positions` and `seed`; the same on every process."""
-    found = rows.take(*order.locate(np.arange(num_rows)), isolate=True)
-    return [{**row, "seed": np.asarray(row_seed(order.seed, at))} for at, row in enumerate(found)]
+def first_rows(rows: Rows, order: RowOrder, num_rows: int, *, other: bool = False) -> list[Row]:
+    """The `num_rows` rows that a run takes first, with `positions` and `seed`; the same on every process.
+
+    Args:
+        rows: The training rows.
+        order: Which comes when.
+        num_rows: How many.
+        other: Whether they come with text of another document; see `MicroBatches`.
+    """
+    seeds = [row_seed(order.seed, at) for at in range(num_rows)]
+    return seeded_rows(rows, *order.locate(np.arange(num_rows)), seeds, isolate=True, other=other)
 
 
 def prove_targets(examples: Sequence[Example]) -> str:
@@ -142,25 +157,6 @@ def prove_end_of_text(rows: Sequence[Row], examples: Sequence[Example], tokenize
             hint=_why_no_end(end, special_ids(tokenizer)),
         )
     return f"the end of {learned:,} of {total:,} documents is learned"
-
-
-def prove_head(model: PreTrainedModel) -> None:
-    """The model's logits are what its head makes of its last hidden states, as the loss assumes.
-
-    Raises:
-        UsageError: They are scaled or capped afterwards.
-    """
-    ids = _some_ids(model)
-    with torch.no_grad(), _evaluating(model):
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        ours = model.get_output_embeddings()(hidden)
-    if ours.shape != logits.shape or _distance(ours, logits) > _TOLERANCE:
-        raise UsageError(
-            f"{model.config.model_type} changes its logits after the output layer (scaling or capping), which this "
-            "version does not train",
-            hint="choose another architecture, such as llama, qwen3, mistral or gpt2",
-        )
 
 
 def prove_isolation(model: PreTrainedModel) -> None:
@@ -225,24 +221,29 @@ def prove_isolation_of(
     return "documents in a row do not see each other"
 
 
-def prove_saving(model: PreTrainedModel, folder: Path) -> str:
-    """Written as a checkpoint, and as the export, and read back, the model is the same to the last bit.
+def prove_saving(core: LossModule, folder: Path) -> str:
+    """Written as a checkpoint, and as the export, and read back, what is trained is the same to the last bit.
 
     Each is read into a model that was built anew: a checkpoint's tensors into one with other values everywhere, the
     export by plain `from_pretrained`.
 
     Args:
-        model: On the device and with the attention that it is trained with.
+        core: On the device and with the attention that it is trained with.
         folder: Where there is room for the model; a temporary folder is made there and removed again.
 
     Raises:
         RunError: A tensor or the logits differ; names the first.
         UsageError: Tensors are missing in the export, or left over.
     """
+    model = core.model
     wanted = _Looks.of(model)
     for what, restore in (("a checkpoint", _through_checkpoint), ("the export", _through_export)):
         with scratch_folder(folder) as place:
             wanted.compare(_Looks.of(restore(model, place)), f"{model.config.model_type}: {what}")
+    for name, part in core.parts.items():
+        with scratch_folder(folder) as place:
+            tensors = model_tensors(_through_checkpoint(part, place))
+            _compare_tensors(model_tensors(part), tensors, f"{name}: a checkpoint")
     return f"saved and read back, all {len(wanted.tensors):,} tensors and the logits are the same"
 
 
@@ -258,19 +259,24 @@ class _Looks:
         ids = _some_ids(model)
         more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         with torch.no_grad(), _evaluating(model):
-            return cls(model_tensors(model), model(input_ids=ids, use_cache=False, **more).logits)
+            output = model(input_ids=ids, **more)
+        logits = output.logits if "logits" in output else output.prediction_logits
+        return cls(model_tensors(model), logits)
 
     def compare(self, other: "_Looks", what: str) -> None:
-        hint = "its code does not save all that it computes with; choose another architecture"
-        if self.tensors.keys() != other.tensors.keys():
-            names = sorted(self.tensors.keys() ^ other.tensors.keys())
-            raise RunError(f"{what}, read back, has other tensors: {', '.join(names[:5])}", hint=hint)
-        for name, tensor in self.tensors.items():
-            if not _same_bits(tensor, other.tensors[name]):
-                raise RunError(f"{what}, read back, has other values in {name}", hint=hint)
+        _compare_tensors(self.tensors, other.tensors, what)
         if not _same_bits(self.logits, other.logits):
             by = _distance(self.logits, other.logits)
-            raise RunError(f"{what}, read back, computes other logits (by {by:.1e})", hint=hint)
+            raise RunError(f"{what}, read back, computes other logits (by {by:.1e})", hint=_NOT_SAVED)
+
+
+def _compare_tensors(mine: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], what: str) -> None:
+    if mine.keys() != other.keys():
+        names = sorted(mine.keys() ^ other.keys())
+        raise RunError(f"{what}, read back, has other tensors: {', '.join(names[:5])}", hint=_NOT_SAVED)
+    for name, tensor in mine.items():
+        if not _same_bits(tensor, other[name]):
+            raise RunError(f"{what}, read back, has other values in {name}", hint=_NOT_SAVED)
 
 
 def _through_checkpoint(model: PreTrainedModel, place: Path) -> PreTrainedModel:
@@ -299,9 +305,10 @@ def _through_export(model: PreTrainedModel, place: Path) -> PreTrainedModel:
         output_loading_info=True,
     )
     check_loaded("the export, read back", info)
-    second.set_attn_implementation(
-        model.config._attn_implementation
-    )  # the same kernel, for the same rounding
+    if kernels_of(model):
+        second.set_attn_implementation(
+            model.config._attn_implementation
+        )  # the same kernel, for the same rounding
     return second.to(model.device)
 
 

@@ -182,7 +182,7 @@ MUTATIONS: list[tuple[str, Any, bool]] = [
     ("pretrain.sampling", {"top_p": 1, "top_k": None, "temperature": 0}, True),
     ("pretrain.sampling", {"top_p": 0}, False),
     ("eval.metrics", ["loss"], True),
-    ("eval.metrics", ["accuracy"], False),
+    ("eval.metrics", ["accuracy"], True),
     ("eval.metrics", "loss", False),
     ("eval.model", "runs/x", True),
     ("eval.rows", 3, True),

@@ -178,7 +178,7 @@ def add_code(folder, model_type):
 
 def build(folder, **settings):
     spec = Model(name=str(folder), context=16, **settings)
-    return build_model(spec, vocab_size=64, special_ids={}, seed=0)
+    return build_model(spec, "causal", vocab_size=64, special_ids={}, seed=0)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "evil"])

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from llmkit import registry
-from llmkit.objectives.base import NOT_LEARNED
+from llmkit.objectives.base import NOT_LEARNED, Loss, cross_entropy
 from llmkit.objectives.clm import CausalLM
 from llmkit.recipe import schema
 
@@ -33,19 +33,30 @@ class RandomMasks(CausalLM):
 class Breakable(CausalLM):
     """The loss of a training row that is one token over and over is not a number."""
 
-    def loss(self, model, batch):
+    def loss(self, model, batch, criterion=cross_entropy):
         """As `CausalLM`, but for such rows."""
-        loss = super().loss(model, batch)
+        loss = super().loss(model, batch, criterion)
         ids_BT = batch["input_ids"]
         is_bad = model.training and bool((ids_BT.amax(dim=1) == ids_BT.amin(dim=1)).any())
-        return replace(loss, total=loss.total * float("nan")) if is_bad else loss
+        return Loss({"num_targets": loss.total * float("nan")}) if is_bad else loss
+
+
+def random_masks(section, vocabulary):
+    """Build the objective that is named `NAME`."""
+    return RandomMasks()
+
+
+def breakable(section, vocabulary):
+    """Build the objective that is named `BREAKABLE`."""
+    return Breakable()
 
 
 def register(*names: str) -> None:
     """Let recipes of this process name them."""
-    classes = {NAME: RandomMasks, BREAKABLE: Breakable}
+    builders = {NAME: random_masks, BREAKABLE: breakable}
     for name in names:
-        registry.OBJECTIVES[name] = f"{__name__}:{classes[name].__name__}"
+        code = f"{__name__}:{builders[name].__name__}"
+        registry.OBJECTIVES[name] = replace(registry.OBJECTIVES["clm"], code=code)
     known = schema.Pretrain.model_fields["objective"]
     known.annotation = Literal[tuple(registry.OBJECTIVES)]
     schema.Pretrain.model_rebuild(force=True)

@@ -415,7 +415,7 @@ def record_order() -> None:
 
     train_step = loop.train_step
 
-    def recording(run, step, micro_batches, num_targets):
+    def recording(run, step, micro_batches, counts):
         if ORDER in os.environ:
             lines = [
                 json.dumps({"step": step, "micro": index, "rows": _hashes(batch), "helpers": _num_children()})
@@ -423,7 +423,7 @@ def record_order() -> None:
             ]
             with open(os.environ[ORDER], "a") as file:
                 file.write("".join(f"{line}\n" for line in lines))
-        return train_step(run, step, micro_batches, num_targets)
+        return train_step(run, step, micro_batches, counts)
 
     loop.train_step = recording
 

@@ -59,7 +59,7 @@ def test_chance_in_encoding_is_the_same_on_any_number_of_ranks_and_asked_in_any_
 
 
 def test_the_same_row_read_again_in_another_epoch_gets_another_seed():
-    rows = Rows([stream_of([32])], context=4)  # 8 rows: an epoch
+    rows = Rows([stream_of([32])], stride=4)  # 8 rows: an epoch
     loader = MicroBatches(rows, RowOrder(rows.sizes, None, 1), rows_per_step=8, micro_batch_size=8)
     first, second = (
         {row["ids"].tobytes(): int(row["seed"]) for row in loader.of_step(epoch)[0][1]} for epoch in (0, 1)
@@ -69,7 +69,7 @@ def test_the_same_row_read_again_in_another_epoch_gets_another_seed():
 
 
 def test_held_out_rows_keep_their_seeds_whatever_else_is_measured():
-    rows = Rows([stream_of([50, 60]), stream_of([200], seed=1)], context=8, partial=True)
+    rows = Rows([stream_of([50, 60]), stream_of([200], seed=1)], stride=8, partial=True)
 
     def seeds(**options):
         found = evaluation_rows(rows, **options)
@@ -88,7 +88,7 @@ def test_held_out_rows_keep_their_seeds_whatever_else_is_measured():
     ("size", "world_size", "max_rows"), [(5, 3, None), (5, 2, 7), (1, 4, 5), (8, 1, None)]
 )
 def test_rounds_are_those_of_the_rank_with_most_batches(size, world_size, max_rows):
-    rows = Rows([stream_of([50, 60]), stream_of([200], seed=1)], context=8, partial=True)
+    rows = Rows([stream_of([50, 60]), stream_of([200], seed=1)], stride=8, partial=True)
     numbers = [
         len(
             list(
@@ -102,7 +102,7 @@ def test_rounds_are_those_of_the_rank_with_most_batches(size, world_size, max_ro
     rounds = evaluation_rounds(rows, micro_batch_size=size, max_rows=max_rows, world_size=world_size)
     assert max(numbers) == rounds
     assert min(numbers) >= rounds - 1
-    empty = Rows([], context=8, partial=True)
+    empty = Rows([], stride=8, partial=True)
     assert evaluation_rounds(empty, micro_batch_size=size, max_rows=max_rows, world_size=world_size) == 0
 
 

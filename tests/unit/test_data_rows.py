@@ -24,7 +24,7 @@ def evaluation_batches(rows, **options):
 
 
 def test_rows_overlap_by_one_token_so_each_is_predicted_once():
-    rows = Rows([Memory(range(1, 12))], context=3)
+    rows = Rows([Memory(range(1, 12))], stride=3)
     assert rows.sizes == [3]
     batch = collated(rows.take([0, 0, 0], [0, 2, 1]))
     assert batch["input_ids"].tolist() == [[1, 2, 3], [7, 8, 9], [4, 5, 6]]
@@ -34,7 +34,7 @@ def test_rows_overlap_by_one_token_so_each_is_predicted_once():
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 5, 7, 8, 9, 100])
 def test_evaluation_predicts_every_token_but_the_first_exactly_once(num_tokens):
-    rows = Rows([Memory(range(1, num_tokens + 1))], context=4, partial=True)
+    rows = Rows([Memory(range(1, num_tokens + 1))], stride=4, partial=True)
     batches = list(evaluation_batches(rows, micro_batch_size=3))
     targets = [t for batch in batches for t in batch["targets"].reshape(-1).tolist() if t != -100]
     assert targets == list(range(2, num_tokens + 1))
@@ -45,7 +45,7 @@ def test_evaluation_predicts_every_token_but_the_first_exactly_once(num_tokens):
 
 
 def test_evaluation_is_dealt_to_ranks_and_can_be_limited():
-    rows = Rows([stream_of([50, 60]), stream_of([200])], context=8, partial=True)
+    rows = Rows([stream_of([50, 60]), stream_of([200])], stride=8, partial=True)
     whole = [row["ids"].tolist() for micro in evaluation_rows(rows, micro_batch_size=5) for row in micro]
     assert len(whole) == len(rows)
     ranks = [list(evaluation_rows(rows, micro_batch_size=5, world_size=3, rank=rank)) for rank in range(3)]
@@ -59,7 +59,7 @@ def test_evaluation_is_dealt_to_ranks_and_can_be_limited():
 
 def test_isolation_equals_a_brute_force():
     stream = stream_of([3, 1, 9, 0, 20, 2, 2, 40], seed=4)
-    rows = Rows([stream], context=8, partial=True)
+    rows = Rows([stream], stride=8, partial=True)
     batch = collated(rows.take([0] * len(rows), range(len(rows)), isolate=True))
     starts = set(stream.starts.tolist())
     for row in range(len(rows)):
@@ -78,14 +78,14 @@ def test_isolation_equals_a_brute_force():
 
 
 def test_context_longer_than_the_text_says_what_fits():
-    with pytest.raises(DataError, match=r"'books' has 100 tokens.*`context: 100` needs 101") as caught:
-        Rows([Memory(range(100), "books")], context=100)
+    with pytest.raises(DataError, match=r"'books' has 100 tokens.*a row needs 101") as caught:
+        Rows([Memory(range(100), "books")], stride=100)
     assert "`context: 99` would fit" in str(caught.value)
-    assert Rows([Memory(range(100), "books")], context=99).sizes == [1]
+    assert Rows([Memory(range(100), "books")], stride=99).sizes == [1]
 
 
 def global_batch(world_size, step, **options):
-    rows = Rows([stream_of([30] * 20), stream_of([11] * 30)], context=7)
+    rows = Rows([stream_of([30] * 20), stream_of([11] * 30)], stride=7)
     order = RowOrder(rows.sizes, options.pop("weights", None), seed=9)
     dealt = {}
     for rank in range(world_size):
@@ -113,20 +113,20 @@ def test_any_number_of_ranks_gives_the_same_global_batch(options):
 
 
 def test_one_epoch_of_steps_covers_every_row_once():
-    rows = Rows([Memory(range(1, 66))], context=4)  # 16 rows
+    rows = Rows([Memory(range(1, 66))], stride=4)  # 16 rows
     batches = MicroBatches(rows, RowOrder(rows.sizes, None, 1), rows_per_step=4, micro_batch_size=2)
     seen = [collated(micro)["targets"] for step in range(4) for _, micro in batches.of_step(step)]
     assert sorted(np.concatenate(seen).reshape(-1).tolist()) == list(range(2, 66))
 
 
 def test_uneven_sharing_is_refused():
-    rows = Rows([stream_of([300])], context=7)
+    rows = Rows([stream_of([300])], stride=7)
     with pytest.raises(ValueError, match="6 rows cannot be shared by 4 ranks"):
         MicroBatches(rows, RowOrder(rows.sizes, None, 1), rows_per_step=6, micro_batch_size=1, world_size=4)
 
 
 def small_batches():
-    rows = Rows([stream_of([300])], context=7)
+    rows = Rows([stream_of([300])], stride=7)
     return MicroBatches(rows, RowOrder(rows.sizes, None, 1), rows_per_step=4, micro_batch_size=2)
 
 

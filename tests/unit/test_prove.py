@@ -15,11 +15,11 @@ from llmkit.models import attention
 from llmkit.models.attention import use_attention
 from llmkit.objectives.base import NOT_LEARNED, LossModule
 from llmkit.objectives.clm import CausalLM
+from llmkit.registry import goal_of
 from llmkit.train import prove
 from llmkit.train.prove import (
     first_rows,
     prove_end_of_text,
-    prove_head,
     prove_isolation,
     prove_isolation_of,
     prove_saving,
@@ -36,32 +36,6 @@ def model_of(model_type, **fields):
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_plain_heads_pass_and_the_mode_is_as_before():
-    model = model_of("llama", intermediate_size=64).train()
-    prove_head(model)
-    assert model.training
-
-
-@pytest.mark.parametrize(
-    ("model_type", "fields"),
-    [
-        ("granite", {"intermediate_size": 64, "logits_scaling": 8.0}),
-        (
-            "gemma2",
-            {
-                "intermediate_size": 64,
-                "final_logit_softcapping": 0.1,
-                "head_dim": 16,
-                "num_key_value_heads": 2,
-            },
-        ),
-    ],
-)
-def test_logits_changed_after_the_head_are_refused(model_type, fields):
-    with pytest.raises(UsageError, match=f"{model_type} changes its logits"):
-        prove_head(model_of(model_type, **fields))
-
-
 @pytest.mark.parametrize("name", ["sdpa", "compiled", "eager"])
 def test_isolation_holds_where_positions_decide_it_and_not_without(name):
     model = model_of("llama", intermediate_size=64)
@@ -73,15 +47,15 @@ def test_isolation_holds_where_positions_decide_it_and_not_without(name):
             prove_isolation(model)
 
 
-def test_a_model_of_short_rows_is_proved_on_fewer_tokens():
-    prove_head(model_of("gpt2", n_positions=8))
-
-
 def test_an_architecture_without_restarting_positions_is_refused():
     model = model_of("opt", ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
     use_attention(model, "sdpa", isolate=True)
     with pytest.raises(UsageError, match="opt does not keep documents"):
         prove_isolation(model)
+
+
+def core_of(model):
+    return LossModule(model, CausalLM(), bf16=False)
 
 
 # The run's own rows.
@@ -280,7 +254,7 @@ def test_models_come_back_from_disk_as_they_were(model_type, tied, tmp_path):
     use_attention(model, "sdpa", isolate=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert "the logits are the same" in prove_saving(model, tmp_path)
+    assert "the logits are the same" in prove_saving(core_of(model), tmp_path)
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -292,7 +266,9 @@ def test_tying_as_in_t5_is_no_obstacle(tied, tmp_path):
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
     config = AutoConfig.for_model("t5", **sizes, tie_word_embeddings=tied, decoder_start_token_id=0)
-    assert "the logits are the same" in prove_saving(AutoModelForSeq2SeqLM.from_config(config), tmp_path)
+    assert "the logits are the same" in prove_saving(
+        core_of(AutoModelForSeq2SeqLM.from_config(config)), tmp_path
+    )
 
 
 class Scaled(LlamaForCausalLM):
@@ -331,7 +307,7 @@ def small(kind):
 
 @pytest.mark.parametrize("kind", [Scaled, NotContiguous])
 def test_a_buffer_and_a_transposed_weight_are_no_obstacle(kind, tmp_path):
-    assert "the logits are the same" in prove_saving(small(kind), tmp_path)
+    assert "the logits are the same" in prove_saving(core_of(small(kind)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +319,7 @@ def test_a_buffer_and_a_transposed_weight_are_no_obstacle(kind, tmp_path):
 )
 def test_what_does_not_come_back_is_named(kind, said, error, tmp_path):
     with pytest.raises(error, match=said):
-        prove_saving(small(kind), tmp_path)
+        prove_saving(core_of(small(kind)), tmp_path)
     assert_nothing_left(tmp_path)
 
 
@@ -359,7 +335,7 @@ def test_a_checkpoint_that_loses_a_tensor_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prove.Checkpoints, "load", load_but_one)
     with pytest.raises(RunError, match=r"has other values in model\.norm\.weight"):
-        prove_saving(small(LlamaForCausalLM), tmp_path)
+        prove_saving(core_of(small(LlamaForCausalLM)), tmp_path)
 
 
 def test_all_of_it_together(tmp_path):
@@ -367,7 +343,7 @@ def test_all_of_it_together(tmp_path):
     use_attention(model, "sdpa", isolate=True)
     core = LossModule(model, CausalLM(), bf16=False)
     rows = [row_of(10, 1, 20), row_of(30, 3)]
-    options = {"tokenizer": TOKENIZER, "compiled_rows": None}
+    options = {"tokenizer": TOKENIZER, "compiled_rows": None, "goal": goal_of("clm")}
     found = self_check(core, core, rows, isolate=True, folder=tmp_path, **options)
     assert [text.split(" of ")[0] for text in found] == [
         "96.1%",

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 from llmkit.data.tokenizers.algorithms import BERT_UNKNOWN, UNKNOWN
 from llmkit.errors import MissingError, RecipeError
 from llmkit.recipe.schema import Tokenize
+from llmkit.registry import BERT_ROLES
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -33,6 +34,10 @@ _BERT = {
 }
 
 
+STANDS_FOR = dict(zip(("cls_token", "sep_token", "mask_token"), BERT_ROLES, strict=True))
+"""What plays BERT's parts in the vocabularies of other algorithms, where an objective needs them."""
+
+
 def special_roles(spec: Tokenize) -> dict[str, str]:
     """Which token plays which part, such as `eos_token`, in the order of their ids."""
     if spec.algorithm in ("wordpiece", "chars"):
@@ -40,7 +45,7 @@ def special_roles(spec: Tokenize) -> dict[str, str]:
     roles = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": PAD}
     if spec.algorithm != "bpe" and not spec.byte_fallback:
         roles["unk_token"] = UNKNOWN
-    return roles
+    return roles | {role: token for role, token in STANDS_FOR.items() if token in spec.special_tokens}
 
 
 def special_tokens(spec: Tokenize) -> list[str]:

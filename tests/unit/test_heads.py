@@ -1,0 +1,72 @@
+"""Scores made in chunks equal the model's own logits, and where they would not, its own are taken."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoConfig
+
+from llmkit.models.build import AUTO_CLASSES
+from llmkit.models.heads import causal_scores, choose_heads, masked_scores, seq2seq_scores
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+BART = {
+    "d_model": 32,
+    **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": 64 for side in ("encoder", "decoder")},
+}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 50}
+MODELS = [
+    ("causal", "llama", SMALL, True),
+    ("causal", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}, True),
+    ("causal", "granite", {**SMALL, "logits_scaling": 8.0}, False),
+    ("causal", "mamba", {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}, True),
+    ("masked", "bert", SMALL, True),
+    ("pairs", "bert", SMALL, True),
+    ("masked", "roberta", SMALL, True),
+    ("masked", "modernbert", {**SMALL, "cls_token_id": 1, "sep_token_id": 2}, True),
+    ("masked", "electra", {**SMALL, "embedding_size": 16}, True),
+    ("masked", "distilbert", {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}, False),
+    ("seq2seq", "t5", {**T5, "decoder_start_token_id": 0}, True),
+    ("seq2seq", "t5", {**T5, "decoder_start_token_id": 0, "tie_word_embeddings": False}, True),
+    ("seq2seq", "bart", {**BART, "decoder_start_token_id": 2}, True),
+]
+
+
+def made(kind, model_type, fields):
+    torch.manual_seed(0)
+    model = AUTO_CLASSES[kind].from_config(AutoConfig.for_model(model_type, **IDS, **fields))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)  # zero biases would hide that one is left out
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+    return model.train()
+
+
+@pytest.mark.parametrize(("kind", "model_type", "fields", "in_chunks"), MODELS)
+def test_scores_give_the_loss_of_transformers(kind, model_type, fields, in_chunks):
+    model = made(kind, model_type, fields)
+    assert choose_heads(model, kind) is in_chunks
+    assert model.training
+    model.eval()
+    ids = torch.randint(3, 50, (2, 12))
+    targets = torch.randint(3, 50, (2, 12))
+    targets[0, 5:9] = -100
+    if kind == "seq2seq":
+        scores = seq2seq_scores(model, ids, targets)
+        own = model(input_ids=ids, labels=targets).loss * 20
+    elif kind == "causal":
+        scores = causal_scores(model, ids)
+        logits = model(input_ids=ids).logits
+        own = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    else:
+        scores, _ = masked_scores(model, input_ids=ids)
+        output = model(input_ids=ids)
+        logits = output.logits if "logits" in output else output.prediction_logits
+        own = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert float(scores.nll(targets.flatten())) == pytest.approx(float(own), rel=1e-5)
+    likeliest = scores.logits().argmax(1)
+    learned = targets.flatten() != -100
+    assert int(scores.num_correct(targets.flatten())) == int((likeliest == targets.flatten())[learned].sum())
