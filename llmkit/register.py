@@ -1,0 +1,92 @@
+"""llmkit's own models made known to transformers' Auto classes, in whichever order the two are imported.
+
+`import llmkit` must stay light, so nothing is imported for this: a hook waits until transformers loads the tables of
+its Auto classes, and adds ours right then. Where they are loaded already, ours are added at once.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MODELS: Mapping[str, str] = {
+    "llmkit.models.configs:RecurrentConfig": "llmkit.models.recurrent:RecurrentForCausalLM",
+    "llmkit.models.configs:ConvolutionConfig": "llmkit.models.convolution:ConvolutionForCausalLM",
+    "llmkit.models.configs:NGramConfig": "llmkit.models.ngram:NGramForCausalLM",
+}
+"""Configuration -> the causal language model that it describes."""
+
+
+def register_on_import() -> None:
+    """See to it that transformers knows `MODELS` as soon as its Auto classes are used."""
+    waiting = {}
+    for name, register in _TABLES.items():
+        loaded = sys.modules.get(name)
+        if loaded is None:
+            waiting[name] = register
+        else:
+            register(loaded)
+    if waiting and not any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Hook(waiting))
+
+
+def _load(place: str) -> type:
+    module, name = place.split(":")
+    found: type = getattr(import_module(module), name)
+    return found
+
+
+def _register_configs(auto: ModuleType) -> None:
+    for config in map(_load, MODELS):
+        auto.AutoConfig.register(config.model_type, config, exist_ok=True)  # type: ignore[attr-defined]
+
+
+def _register_models(auto: ModuleType) -> None:
+    for config, model in MODELS.items():
+        auto.AutoModelForCausalLM.register(_load(config), _load(model), exist_ok=True)
+
+
+_TABLES: Mapping[str, Callable[[ModuleType], None]] = {
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.modeling_auto": _register_models,
+}
+
+
+class _Hook(MetaPathFinder):
+    """Finds nothing itself: it lets the others find, and acts when a module it waits for has been run."""
+
+    def __init__(self, waiting: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self.waiting = dict(waiting)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        act = self.waiting.pop(fullname, None)  # popped, so that the search below does not come here again
+        if act is None:
+            return None
+        spec = next((s for f in sys.meta_path if (s := f.find_spec(fullname, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader, act)
+        return spec
+
+
+class _Then(Loader):
+    """A loader that does something more when the module has been run."""
+
+    def __init__(self, loader: Loader, act: Callable[[ModuleType], None]) -> None:
+        self.loader = loader
+        self.act = act
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = (
+            self.loader
+        )  # the module keeps no trace of this one: sources are found as usual
+        module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        self.act(module)
