@@ -14,6 +14,9 @@ ModelKind = Literal["causal", "masked", "pairs", "seq2seq", "detector"]
 """What a model does: `causal` predicts the next token, `masked` fills gaps, `pairs` also says whether two texts belong
 together, `seq2seq` writes an output to an input, `detector` finds replaced tokens."""
 
+SENTINELS = tuple(f"<|extra_{number}|>" for number in range(100))
+"""Marks that stand for spans of text which were taken out, in the order of the text."""
+
 BERT_ROLES = ("<|cls|>", "<|sep|>", "<|mask|>")
 """What stands for `[CLS]`, `[SEP]` and `[MASK]` in vocabularies that do not have these."""
 
@@ -53,6 +56,50 @@ OBJECTIVES: Mapping[str, Goal] = {
         metrics=("loss", "perplexity", "bits_per_byte"),
         learns_end=True,
         isolates=True,
+    ),
+    "mlm": Goal(
+        "llmkit.objectives.mlm:build",
+        "masked",
+        sections=("mlm",),
+        tokens=BERT_ROLES,
+        metrics=("loss", "perplexity", "accuracy"),
+    ),
+    "mlm+nsp": Goal(
+        "llmkit.objectives.nsp:build",
+        "pairs",
+        sections=("nsp", "mlm"),
+        tokens=BERT_ROLES,
+        metrics=("loss", "perplexity", "accuracy", "pair_accuracy"),
+        positions=True,
+        other=True,
+    ),
+    "electra": Goal(
+        "llmkit.objectives.electra:build",
+        "detector",
+        sections=("electra",),
+        tokens=BERT_ROLES,
+        metrics=("loss", "perplexity", "detector_loss", "accuracy", "recall"),
+    ),
+    "span": Goal("llmkit.objectives.span:build", "seq2seq", sections=("span",), tokens=SENTINELS),
+    "denoise": Goal(
+        "llmkit.objectives.denoise:build",
+        "seq2seq",
+        sections=("denoise",),
+        tokens=("<|mask|>",),
+        learns_end=True,
+        positions=True,
+    ),
+    "infill": Goal(
+        "llmkit.objectives.infill:build", "causal", sections=("infill",), tokens=(*SENTINELS, "<|eop|>")
+    ),
+    "fim": Goal(
+        "llmkit.objectives.fim:build",
+        "causal",
+        sections=("fim",),
+        tokens=("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+        learns_end=True,
+        isolates=True,
+        positions=True,
     ),
 }
 

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmkit.cli import fill as filling
 from llmkit.cli import tokenize as tokenizing
 from llmkit.cli.options import (
     AsJson,
@@ -47,6 +48,7 @@ def register(app: typer.Typer) -> None:
     _add_verb(app, "pretrain", **VERBS["pretrain"])
     app.command("eval", help=EVAL_HELP, short_help="Measure a model on held-out text.")(evaluate)
     app.command("generate", help=GENERATE_HELP, short_help="Let a trained model write.")(generate)
+    app.command("fill", help=filling.HELP, short_help=filling.SHORT_HELP)(filling.fill)
     app.command("plan", help=PLAN_HELP, short_help="Show what a recipe will take here: steps, memory, time.")(
         plan
     )
@@ -179,6 +181,8 @@ def finish(result: "Result | None", settings: Settings) -> None:
     elif settings.quiet:
         give(str(result.folder))
     else:
+        if result.table:
+            give(as_columns(result.table))
         say(f"next: {as_typed(result.next_command)}")
 
 
@@ -218,6 +222,25 @@ def show_plan(loaded: "Loaded", settings: Settings, words: Sequence[str], *, ver
         words: The recipe and the overrides as they were typed, for the next command.
         verb: That command.
     """
+    if settings.as_json:
+        plans = {name: _plan_of(one, settings)[1] for name, one in loaded.variants.items()}
+        give_json({"variants": plans} if plans else _plan_of(loaded, settings)[1])
+        return
+    for name, one in loaded.variants.items() or (("", loaded),):
+        rows, _ = _plan_of(one, settings)
+        names = ["", *(section for section, _, _ in rows)]
+        lines = [(s if s != before else "", *rest) for before, (s, *rest) in zip(names, rows, strict=False)]
+        give("\n".join([*([f"variant {name}"] if name else []), as_columns(lines)]))
+    flags = ["--smoke"] if settings.smoke else []
+    say("next: " + as_typed(shlex.join(["llmkit", verb, *words, *flags])))
+
+
+def _plan_of(loaded: "Loaded", settings: Settings) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:
+    """A plan as rows of section, key and value, and as an object.
+
+    Raises:
+        UsageError: The recipe has nothing to plan.
+    """
     from llmkit import run
     from llmkit.plan.describe import describe
 
@@ -227,20 +250,12 @@ def show_plan(loaded: "Loaded", settings: Settings, words: Sequence[str], *, ver
     rows += describe(found) if found is not None else []
     if not rows:
         raise UsageError("the recipe has nothing to plan", hint="`llmkit init gpt` shows a whole one")
-    if settings.as_json:
-        sections: dict[str, dict[str, str]] = {}
-        for section, key, value in rows:
-            sections.setdefault(section, {})[key] = value
-        give_json(found.to_dict() if found is not None else sections)
-        return
-    names = ["", *(section for section, _, _ in rows)]
-    give(
-        as_columns(
-            [(s if s != before else "", *rest) for before, (s, *rest) in zip(names, rows, strict=False)]
-        )
-    )
-    flags = ["--smoke"] if settings.smoke else []
-    say("next: " + as_typed(shlex.join(["llmkit", verb, *words, *flags])))
+    if found is not None:
+        return rows, found.to_dict()
+    sections: dict[str, Any] = {}
+    for section, key, value in rows:
+        sections.setdefault(section, {})[key] = value
+    return rows, sections
 
 
 EVAL_HELP = described(

@@ -120,25 +120,38 @@ def evaluation_rows(
         rank: The rank asked for. Ranks may get a different number of batches: add sums, never means; and see
             `evaluation_rounds`.
         isolate: See `Rows.take`.
-        other: See `MicroBatches`.
+        other: See `MicroBatches`; `other` is empty where nearly all the text is one document.
     """
     index = evenly_spaced(len(rows), max_rows)
     for start in range(rank * micro_batch_size, len(index), world_size * micro_batch_size):
         chosen = index[start : start + micro_batch_size]
         seeds = [held_out_seed(number) for number in chosen.tolist()]
-        yield seeded_rows(rows, *rows.locate(chosen), seeds, isolate=isolate, other=other)
+        yield seeded_rows(rows, *rows.locate(chosen), seeds, isolate=isolate, other=other, held_out=True)
 
 
 def seeded_rows(
-    rows: Rows, sources: Ints, numbers: Ints, seeds: Sequence[int], *, isolate: bool, other: bool
+    rows: Rows,
+    sources: Ints,
+    numbers: Ints,
+    seeds: Sequence[int],
+    *,
+    isolate: bool,
+    other: bool,
+    held_out: bool = False,
 ) -> list[Row]:
-    """Rows with their `seed`, and `other` where it is asked for; see `MicroBatches`."""
+    """Rows with their `seed`, and `other` where it is asked for; see `MicroBatches`.
+
+    Raises:
+        DataError: They are not `held_out`, and nearly all the text is one document.
+    """
     found = rows.take(sources, numbers, isolate=isolate)
     seeded = [{**row, "seed": np.asarray(seed)} for row, seed in zip(found, seeds, strict=True)]
     if not other:
         return seeded
     places = zip(sources.tolist(), numbers.tolist(), seeds, strict=True)
-    others = [rows.take_other(source, number, mix_seed(seed, OTHER)) for source, number, seed in places]
+    take = rows.find_other if held_out else rows.take_other
+    nothing: Row = {"ids": np.zeros(0, np.int64), "positions": np.zeros(0, np.int64)}
+    others = [take(source, number, mix_seed(seed, OTHER)) or nothing for source, number, seed in places]
     return [
         {**row, "other": one["ids"], "other_positions": one["positions"]}
         for row, one in zip(seeded, others, strict=True)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from llmkit.data.corpus import Corpus
-from llmkit.data.shards import SPLITS, TokenShards
+from llmkit.data.rows import Ints
+from llmkit.data.shards import SPLITS, Split, TokenShards, add_counts
 from llmkit.data.tokenizers import LightTokenizer, fingerprint, load_tokenizer, open_tokenizer, save_tokenizer
 from llmkit.data.tokenizers.learn import learn, refuse_impossible
 from llmkit.data.tokenizers.special import CHAT_TOKENS, chat_template
@@ -28,7 +29,6 @@ _LEARNER = 2
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _NOT_LEARNT = {"tokenizer", "data", "prepare", "held_out", "chat_template"}
-_ENTROPY_TOKENS = 3_000_000
 
 
 def ensure_tokenizer(
@@ -100,8 +100,8 @@ def data_facts(shards: Sequence[TokenShards]) -> DataFacts:
 def data_card(shards: Sequence[TokenShards]) -> dict[str, Any]:
     """What the report says of the data: counts of the training part and of what is held out, by source and in all.
 
-    `unigram_entropy` is the loss, in nats a token, of a model that knows how common each token is and nothing
-    else: a line that a language model has to come below.
+    `unigram_entropy` is the held-out loss, in nats a token, of a model that knows how common each token is and
+    nothing else: a line that a language model has to come below.
     """
     sources = [_source_card(shard) for shard in shards]
     counted = [key for key in sources[0] if key.startswith("num_")]
@@ -122,18 +122,25 @@ def document_lengths(shards: Sequence[TokenShards]) -> list[dict[str, int]]:
 
 
 def unigram_entropy(shards: Sequence[TokenShards]) -> float:
-    """-sum p log p of the training tokens' frequencies in nats, over at most the first three million of each source."""
-    counts = np.zeros(0, dtype=np.int64)
+    """The loss on the held-out tokens, in nats a token, of the frequencies that tokens have in the training text.
+
+    Each id up to the largest that occurs counts once more than it does, so that none is impossible. Where nothing is
+    held out, the training tokens stand in for it.
+    """
+    train, held_out = (_occurrences(shards, split) for split in SPLITS)
+    measured = held_out if held_out.any() else train
+    if not measured.any():
+        return 0.0
+    size = max(len(train), len(held_out))
+    p = (np.pad(train, (0, size - len(train))) + 1) / (train.sum() + size)
+    return float(-(measured * np.log(p[: len(measured)])).sum() / measured.sum())
+
+
+def _occurrences(shards: Sequence[TokenShards], split: Split) -> Ints:
+    found = np.zeros(0, dtype=np.int64)
     for shard in shards:
-        stream = shard.split("train")
-        if stream.num_tokens:
-            found = np.bincount(stream.read(0, min(stream.num_tokens, _ENTROPY_TOKENS)))
-            wider = np.zeros(max(len(found), len(counts)), dtype=np.int64)
-            wider[: len(counts)] += counts
-            wider[: len(found)] += found
-            counts = wider
-    shares = counts[counts > 0] / max(1, counts.sum())
-    return float(-(shares * np.log(shares)).sum())
+        found = add_counts(found, shard.token_counts(split))
+    return found
 
 
 def _source_card(shard: TokenShards) -> dict[str, Any]:

@@ -127,6 +127,17 @@ class Rows:
         Raises:
             DataError: None was found: nearly all the text is one document.
         """
+        found = self.find_other(source, row, seed)
+        if found is None:
+            raise DataError(
+                f"no text of another document was found for row {row:,} of {self.streams[source].name!r}",
+                hint="set `documents: paragraph` or `documents: line` on the source, or choose an objective without "
+                "pairs",
+            )
+        return found
+
+    def find_other(self, source: int, row: int, seed: int) -> Row | None:
+        """The same; None where none was found."""
         draw = np.random.default_rng(seed)
         start, stop = self._span(source, row)
         documents = self._documents(source, start, stop)
@@ -135,10 +146,7 @@ class Rows:
             found = self._documents(int(other), *self._span(int(other), int(there)))
             if other != source or found[0] > documents[1] or found[1] < documents[0]:
                 return self._read(int(other), int(there), isolate=True)
-        raise DataError(
-            f"no text of another document was found for row {row:,} of {self.streams[source].name!r}",
-            hint="set `documents: paragraph` or `documents: line` on the source, or choose an objective without pairs",
-        )
+        return None
 
     def _documents(self, source: int, start: int, stop: int) -> tuple[int, int]:
         """The number of the first and of the last document with tokens in [start, stop)."""

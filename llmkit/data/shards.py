@@ -5,7 +5,7 @@ split. A stale one cannot be taken for a fresh one: it has another address.
 
 Layout: `train-00000.npy`, ... and `held_out-00000.npy`, ... hold each document's ids followed by one
 end-of-text id; `train-documents.npy` and `held_out-documents.npy` the position at which each document begins
-(int64).
+(int64); `train-counts.npy` and `held_out-counts.npy` how often each id occurs (int64).
 
 They are made in parts (`pipeline.py`), by as many processes as there are, and then joined in order.
 """
@@ -44,6 +44,7 @@ from llmkit.errors import CorruptError
 
 FORMAT = 1
 MAX_FILE_BYTES = 256 * 2**20
+_COUNTED_AT_ONCE = 2**22
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, Split] = ("train", "held_out")
@@ -204,6 +205,17 @@ class TokenShards:
     def counts(self, split: Split) -> SplitCounts:
         """What one split holds."""
         return SplitCounts(**self.manifest["splits"][split])
+
+    def token_counts(self, split: Split) -> Ints:
+        """How often each id occurs in one split, up to the largest that does."""
+        path = _count_file(self.folder, split)
+        if path.name in self.manifest["files"]:
+            return np.asarray(_mapped(path))
+        found, stream = np.zeros(0, np.int64), self.split(split)  # shards of before there was this file
+        for start in range(0, stream.num_tokens, _COUNTED_AT_ONCE):
+            stop = min(start + _COUNTED_AT_ONCE, stream.num_tokens)
+            found = add_counts(found, np.bincount(stream.read(start, stop)))
+        return found
 
     def verify(self) -> None:
         """Read every file and compare its hash.
@@ -402,15 +414,28 @@ def _join_split(
 ) -> SplitCounts:
     counts = SplitCounts(tokens_per_file=job.tokens_per_file)
     starts = NpyWriter(folder / f"{split}-documents.npy", np.dtype(np.int64))
+    occurrences = NpyWriter(_count_file(folder, split), np.dtype(np.int64))
+    seen = np.zeros(0, np.int64)
     tokens = _TokenFiles(folder, split, job)
     for part, manifest in zip(made, manifests, strict=True):
         lengths: Ints = np.load(part / f"{split}-lengths.npy")
         starts.append(counts.tokens + np.cumsum(lengths) - lengths)
-        tokens.append(np.load(part / f"{split}.npy", mmap_mode="r"))
+        ids = np.load(part / f"{split}.npy", mmap_mode="r")
+        tokens.append(ids)
+        seen = add_counts(seen, np.bincount(ids))
         counts.include(SplitCounts(**manifest["splits"][split]))
-    starts.close()
-    tokens.close()
+    occurrences.append(seen)
+    for file in (starts, tokens, occurrences):
+        file.close()
     return counts
+
+
+def add_counts(a: Ints, b: Ints) -> Ints:
+    """Two counts by id, added up; one may go further than the other."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    total = longer.copy()
+    total[: len(shorter)] += shorter
+    return total
 
 
 class _TokenFiles:
@@ -482,3 +507,7 @@ def _opened(folder: Path, name: str) -> TokenShards | None:
 
 def _token_file(folder: Path, split: Split, number: int) -> Path:
     return folder / f"{split}-{number:05d}.npy"
+
+
+def _count_file(folder: Path, split: Split) -> Path:
+    return folder / f"{split}-counts.npy"

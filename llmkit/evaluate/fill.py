@@ -61,39 +61,65 @@ def fill(
         UsageError: A text is longer than the model reads, or the tokenizer has no mask token.
     """
     vocabulary = Vocabulary.of(tokenizer)
+    limits = [limit for limit in (max_length(model.config), tokenizer.model_max_length) if limit]
     training = model.training
     model.eval()
     try:
-        return [_fill_one(model, vocabulary, prompt, top) for prompt in prompts]
+        return [_fill_one(model, vocabulary, min(limits, default=None), prompt, top) for prompt in prompts]
     finally:
         model.train(training)
 
 
 @torch.inference_mode()
-def _fill_one(model: PreTrainedModel, vocabulary: Vocabulary, prompt: str, top: int) -> Filled:
-    mask = vocabulary.role("mask_token")
-    parts = prompt.replace(vocabulary.backend.id_to_token(mask), GAP).split(GAP)
-    encoded = [vocabulary.encode(part) for part in parts]
-    ids = [vocabulary.role("cls_token"), *encoded[0]]
-    for part in encoded[1:]:
-        ids += [mask, *part]
-    ids.append(vocabulary.role("sep_token"))
-    limit = max_length(model.config)
+def _fill_one(
+    model: PreTrainedModel, vocabulary: Vocabulary, limit: int | None, prompt: str, top: int
+) -> Filled:
+    ids, places = _with_gaps(vocabulary, prompt)
     if limit is not None and len(ids) > limit:
         raise UsageError(
-            f"the text has {len(ids):,} tokens, the model reads at most {limit:,}: {prompt[:40]!r}..."
+            f"the text has {len(ids):,} tokens with its frame, the model reads at most {limit:,}: {prompt[:40]!r}...",
+            hint="leave out what is far from the gaps",
         )
-    where = torch.tensor([place for place, number in enumerate(ids) if number == mask], dtype=torch.int64)
-    if not len(where):
+    if not places:
         return Filled(prompt, prompt, [])
+    where = torch.tensor(places, device=model.device)
     scores, _ = masked_scores(model, input_ids=torch.tensor([ids], device=model.device))
-    logits_GV = scores.logits(where.to(model.device)).float()
+    logits_GV = scores.logits(where).float()[:, : vocabulary.size]
     logits_GV[:, list(vocabulary.special_ids)] = -torch.inf
-    best = torch.softmax(logits_GV, dim=1).topk(top, dim=1)
+    best = torch.softmax(logits_GV, dim=1).topk(
+        min(top, vocabulary.size - len(vocabulary.special_ids)), dim=1
+    )
     gaps = [
         Gap([vocabulary.decode([number]) for number in numbers], probabilities)
         for numbers, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-    for place, number in zip(where.tolist(), best.indices[:, 0].tolist(), strict=True):
+    for place, number in zip(places, best.indices[:, 0].tolist(), strict=True):
         ids[place] = number
     return Filled(prompt, vocabulary.decode(ids[1:-1]), gaps)
+
+
+def _with_gaps(vocabulary: Vocabulary, prompt: str) -> tuple[list[int], list[int]]:
+    """The ids of `[CLS] text [SEP]`, and where the gaps are.
+
+    A blank before a gap belongs to the hidden word: vocabularies spell the two as one token.
+    """
+    mask = vocabulary.role("mask_token")
+    parts = split_at_gaps(vocabulary, prompt)
+    ids = [vocabulary.role("cls_token")]
+    places = []
+    for part in parts[:-1]:
+        ids += vocabulary.encode(part.removesuffix(" "))
+        places.append(len(ids))
+        ids.append(mask)
+    ids += [*vocabulary.encode(parts[-1]), vocabulary.role("sep_token")]
+    return ids, places
+
+
+def split_at_gaps(vocabulary: Vocabulary, prompt: str) -> list[str]:
+    """The text between the gaps; one piece where there is none.
+
+    Raises:
+        UsageError: The tokenizer has no mask token.
+    """
+    own = vocabulary.backend.id_to_token(vocabulary.role("mask_token"))
+    return prompt.replace(own, GAP).split(GAP)

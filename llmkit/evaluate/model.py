@@ -1,10 +1,11 @@
 """Measure a saved model on token streams, by the code that training's own evaluation uses."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmkit.data.loader import evaluation_rows
@@ -15,7 +16,7 @@ from llmkit.evaluate.split import sum_over
 from llmkit.models.attention import use_attention
 from llmkit.models.build import kind_of, load_weights
 from llmkit.models.heads import choose_heads
-from llmkit.objectives.base import LossModule
+from llmkit.objectives.base import HasParts, LossModule, Objective
 from llmkit.objectives.make import make_objective
 from llmkit.plan import layout_of
 from llmkit.recipe.schema import Pretrain
@@ -49,6 +50,7 @@ def evaluate_model(
     section: Pretrain,
     tokenizer: Any,
     device: str,
+    folder: Path | None = None,
     bf16: bool = False,
     batch_size: int = 8,
     max_rows: int | None = None,
@@ -64,18 +66,21 @@ def evaluate_model(
         section: What was learned, and in which rows: a recipe's `pretrain` section.
         tokenizer: The model's.
         device: `cpu`, `cuda` or `mps`.
+        folder: The model's; what was trained beside it lies beside it.
         bf16: Matrix products in bfloat16.
         batch_size: Rows computed together.
         max_rows: At most so many rows, evenly spaced; None takes all.
 
     Raises:
         DataError: There is nothing to measure on.
+        MissingError: What was trained beside the model is not there.
     """
     goal, layout, isolate = goal_of(section.objective), layout_of(section), section.isolate_documents
     objective = make_objective(section, tokenizer)
     use_attention(model, "sdpa", isolate=isolate)
     choose_heads(model, goal.model)
-    core = LossModule(model, objective, bf16=bf16).to(device)
+    parts = _load_parts(objective, model, folder)
+    core = LossModule(model, objective, bf16=bf16, parts=parts).to(device)
     rows = Rows(streams, layout.stride, overlap=layout.overlap, partial=True)
     if len(rows) == 0:
         raise DataError("no text to measure on: nothing was held out", hint="give other text: --data FILES")
@@ -101,3 +106,17 @@ def evaluate_model(
         num_tokens = sum(stream.num_tokens for stream in streams)
         sums["num_bytes"] = sums["num_targets"] * num_bytes / num_tokens
     return {**objective.summarise(sums), "tokens_per_s": sums["num_targets"] / seconds}
+
+
+def _load_parts(objective: Objective, model: PreTrainedModel, folder: Path | None) -> Mapping[str, nn.Module]:
+    """What was trained beside a model, from the folders of the export beside the model's."""
+    parts = objective.parts(model) if isinstance(objective, HasParts) else {}
+    for name, part in parts.items():
+        place = (folder or Path()).parent / name
+        if folder is None or not (place / "config.json").is_file():
+            raise MissingError(
+                f"this objective measures a model with its {name}, which is not beside it ({place})",
+                hint="measure the run that trained it",
+            )
+        part.load_state_dict(load_weights(str(place), kind_of(str(place)), trusted=False).state_dict())
+    return parts

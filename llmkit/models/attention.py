@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llmkit.errors import UsageError
+from llmkit.models.layers import WEIGHTS
 
 IMPLEMENTATIONS = ("sdpa", "eager", "compiled")
 """The names a recipe can use."""
@@ -127,6 +128,49 @@ def matmul_softmax_attention(
     return mixed.transpose(1, 2).contiguous(), None
 
 
+def tap_attention(model: PreTrainedModel, *, isolate: bool) -> None:
+    """Make every attention layer of `model` leave its weights, for `layers.attention_weights`.
+
+    Args:
+        model: One whose attention goes through transformers' interface.
+        isolate: See `use_attention`.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if kernels_of(model) != IMPLEMENTATIONS:
+        raise UsageError(
+            f"the attention of {model.config.model_type} cannot be looked at",
+            hint="leave `pretrain.distil.attention` out",
+        )
+    model.set_attn_implementation("tapped" + ("_documents" if isolate else "_rows"))
+
+
+def _tapped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `matmul_softmax_attention`, in one piece; the weights, before dropout, stay with the module."""
+    groups = query.shape[1] // key.shape[1]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and causal:
+        attention_mask = _causal_mask(0, query.shape[2], query.device)
+    weights_BATS = _weights(query, _repeated(key, groups), attention_mask, scaling)
+    setattr(module, WEIGHTS, weights_BATS)
+    weights_BATS = weights_BATS.to(value.dtype)
+    if dropout:
+        weights_BATS = functional.dropout(weights_BATS, p=dropout)
+    return torch.matmul(weights_BATS, _repeated(value, groups)).transpose(1, 2).contiguous(), None
+
+
 def _repeated(states_BKSD: torch.Tensor, groups: int) -> torch.Tensor:
     return states_BKSD if groups == 1 else states_BKSD.repeat_interleave(groups, dim=1)
 
@@ -149,16 +193,22 @@ def _mix(
     dropout: float,
     scaling: float,
 ) -> torch.Tensor:
+    weights_BATS = _weights(query_BATD, key_BASD, mask, scaling).to(value_BASD.dtype)
+    if dropout:
+        weights_BATS = functional.dropout(weights_BATS, p=dropout)
+    return torch.matmul(weights_BATS, value_BASD)
+
+
+def _weights(
+    query_BATD: torch.Tensor, key_BASD: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
     scores_BATS = torch.matmul(query_BATD, key_BASD.transpose(2, 3)).float() * scaling
     if mask is not None and mask.dtype == torch.bool:
         # Not -inf: the rows of left padding see nothing, and must not become NaN.
         scores_BATS = scores_BATS.masked_fill(~mask, torch.finfo(scores_BATS.dtype).min)
     elif mask is not None:
         scores_BATS = scores_BATS + mask
-    weights_BATS = torch.softmax(scores_BATS, dim=-1).to(value_BASD.dtype)
-    if dropout:
-        weights_BATS = functional.dropout(weights_BATS, p=dropout)
-    return torch.matmul(weights_BATS, value_BASD)
+    return torch.softmax(scores_BATS, dim=-1)
 
 
 def document_sdpa_attention(
@@ -239,6 +289,9 @@ def _is_square(facts: dict[str, Any]) -> bool:
     return bool(facts["q_length"] == facts["kv_length"] and offsets == (0, 0))
 
 
+for _suffix, _mask in (("_documents", _mask_of_documents), ("_rows", _mask_of_rows)):
+    AttentionInterface.register(f"tapped{_suffix}", _tapped_attention)
+    AttentionMaskInterface.register(f"tapped{_suffix}", _mask)
 for _name, _kernel in (("sdpa", document_sdpa_attention), ("compiled", matmul_softmax_attention)):
     AttentionInterface.register(f"{_name}_documents", _kernel)
     AttentionMaskInterface.register(f"{_name}_documents", _mask_of_documents)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -19,9 +21,11 @@ from transformers import (
 
 from llmkit.errors import MissingError, UsageError
 from llmkit.models.trust import check_trust
-from llmkit.plan import PRESETS
+from llmkit.plan import model_fields
+from llmkit.plan.shape_encoders import unused_positions
+from llmkit.recipe.architectures import OWN
 from llmkit.recipe.schema import Model
-from llmkit.registry import ModelKind
+from llmkit.registry import ModelKind, nearest
 
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DROPOUT_MARKS = ("dropout", "pdrop")
@@ -61,7 +65,7 @@ def build_model(
     else:
         config = make_config(spec, vocab_size=vocab_size, special_ids=special_ids)
         torch.manual_seed(seed)
-        model = AUTO_CLASSES[kind].from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = new_model(config, kind)
     if kind in ("causal", "seq2seq"):
         start = getattr(model.config, "decoder_start_token_id", None)
         model.generation_config = GenerationConfig(**special_ids, decoder_start_token_id=start)
@@ -69,19 +73,27 @@ def build_model(
     return model
 
 
+def new_model(config: PretrainedConfig, kind: ModelKind, *, trusted: bool = False) -> PreTrainedModel:
+    """A model of this configuration with new weights, by torch's generator and on its default device.
+
+    Raises:
+        UsageError: The configuration's numbers do not go together.
+    """
+    try:
+        return AUTO_CLASSES[kind].from_config(config, dtype=torch.float32, trust_remote_code=trusted)
+    except (ValueError, AssertionError) as error:
+        raise UsageError(
+            f"model.config: transformers cannot build this {config.model_type} ({' '.join(str(error).split())})"
+        ) from error
+
+
 def make_config(spec: Model, *, vocab_size: int, special_ids: Mapping[str, int]) -> PretrainedConfig:
     """The `transformers` configuration of a model that starts from random weights."""
-    fields: dict[str, Any] = dict(spec.config if spec.config is not None else PRESETS[str(spec.preset)])
+    fields = model_fields(spec) or {}
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str):
         raise UsageError("model.config: `model_type` is missing", hint="for example `model_type: llama`")
-    defaults = {"vocab_size": vocab_size, **special_ids}
-    try:
-        config = AutoConfig.for_model(model_type, **{**defaults, **fields})
-    except ValueError as error:
-        raise UsageError(
-            f"model.config: {model_type!r} is not a model type of transformers ({error})"
-        ) from error
+    config = _config_of(model_type, {"vocab_size": vocab_size, **special_ids, **fields})
     _check_fields(config, fields)
     _set_length(config, spec.context, pinned=fields)
     if config.vocab_size < vocab_size:
@@ -96,6 +108,22 @@ def make_config(spec: Model, *, vocab_size: int, special_ids: Mapping[str, int])
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)
     return config
+
+
+def _config_of(model_type: str, fields: Mapping[str, Any]) -> PretrainedConfig:
+    if model_type not in CONFIG_MAPPING:
+        guess = nearest(model_type, [*OWN, *CONFIG_MAPPING])
+        raise UsageError(
+            f"model: {model_type!r} is no architecture that transformers or llmkit has",
+            hint=f"did you mean {guess!r}?" if guess else "architecture: llama",
+        )
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UsageError(
+            f"model.config does not fit together ({' '.join(str(error).split())})",
+            hint=f"llmkit recipe show says which fields {model_type!r} gets",
+        ) from error
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> None:
@@ -122,7 +150,8 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 def max_length(config: PretrainedConfig) -> int | None:
     """The longest input the configuration was made for, in tokens; None where it does not say."""
-    return next((int(getattr(config, f)) for f in _LENGTH_FIELDS if getattr(config, f, None)), None)
+    found = next((int(getattr(config, f)) for f in _LENGTH_FIELDS if getattr(config, f, None)), None)
+    return None if found is None else found - _unused(config)
 
 
 def _check_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
@@ -141,13 +170,20 @@ def _set_length(config: PretrainedConfig, context: int, *, pinned: Mapping[str, 
     if field is None:
         return
     if field not in pinned:
-        offset = config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0
-        setattr(config, field, context + offset)
-    elif getattr(config, field) < context:
+        setattr(config, field, context + _unused(config))
+        return
+    longest = getattr(config, field) - _unused(config)
+    if longest < context:
         raise UsageError(
-            f"model.config.{field} is {getattr(config, field)}, shorter than `context: {context}`",
-            hint=f"set `context` to at most {getattr(config, field)}, or leave `{field}` out",
+            f"model.config.{field} is {getattr(config, field)}: room for {longest} tokens, fewer than "
+            f"`context: {context}`",
+            hint=f"set `context` to at most {longest}, or leave `{field}` out",
         )
+
+
+def _unused(config: PretrainedConfig) -> int:
+    """Entries at the beginning of the position table that no token has."""
+    return unused_positions(config.pad_token_id) if config.model_type in _AFTER_PADDING else 0
 
 
 def _load_pretrained(spec: Model, kind: ModelKind, vocab_size: int) -> PreTrainedModel:

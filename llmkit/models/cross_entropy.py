@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 NOT_LEARNED = -100
 """The target of a row that is not in the loss."""
@@ -31,6 +32,8 @@ def linear_cross_entropy(
     targets_N: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     chunk_rows: int | None = None,
     gather: bool | None = None,
 ) -> torch.Tensor:
@@ -45,6 +48,8 @@ def linear_cross_entropy(
         weight_VH: The head; may be tied to the embedding.
         targets_N: Vocabulary ids; -100 for a row that is not in the loss.
         bias: The head's bias, V long.
+        label_smoothing: The share of each target's probability that is spread evenly over the vocabulary.
+        z_loss: Adds so many times the square of each row's log-normaliser (log of the sum of exp of its logits).
         chunk_rows: Rows whose logits exist at one time; by default what suits the device.
         gather: Leave rows without a target out of the computation. That asks how many there are, which on a GPU
             waits for the device; so by default it is done on CPU only, and elsewhere such rows count as zeros. Ask
@@ -52,8 +57,13 @@ def linear_cross_entropy(
 
     Returns:
         A scalar in float32 (in float64 for float64 input).
+
+    **Source**: smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7.
+    z-loss: Chowdhery et al., "PaLM", 2022, section 5.
     """
     options = {
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
         "chunk_rows": chunk_rows or _chunk_rows(weight_VH),
         "gather": hidden_NH.device.type == "cpu" if gather is None else gather,
         "compute_dtype": _compute_dtype(hidden_NH),
@@ -62,6 +72,20 @@ def linear_cross_entropy(
     if not (torch.is_grad_enabled() and any(learns)):
         return _row_nll(hidden_NH, weight_VH, targets_N, bias, **options).sum()
     total, *_ = _total_with_gradients(hidden_NH, weight_VH, targets_N, bias, learns=learns, **options)
+    return total
+
+
+def nll_of_logits(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> torch.Tensor:
+    """The same sum for logits that exist already; see `linear_cross_entropy`."""
+    wide_NV = logits_NV.float() if logits_NV.dtype != torch.float64 else logits_NV
+    total = functional.cross_entropy(
+        wide_NV, targets_N, ignore_index=NOT_LEARNED, reduction="sum", label_smoothing=label_smoothing
+    )
+    if z_loss:
+        squares_N = torch.logsumexp(wide_NV, 1).square()
+        total = total + z_loss * squares_N.masked_fill(targets_N == NOT_LEARNED, 0.0).sum()
     return total
 
 
@@ -85,6 +109,8 @@ def linear_nll(
             weight_VH,
             targets_N,
             bias,
+            label_smoothing=0.0,
+            z_loss=0.0,
             chunk_rows=chunk_rows or _chunk_rows(weight_VH),
             gather=hidden_NH.device.type == "cpu" if gather is None else gather,
             compute_dtype=_compute_dtype(hidden_NH),
@@ -167,22 +193,45 @@ class _Chunks:
             yield place, logits_CV
 
 
-def _softmax_nll(
-    logits_CV: torch.Tensor, targets_C: torch.Tensor, *, masked: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn logits into probabilities in place; return each row's NLL and its usable target.
+@dataclass(frozen=True)
+class _Form:
+    """What is asked of a row: `label_smoothing` and `z_loss`, as `linear_cross_entropy` takes them."""
 
-    -log p(target) = max - log p(argmax) - logit(target), where p(argmax) >= 1/V never underflows.
-    """
-    index_C1 = (targets_C.clamp(min=0) if masked else targets_C).unsqueeze(1)
-    target_logit_C1 = logits_CV.gather(1, index_C1)
-    max_C1 = logits_CV.amax(1, keepdim=True)
-    torch.softmax(logits_CV, 1, out=logits_CV)
-    log_normaliser_C1 = max_C1 - logits_CV.amax(1, keepdim=True).log_()
-    nll_C = (log_normaliser_C1 - target_logit_C1).squeeze(1)
-    if masked:
-        nll_C = nll_C.masked_fill_(targets_C == NOT_LEARNED, 0.0)
-    return nll_C, index_C1
+    smoothing: float
+    z: float
+
+    def losses(
+        self, logits_CV: torch.Tensor, targets_C: torch.Tensor, *, masked: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Turn logits into probabilities in place; return each row's loss, its usable target, its log-normaliser.
+
+        The log-normaliser is max - log p(argmax), where p(argmax) >= 1/V never underflows. The loss is that minus the
+        target's logit, and with smoothing some of the mean of the logits in its stead.
+        """
+        index_C1 = (targets_C.clamp(min=0) if masked else targets_C).unsqueeze(1)
+        aim_C1 = logits_CV.gather(1, index_C1)
+        if self.smoothing:
+            aim_C1.lerp_(logits_CV.mean(1, keepdim=True), self.smoothing)
+        max_C1 = logits_CV.amax(1, keepdim=True)
+        torch.softmax(logits_CV, 1, out=logits_CV)
+        log_normaliser_C1 = max_C1 - logits_CV.amax(1, keepdim=True).log_()
+        loss_C1 = log_normaliser_C1 - aim_C1
+        if self.z:
+            loss_C1 += self.z * log_normaliser_C1.square()
+        loss_C = loss_C1.squeeze(1)
+        if masked:
+            loss_C = loss_C.masked_fill_(targets_C == NOT_LEARNED, 0.0)
+        return loss_C, index_C1, log_normaliser_C1
+
+    def by_logits(
+        self, softmax_CV: torch.Tensor, index_C1: torch.Tensor, log_normaliser_C1: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient by the logits, in place: softmax minus what the target is to be, and the z-loss's."""
+        if self.z:
+            softmax_CV.mul_(1 + 2 * self.z * log_normaliser_C1)
+        if self.smoothing:
+            softmax_CV.sub_(self.smoothing / softmax_CV.shape[1])
+        return softmax_CV.scatter_add_(1, index_C1, softmax_CV.new_full(index_C1.shape, self.smoothing - 1.0))
 
 
 @torch.library.custom_op("llmkit::linear_nll", mutates_args=())
@@ -191,16 +240,19 @@ def _row_nll(
     weight_VH: torch.Tensor,
     targets_N: torch.Tensor,
     bias_V: torch.Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
     chunk_rows: int,
     gather: bool,
     compute_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Each row's NLL, no gradient."""
+    """Each row's loss, no gradient."""
     with torch.autocast(hidden_NH.device.type, enabled=False):
         rows = _Rows.take(hidden_NH, targets_N, gather=gather, dtype=compute_dtype)
         nll_R = _new_like(targets_N, len(rows.targets_R), compute_dtype)
+        form = _Form(label_smoothing, z_loss)
         for place, logits_CV in _Chunks(rows, weight_VH.to(compute_dtype), bias_V, chunk_rows=chunk_rows):
-            nll_R[place], _ = _softmax_nll(logits_CV, rows.targets_R[place], masked=rows.masked)
+            nll_R[place], *_ = form.losses(logits_CV, rows.targets_R[place], masked=rows.masked)
         return rows.put_back(nll_R, _new_like(targets_N, len(targets_N), compute_dtype))
 
 
@@ -211,11 +263,13 @@ def _total_with_gradients(
     targets_N: torch.Tensor,
     bias_V: torch.Tensor | None,
     learns: list[bool],
+    label_smoothing: float,
+    z_loss: float,
     chunk_rows: int,
     gather: bool,
     compute_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of the NLL and its gradients by hidden, weight and bias; empty where not asked for."""
+    """The sum of the losses and its gradients by hidden, weight and bias; empty where not asked for."""
     with torch.autocast(hidden_NH.device.type, enabled=False):
         rows = _Rows.take(hidden_NH, targets_N, gather=gather, dtype=compute_dtype)
         weight = weight_VH.to(compute_dtype)
@@ -224,12 +278,12 @@ def _total_with_gradients(
         grad_RH = torch.empty_like(rows.hidden_RH) if learns[0] else None
         grad_VH = torch.zeros_like(weight_VH, dtype=wide) if learns[1] else None
         grad_V = weight_VH.new_zeros(len(weight_VH), dtype=wide) if learns[2] else None
+        form = _Form(label_smoothing, z_loss)
         for place, logits_CV in _Chunks(rows, weight, bias_V, chunk_rows=chunk_rows):
             targets_C = rows.targets_R[place]
-            nll_C, index_C1 = _softmax_nll(logits_CV, targets_C, masked=rows.masked)
-            total += nll_C.sum()
-            # The gradient by the logits: softmax minus one at the target.
-            logits_CV.scatter_add_(1, index_C1, logits_CV.new_full(index_C1.shape, -1.0))
+            loss_C, *of_row = form.losses(logits_CV, targets_C, masked=rows.masked)
+            total += loss_C.sum()
+            form.by_logits(logits_CV, *of_row)
             if rows.masked:
                 logits_CV.mul_((targets_C != NOT_LEARNED).unsqueeze(1))
             if grad_V is not None:
@@ -270,6 +324,8 @@ def _(
     weight_VH: torch.Tensor,
     targets_N: torch.Tensor,
     bias_V: torch.Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
     chunk_rows: int,
     gather: bool,
     compute_dtype: torch.dtype,
@@ -284,6 +340,8 @@ def _(
     targets_N: torch.Tensor,
     bias_V: torch.Tensor | None,
     learns: list[bool],
+    label_smoothing: float,
+    z_loss: float,
     chunk_rows: int,
     gather: bool,
     compute_dtype: torch.dtype,
@@ -313,7 +371,7 @@ def _scale_gradients(ctx: Any, grad_total: torch.Tensor, *_: Any) -> tuple[Any, 
         gradient * grad_total.to(gradient.dtype) if learns else None
         for gradient, learns in zip(ctx.saved_tensors, ctx.learns, strict=True)
     )
-    return by_hidden, by_weight, None, by_bias, None, None, None, None
+    return by_hidden, by_weight, None, by_bias, None, None, None, None, None, None
 
 
 _total_with_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from llmkit.models.cross_entropy import NOT_LEARNED, linear_cross_entropy
+from llmkit.models.cross_entropy import NOT_LEARNED, linear_cross_entropy, nll_of_logits
 
 if TYPE_CHECKING:  # loader workers import objectives, which import this, and transformers takes seconds
     from transformers import PretrainedConfig, PreTrainedModel
@@ -51,17 +51,25 @@ class Scores:
     bias_V: torch.Tensor | None = None
     sparse: bool = False
 
-    def nll(self, targets_N: torch.Tensor) -> torch.Tensor:
-        """The sum of -log p(target) over the positions that have one, in nats."""
+    def nll(
+        self, targets_N: torch.Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> torch.Tensor:
+        """The sum of -log p(target) over the positions that have one, in nats.
+
+        Args:
+            targets_N: Token ids, or `NOT_LEARNED`.
+            label_smoothing: The share of each target's probability that is spread evenly over the vocabulary.
+            z_loss: Adds so many times the square of each target's log-normaliser.
+        """
         if self.weight_VH is None:
-            return functional.cross_entropy(
-                self.features_NH.float(), targets_N, ignore_index=NOT_LEARNED, reduction="sum"
-            )
+            return nll_of_logits(self.features_NH, targets_N, label_smoothing=label_smoothing, z_loss=z_loss)
         return linear_cross_entropy(
             self.features_NH,
             self.weight_VH,
             targets_N,
             bias=self.bias_V,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
             gather=True if self.sparse else None,
         )
 
@@ -118,6 +126,19 @@ def masked_scores(model: "PreTrainedModel", **inputs: torch.Tensor | None) -> tu
     body = model.base_model(**given)
     hidden_BTH = _BEFORE_THE_HEAD[model.config.model_type](model, body.last_hidden_state)
     return _scores(model, hidden_BTH, sparse=True), body
+
+
+def pair_logits(model: "PreTrainedModel", output: Any) -> torch.Tensor:
+    """[B, 2]: what a model says of whether the second text of each row goes on from the first, or not.
+
+    Args:
+        model: Of the kind `pairs`.
+        output: What `masked_scores` gave of its body.
+    """
+    if "seq_relationship_logits" in output:
+        logits_B2: torch.Tensor = output.seq_relationship_logits
+        return logits_B2
+    return model.cls.seq_relationship(output.pooler_output)
 
 
 def seq2seq_scores(

@@ -6,7 +6,8 @@ Shape suffixes: B rows of a micro-batch, T positions of a row, N positions in a 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,13 @@ Label smoothing, a z-loss or a teacher act here, so no objective knows of them."
 def cross_entropy(scores: Scores, targets_N: torch.Tensor) -> torch.Tensor:
     """The sum of the targets' negative log-likelihood."""
     return scores.nll(targets_N)
+
+
+def smoothed_cross_entropy(label_smoothing: float, z_loss: float) -> Criterion:
+    """The criterion of a recipe's `label_smoothing` and `z_loss`; the plain one where both are 0."""
+    if not label_smoothing and not z_loss:
+        return cross_entropy
+    return partial(Scores.nll, label_smoothing=label_smoothing, z_loss=z_loss)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,15 @@ class Objective(Protocol):
         Args:
             sums: `total` (that of `num_targets`), every `num_*`, and the sums of `Loss.sums`.
         """
+        ...
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """An objective that trains networks beside the model."""
+
+    def parts(self, model: "PreTrainedModel") -> Mapping[str, nn.Module]:
+        """These networks by name, made for `model`; torch's seed decides their weights. The objective keeps them."""
         ...
 
 

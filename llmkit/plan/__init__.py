@@ -4,7 +4,7 @@ from llmkit.plan.batch import PlanError, rows_of_batch
 from llmkit.plan.describe import describe
 from llmkit.plan.estimate import Memory, flops_per_token, training_memory
 from llmkit.plan.families import shape_of_config, shape_of_preset, with_lengths
-from llmkit.plan.fit import check_fit, known_kinds
+from llmkit.plan.fit import check_fit, check_vectors, known_kinds
 from llmkit.plan.make import make_plan
 from llmkit.plan.plan import DataFacts, Plan, SourceFacts
 from llmkit.plan.presets import PRESETS, architecture_fields, model_fields, preset_fields
@@ -21,6 +21,7 @@ __all__ = [
     "SourceFacts",
     "architecture_fields",
     "check_fit",
+    "check_vectors",
     "describe",
     "flops_per_token",
     "known_kinds",

@@ -32,19 +32,33 @@ COMPILE_COST_S = {"cpu": 65.0, "cuda": 60.0}
 """Seconds that compiling takes with a cold cache."""
 
 
-def flops_per_token(model: ModelShape, context: int) -> int:
-    """FLOPs of training on one token: `6 M + 12 L Q T`.
+def flops_per_token(model: ModelShape, context: int, decoder: int = 0) -> int:
+    """FLOPs of training on one token: `6 M + 12 L Q T`; of an encoder-decoder, a row's over its `context`.
 
     M are the weights that a token is multiplied with (linear layers and the LM head, not the embedding
     look-up), 2 FLOPs each in the forward pass and 4 in the backward. `L` layers of attention with `Q =
     num_heads * head_dim` compare each of `T` tokens with all `T`: `2 Q T` for the scores and `2 Q T` for the
     mix of values forward, twice that backward. That half of it lies above the causal diagonal is not taken
-    off, as in most published figures, so MFU compares with them.
+    off, as in most published figures, so MFU compares with them; nor is it where a model looks at near tokens only.
+
+    An encoder's `T` positions meet its own weights and its own attention. Each of the `D` positions of the decoder
+    meets the others, and compares itself with those `D` and with the encoder's `T`. A model without attention has
+    the first term alone. The output layer is counted at every position, also where few of them are targets.
+
+    Args:
+        model: The model.
+        context: Tokens a row; of an encoder-decoder, those that its encoder reads.
+        decoder: Positions that its decoder reads.
 
     **Source**: PaLM (Chowdhery et al. 2022), appendix B; Chinchilla (Hoffmann et al. 2022), appendix F.
     """
-    attention = 12 * model.num_layers * model.num_heads * model.head_dim * context
-    return 6 * model.num_matmul_parameters + attention
+    pairs = 12 * model.num_heads * model.head_dim
+    if not model.num_encoder_layers:
+        return 6 * model.num_matmul_parameters + pairs * model.num_layers * context
+    encoder = 6 * model.num_encoder_parameters + pairs * model.num_encoder_layers * context
+    weights = 6 * (model.num_matmul_parameters - model.num_encoder_parameters)
+    one = weights + pairs * model.num_layers * (decoder + context)
+    return encoder + one * decoder // context
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class Memory:
         weights: fp32 weights, and under bf16 the bf16 copies of the matrices that autocast keeps for the
             backward pass.
         gradients: fp32 gradients.
-        optimizer: AdamW's two fp32 moments.
+        optimizer: What the optimizer remembers: for AdamW two fp32 moments.
         activations: What the backward pass needs of one micro-batch (an estimate).
         logits: One chunk of logits and its gradient.
         process: The process before the model, on CPU.
@@ -85,6 +99,8 @@ def training_memory(
     precision: str,
     attention: str,
     process: int = 0,
+    decoder: int = 0,
+    state_bytes: float = 8.0,
 ) -> Memory:
     """Memory of training at this micro-batch.
 
@@ -95,36 +111,52 @@ def training_memory(
         precision: `fp32` or `bf16`.
         attention: `sdpa` keeps no scores; `compiled` and `eager` keep them for the backward pass.
         process: Bytes of the process before the model: interpreter, libraries, tokenizer, on CPU.
+        decoder: Positions that the decoder of an encoder-decoder reads.
+        state_bytes: What the optimizer remembers of a parameter.
     """
     parameters = model.num_parameters
     tokens = micro_batch * context
     weights = 4 * parameters + (2 * model.num_matmul_parameters if precision == "bf16" else 0)
-    activations = tokens * activation_bytes_per_token(
-        model, context, precision=precision, attention=attention
+    activations = micro_batch * activation_bytes(
+        model, context, decoder, precision=precision, attention=attention
     )
     # One chunk: the logits in the working precision, and in fp32 for the softmax that becomes their gradient.
-    logits = min(tokens, LOSS_CHUNK_TOKENS) * model.vocab_size * (_width(precision) + 4)
-    total = weights + 12 * parameters + activations + logits + process
-    return Memory(weights, 4 * parameters, 8 * parameters, activations, logits, process, total)
+    written = micro_batch * decoder if model.num_encoder_layers else tokens
+    logits = min(written, LOSS_CHUNK_TOKENS) * model.vocab_size * (_width(precision) + 4)
+    gradients, optimizer = 4 * parameters, int(state_bytes * parameters)
+    total = weights + gradients + optimizer + activations + logits + process
+    return Memory(weights, gradients, optimizer, activations, logits, process, total)
 
 
-def activation_bytes_per_token(model: ModelShape, context: int, *, precision: str, attention: str) -> int:
-    """Bytes that the backward pass needs per token, by what each operation of a block keeps.
+def activation_bytes(model: ModelShape, context: int, decoder: int, *, precision: str, attention: str) -> int:
+    """Bytes that the backward pass needs of one row, by what each operation of a block keeps.
 
     Two norms keep input and normalised value in fp32 and their output `w` bytes wide (`w`: 4 for fp32, 2 for
     bf16); attention keeps queries, keys, values and output; the MLP its inner tensors (gate, up, activation,
     product, or two without a gate). Scores, where kept, are `num_heads * context` wide: probabilities `w`
-    wide, in eager mode also in fp32.
+    wide, in eager mode also in fp32. A block of a decoder with an encoder has one more attention, and the keys and
+    values of the encoder's positions.
 
     **Source**: the counting of Korthikanti et al. 2022, "Reducing Activation Recomputation", section 4, for
     this block.
     """
-    width = _width(precision)
-    norms = 2 * model.hidden_size * (8 + width)
-    projections = 2 * width * model.head_dim * (model.num_heads + model.num_kv_heads)
+    width, last = _width(precision), model.hidden_size * (8 + _width(precision))
+    if model.kept_values is not None:
+        return context * 4 * model.kept_values
+    kept = {"sdpa": 0, "compiled": width, "eager": width + 4}[attention]
+    once = model.hidden_size * (8 + width)
+    mixing = 2 * width * model.head_dim * (model.num_heads + model.num_kv_heads)
     mlp = width * model.intermediate_size * (4 if model.gated_mlp else 2)
-    scores = model.num_heads * context * {"sdpa": 0, "compiled": width, "eager": width + 4}[attention]
-    return model.num_layers * (norms + projections + mlp + scores) + model.hidden_size * (8 + width)
+
+    def block(length: int) -> int:
+        return 2 * once + mixing + mlp + model.num_heads * length * kept
+
+    if not model.num_encoder_layers:
+        return context * (model.num_layers * block(context) + last)
+    encoder = context * (model.num_encoder_layers * block(context) + last)
+    across = once + mixing + model.num_heads * context * kept
+    keys = context * 2 * width * model.num_kv_heads * model.head_dim
+    return encoder + decoder * (model.num_layers * (block(decoder) + across) + last) + model.num_layers * keys
 
 
 def _width(precision: str) -> int:

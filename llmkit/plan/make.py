@@ -19,6 +19,7 @@ from llmkit.plan.plan import DataFacts, Plan
 from llmkit.plan.rows import layout_of
 from llmkit.plan.shape import ModelShape
 from llmkit.recipe.objectives import RowLayout
+from llmkit.recipe.optimizers import state_bytes_per_parameter
 from llmkit.recipe.schema import Machine, Pretrain, Recipe
 from llmkit.recipe.units import Amount
 
@@ -41,6 +42,7 @@ class _Draft:
 
     machine: Machine
     hardware: Hardware
+    state_bytes: float
     choices: dict[str, tuple[Any, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -76,9 +78,10 @@ def make_plan(
     if recipe.pretrain is None:
         raise PlanError("the recipe has no `pretrain` section, so there is nothing to plan")
     wanted, context = recipe.pretrain, recipe.pretrain.model.context
+    layout = layout_of(wanted)
     _check_model(model, vocab_size, context)
-    num_rows = rows_of_data(data, layout_of(wanted), context)
-    draft = _Draft(recipe.machine, hardware, notes=list(hardware.notes))
+    num_rows = rows_of_data(data, layout, context)
+    draft = _Draft(recipe.machine, hardware, _state_bytes(wanted), notes=list(hardware.notes))
     if recipe.machine.device == "auto":
         draft.choose("device", hardware.device, hardware.device_name)
     rows, note = rows_of_batch(wanted.train.batch, context)
@@ -86,18 +89,23 @@ def make_plan(
     world = _choose_world(draft, rows, world_size)
     precision = _choose_precision(draft)
     attention = recipe.machine.attention
-    share, memory = _choose_micro_batch(draft, model, context, rows, world, precision, attention)
+    share, memory = _choose_micro_batch(
+        draft, model, context, layout.decoder, rows, world, precision, attention
+    )
     steps = resolve_length(
         wanted.train.length, tokens_per_step=rows * context, rows_per_step=rows, num_rows_per_epoch=num_rows
     )
-    flops = flops_per_token(model, context)
+    flops = flops_per_token(model, context, layout.decoder)
     rate = training_rate(hardware, model, world_size=world, precision=precision)
     limit_s = float(wanted.train.length.value) if steps is None else None
     low, high = _seconds(rate, flops * rows * context * (steps or 0), limit_s)
-    compiled = _choose_compile(draft, precision, low, high)
-    background, memory = _choose_background_save(draft, memory, 12 * model.num_parameters, world)
+    compiled = _choose_compile(draft, model, precision, low, high) and not _reads_layers(draft, wanted)
+    saved = int((4 + draft.state_bytes) * model.num_parameters)
+    background, memory = _choose_background_save(draft, memory, saved, world)
     epochs = steps * rows / num_rows if steps else None
     draft.notes += _remarks(data, rows, num_rows, epochs, rate)
+    if wanted.distil is not None:
+        draft.notes.append("the teacher's memory and time are not in these figures")
     timing = _intervals(wanted, steps, rows, context, num_rows)
     deferred = {key: amount for key, (resolved, amount) in timing.items() if resolved is None}
     return Plan(
@@ -127,14 +135,19 @@ def make_plan(
         memory=memory,
         seconds_low=low,
         seconds_high=high,
-        checkpoint_bytes=12 * model.num_parameters,
+        checkpoint_bytes=saved,
         choices=draft.choices,
         notes=tuple(draft.notes),
     )
 
 
+def _state_bytes(wanted: Pretrain) -> float:
+    optim = wanted.train.optim
+    return state_bytes_per_parameter(optim.name, optim.momentum, ema=wanted.train.ema is not None)
+
+
 def _check_model(model: ModelShape, vocab_size: int, context: int) -> None:
-    if context > model.max_length:
+    if model.max_length is not None and context > model.max_length:
         raise PlanError(
             f"model.context is {context} tokens, but this model reads at most {model.max_length}",
             hint=f"pretrain.model.context={model.max_length}",
@@ -216,7 +229,14 @@ def _noun(hardware: Hardware) -> str:
 
 
 def _choose_micro_batch(
-    draft: _Draft, model: ModelShape, context: int, rows: int, world: int, precision: str, attention: str
+    draft: _Draft,
+    model: ModelShape,
+    context: int,
+    decoder: int,
+    rows: int,
+    world: int,
+    precision: str,
+    attention: str,
 ) -> tuple[Share, Memory]:
     """The micro-batch and its memory; the memory of a processor is shared by all processes."""
     hardware = draft.hardware
@@ -227,10 +247,12 @@ def _choose_micro_batch(
         return training_memory(
             model,
             context=context,
+            decoder=decoder,
             micro_batch=micro_batch,
             precision=precision,
             attention=kind,
             process=CPU_PROCESS_BYTES if hardware.device == "cpu" else 0,
+            state_bytes=draft.state_bytes,
         )
 
     pinned = draft.machine.micro_batch
@@ -281,7 +303,9 @@ def _seconds(
     return (flops / rate[1], flops / rate[0]) if rate else (None, None)
 
 
-def _choose_compile(draft: _Draft, precision: str, low: float | None, high: float | None) -> bool:
+def _choose_compile(
+    draft: _Draft, model: ModelShape, precision: str, low: float | None, high: float | None
+) -> bool:
     """Whether to compile: where it works, and the run is long enough to win back what compiling costs."""
     pinned = draft.machine.compile
     if pinned != "auto":
@@ -289,6 +313,8 @@ def _choose_compile(draft: _Draft, precision: str, low: float | None, high: floa
     device = draft.hardware.device
     if device not in COMPILE_COST_S:
         compiled, why = False, f"torch.compile is not used on {device}"
+    elif not model.compiles:
+        compiled, why = False, "torch's recurrent cells are kernels of their own"
     elif not draft.hardware.compiler:
         compiled, why = False, "torch.compile needs a C++ compiler, and none is on PATH"
     elif low is None or high is None:
@@ -301,6 +327,24 @@ def _choose_compile(draft: _Draft, precision: str, low: float | None, high: floa
         )
     draft.choose("compile", compiled, why)
     return compiled
+
+
+def _reads_layers(draft: _Draft, wanted: Pretrain) -> bool:
+    """Whether a teacher's layers are compared with the model's, which a compiled model does not show.
+
+    Raises:
+        PlanError: They are, and the recipe pins compiling.
+    """
+    distil = wanted.distil
+    if distil is None or not (distil.hidden or distil.attention):
+        return False
+    if draft.machine.compile is True:
+        raise PlanError(
+            "machine.compile: a compiled model does not show its layers, and pretrain.distil compares them",
+            hint="machine.compile=auto, or leave `hidden` and `attention` of pretrain.distil out",
+        )
+    draft.choose("compile", False, "a teacher's layers are compared with the model's")
+    return True
 
 
 def _choose_background_save(

@@ -6,8 +6,24 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from llmkit.recipe.architectures import (
+    KINDS,
+    WAYS,
+    family_of_config,
+    family_of_preset,
+    misfit,
+)
 from llmkit.recipe.faults import written
-from llmkit.recipe.objectives import BERT_LIKE, tokens_for
+from llmkit.recipe.objectives import BERT_LIKE, other_sections, tokens_for
+from llmkit.recipe.optimizers import (
+    DEFAULT_OPTIMIZER,
+    DEFAULT_SCHEDULE,
+    OPTIMIZERS,
+    PARTIAL_SETTINGS,
+    SCHEDULES,
+    settings_of,
+    with_defaults,
+)
 from llmkit.recipe.positions import Keys, Node, Path, find, key_spot
 from llmkit.recipe.problems import Problem
 from llmkit.recipe.units import listing, parse_whole
@@ -38,14 +54,48 @@ def _plain(root: Node, path: Path) -> Any:
 
 def _one_model(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
     path = ("pretrain", "model")
-    given = [name for name in ("preset", "name", "config") if _plain(root, (*path, name)) is not None]
+    given = [name for name in WAYS if _plain(root, (*path, name)) is not None]
+    if given == ["architecture", "config"]:
+        given = given[:1]  # its fields
     for name in given[1:]:
         message = f"`{given[0]}` and `{name}` both say which model"
         yield Problem(key_spot(root, (*path, name)), message, "keep one of them")
     config = _plain(root, (*path, "config"))
-    if isinstance(config, dict) and not isinstance(config.get("model_type"), str):
-        hint = "add it, such as `model_type: llama`"
+    if not isinstance(config, dict):
+        return
+    if "architecture" in given and "model_type" in config:
+        message = "`architecture` and `model_type` both say which model"
+        yield Problem(key_spot(root, (*path, "config", "model_type")), message, "leave `model_type` out")
+    elif "architecture" not in given and not isinstance(config.get("model_type"), str):
+        hint = "add it, such as `model_type: llama`, or `architecture: llama` above"
         yield Problem(key_spot(root, (*path, "config")), "`config` needs `model_type`", hint)
+
+
+def _fits(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """The model can learn the objective, as far as the recipe alone shows what it is."""
+    path = ("pretrain", "model")
+    objective = _plain(root, ("pretrain", "objective")) or "clm"
+    preset, architecture = _plain(root, (*path, "preset")), _plain(root, (*path, "architecture"))
+    config = _plain(root, (*path, "config"))
+    if isinstance(preset, str):
+        way, family = "preset", family_of_preset(preset)
+    elif isinstance(architecture, str):
+        way, family = "architecture", architecture
+    elif isinstance(config, dict):
+        way, family = "config", family_of_config(config)
+    else:
+        return
+    if family in KINDS and str(objective) in OBJECTIVES:
+        found = misfit(str(objective), family, KINDS[family])
+        if found is not None:
+            yield Problem(key_spot(root, (*path, way)), *found)
+
+
+def _vectors_of_a_new_model(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    path = ("pretrain", "model")
+    if _plain(root, (*path, "embeddings")) is not None and _plain(root, (*path, "name")) is not None:
+        message = "`embeddings` begins a new model, and `name` is one that has its embeddings"
+        yield Problem(key_spot(root, (*path, "embeddings")), message, "keep one of them")
 
 
 def _sources(root: Node, path: Path) -> list[Path]:
@@ -169,8 +219,92 @@ def _measured_best(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
         yield Problem(node.spot, "`keep_best` needs evaluations, and `eval.every` is `never`", hint)
 
 
+def _documents_apart(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """Only where a model reads from left to right do positions that restart keep documents apart."""
+    path = ("pretrain", "isolate_documents")
+    objective = _plain(root, ("pretrain", "objective")) or "clm"
+    if _plain(root, path) is not True or objective not in list(OBJECTIVES) or OBJECTIVES[objective].isolates:
+        return
+    able = [name for name, goal in OBJECTIVES.items() if goal.isolates]
+    node = find(root, path)
+    assert node is not None
+    message = f"`isolate_documents`: documents that share a row of `{objective}` see each other"
+    yield Problem(node.spot, message, f"leave it out; it goes with {listing(able)}")
+
+
+def _settings_of_the_optimizer(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """A setting that the optimizer, or the schedule, does not have would do nothing."""
+    path = ("pretrain", "train", "optim")
+    block = _plain(root, path)
+    if not isinstance(block, dict):
+        return
+    full = with_defaults(block)
+    for setting, having in PARTIAL_SETTINGS.items():
+        kind, known = ("schedule", SCHEDULES) if having[0] in SCHEDULES else ("name", OPTIMIZERS)
+        chosen = full.get(kind, DEFAULT_OPTIMIZER if kind == "name" else DEFAULT_SCHEDULE)
+        if chosen not in list(known) or chosen in having or not written(root, ".".join((*path, setting))):
+            continue
+        own = settings_of(chosen)
+        hint = f"it belongs to {listing(having)}"
+        hint += f"; the settings of `{chosen}` are {listing(own)}" if own else ""
+        message = f"`{setting}`: `{chosen}` has no such setting"
+        yield Problem(key_spot(root, (*path, setting)), message, hint)
+
+
+def _one_average(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    train = ("pretrain", "train")
+    if _plain(root, (*train, "optim", "name")) == "schedule_free" and written(root, "pretrain.train.ema"):
+        message = "`ema`: `schedule_free` is judged by an average of its own"
+        yield Problem(
+            key_spot(root, (*train, "ema")), message, "leave `ema` out, or choose another optimizer"
+        )
+
+
+def _settings_of_the_objective(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """The block of another objective would do nothing."""
+    objective = _objective(root)
+    if objective not in OBJECTIVES:
+        return
+    for name in sorted(other_sections(objective)):
+        if written(root, f"pretrain.{name}"):
+            having = [other for other, goal in OBJECTIVES.items() if name in goal.sections]
+            own = OBJECTIVES[objective].sections
+            hint = f"it goes with objective {listing(having)}"
+            hint += f"; the settings of `{objective}` are under {listing(own)}" if own else ""
+            spot = key_spot(root, ("pretrain", name))
+            yield Problem(spot, f"`{name}`: objective `{objective}` has no such settings", hint)
+
+
+def _measures_of_the_objective(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """A metric that the objective does not measure can be neither reported nor the best."""
+    objective = _objective(root)
+    if objective not in OBJECTIVES or not isinstance(_plain(root, ("pretrain",)), dict):
+        return
+    known = OBJECTIVES[objective].metrics
+    paths: list[Path] = [("pretrain", "checkpoint", "keep_best")]
+    asked = _plain(root, ("eval", "metrics"))
+    if isinstance(asked, list) and _plain(root, ("eval", "model")) is None:
+        paths += [("eval", "metrics", number) for number in range(len(asked))]
+    for path in paths:
+        node = find(root, path)
+        if node is None or not isinstance(node.value, str):
+            continue
+        name = node.value.removeprefix("eval/")
+        if name in _MEASURED and name not in known:
+            message = f"`{name}` is not measured of `{objective}`"
+            yield Problem(node.spot, message, f"it is measured by {listing(known)}")
+
+
+def _objective(root: Node) -> str:
+    return str(_plain(root, ("pretrain", "objective")) or "clm")
+
+
+_MEASURED = {name for goal in OBJECTIVES.values() for name in goal.metrics}
+
 _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _one_model,
+    _fits,
+    _vectors_of_a_new_model,
     _source_from_one_place,
     _weights_all_or_none,
     _caps_of_weights,
@@ -179,4 +313,9 @@ _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _some_tokenizer,
     _room_for_bytes,
     _measured_best,
+    _documents_apart,
+    _settings_of_the_optimizer,
+    _one_average,
+    _settings_of_the_objective,
+    _measures_of_the_objective,
 )

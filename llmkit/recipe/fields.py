@@ -108,7 +108,7 @@ def describe(schema: Mapping[str, Any]) -> str:
         parts = [part for part in schema["anyOf"] if part.get("type") != "null"]
         return " or ".join(dict.fromkeys(describe(part) for part in parts))
     if "enum" in schema:
-        return f"one of {', '.join(map(str, schema['enum']))}"
+        return f"one of {_words(list(map(str, schema['enum'])))}"
     if "const" in schema:
         return f"`{schema['const']}`"
     if "$ref" in schema:
@@ -123,6 +123,25 @@ def describe(schema: Mapping[str, Any]) -> str:
         f"{word} {schema[limit]:g}" for limit, word in _LIMITS if limit in schema and schema[limit] < 1e15
     ]
     return " ".join([_TYPES.get(schema.get("type", ""), "a value"), " and ".join(limits)]).strip()
+
+
+_MANY = 20
+
+
+def _words(words: list[str]) -> str:
+    """`cpu, cuda`; many names of two parts by their first ones: `gpt-(tiny, mini), (bert, t5)-(tiny, base)`."""
+    if len(words) <= _MANY or not all("-" in word for word in words):
+        return ", ".join(words)
+    endings: dict[str, list[str]] = {}
+    for word in words:
+        endings.setdefault(word.rpartition("-")[0], []).append(word.rpartition("-")[2])
+    starts: dict[str, list[str]] = {}
+    for start, ends in endings.items():
+        starts.setdefault(", ".join(ends), []).append(start)
+    return ", ".join(
+        f"{found[0] if len(found) == 1 else '(' + ', '.join(found) + ')'}-({ends})"
+        for ends, found in starts.items()
+    )
 
 
 def element(schema: Mapping[str, Any]) -> Mapping[str, Any]:

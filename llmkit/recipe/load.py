@@ -21,6 +21,7 @@ from llmkit.recipe.problems import Problem, as_error
 from llmkit.recipe.reading import UnreadableError, read_yaml
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.smoke import smoke_words
+from llmkit.recipe.variants import choose, named, over, without_choice
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Loaded:
         path: The recipe's file; None for stdin and mappings.
         text: The recipe as given.
         expressions: Dotted keys whose value came from a variable and looks like a secret, as written.
+        variants: The recipe of each of its variants; none where one was asked for, for this is that one's then.
     """
 
     recipe: Recipe
@@ -40,6 +42,7 @@ class Loaded:
     path: Path | None
     text: str
     expressions: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, "Loaded"] = field(default_factory=dict)
 
 
 def load_recipe(
@@ -51,7 +54,7 @@ def load_recipe(
 ) -> Loaded:
     """Read, merge and check a recipe.
 
-    Defaults < `extends` < the recipe < `smoke` < `overrides`.
+    Defaults < `extends` < the recipe < its variant < `smoke` < `overrides`.
 
     Args:
         source: A path, `-` for stdin, the name of a shipped recipe, or a mapping.
@@ -67,15 +70,45 @@ def load_recipe(
     problems: list[Problem] = []
     root = _read_chain(text, path, env, problems)
     words = _read_words(overrides, "command line", env, problems)
-    recipe = _finish(text, _laid(root, words, problems), problems)
-    if smoke:
-        shrunk = _laid(root, _read_words(smoke_words(recipe), "smoke", env, problems), problems)
-        root = _laid(shrunk, words, problems)
-        recipe = _finish(text, root, problems)
-    else:
-        root = _laid(root, words, problems)
-    origins, expressions = provenance(recipe, root)
-    return Loaded(recipe, origins, path, text.content, expressions)
+    chosen = choose(_laid(root, words, problems), problems)
+    reading = _Reading(text, path, env, smoke)
+    found = {
+        name: reading.finish(over(chosen.plain, variant), without_choice(words), problems, variant=name)
+        for name, variant in chosen.variants.items()
+    }
+    if not chosen.alone:
+        found[""] = reading.finish(without(root, "variant"), words, problems)
+    if problems:
+        raise as_error(text.label, problems)
+    made = {name: loaded for name, loaded in found.items() if loaded is not None}
+    return made.popitem()[1] if chosen.alone else replace(made.pop(""), variants=made)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is the same for a recipe and all its variants."""
+
+    text: Text
+    path: Path | None
+    env: Mapping[str, str]
+    smoke: bool
+
+    def finish(
+        self, root: Node, words: Sequence[Node], problems: list[Problem], *, variant: str = ""
+    ) -> Loaded | None:
+        """Lay the words over a tree and check it; None where that adds to the problems."""
+        laid, known = _laid(root, words, problems), len(problems)
+        recipe = _checked(laid, problems)
+        if recipe is not None and self.smoke:
+            shrunk = _laid(root, _read_words(smoke_words(recipe), "smoke", self.env, problems), problems)
+            laid = _laid(shrunk, words, problems)
+        if recipe is not None and (self.smoke or variant):
+            laid = named(laid, variant) if variant else laid
+            recipe = _checked(laid, problems)
+        if recipe is None or len(problems) > known:
+            return None
+        origins, expressions = provenance(recipe, laid)
+        return Loaded(recipe, origins, self.path, self.text.content, expressions)
 
 
 def _open(source: str | Path | Mapping[str, Any]) -> tuple[Path | None, Text]:
@@ -166,25 +199,19 @@ def _laid(root: Node, layers: Sequence[Node], problems: list[Problem]) -> Node:
     return root
 
 
-def _finish(text: Text, root: Node, problems: list[Problem]) -> Recipe:
-    """Check a merged tree.
-
-    Raises:
-        RecipeError: With these problems and the earlier ones.
-    """
-    recipe, found = None, list(problems)
+def _checked(root: Node, problems: list[Problem]) -> Recipe | None:
+    """The recipe of a merged tree; what is wrong with it is added to the problems, and may leave none."""
     # A value whose variable is not set is not judged a second time as the text of its expression.
     told = {problem.spot for problem in problems}
     meant: tuple[str, ...] = ()
+    recipe = None
     try:
         recipe = Recipe.model_validate(root.plain())
     except ValidationError as error:
         wrong = problems_of(error, root)
         meant = tuple(key for problem in wrong for key in problem.instead)
-        found += [problem for problem in wrong if problem.spot not in told]
-    found += check(root, meant)
-    if recipe is None or found:
-        raise as_error(text.label, found)
+        problems += [problem for problem in wrong if problem.spot not in told]
+    problems += check(root, meant)
     return recipe
 
 

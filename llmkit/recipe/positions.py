@@ -146,7 +146,7 @@ def key_spot(root: Node, path: Path) -> Spot:
     return node.spot if node is not None and path else Spot(root.spot.text)
 
 
-_ALTERNATIVES = ("preset", "name", "config")  # naming a model in one way un-names it in the others
+_ALTERNATIVES = ("preset", "architecture", "name", "config")
 
 
 def merged(base: Node, top: Node, path: Path = ()) -> Node:
@@ -161,7 +161,7 @@ def merged(base: Node, top: Node, path: Path = ()) -> Node:
     if not isinstance(base.value, Keys):
         return top
     nodes, spots = dict(base.value.nodes), dict(base.value.spots)
-    if path[-1:] == ("model",) and any(name in top.value.nodes for name in _ALTERNATIVES):
+    if path[-1:] == ("model",) and _names_a_model(top.value):
         nodes = {name: node for name, node in nodes.items() if name not in _ALTERNATIVES}
     for name, node in top.value.nodes.items():
         below = nodes.get(name)
@@ -169,6 +169,13 @@ def merged(base: Node, top: Node, path: Path = ()) -> Node:
         if below is None or not isinstance(below.value, Keys):
             spots[name] = top.value.spots[name]
     return Node(Keys(nodes, spots), top.spot)
+
+
+def _names_a_model(block: Keys) -> bool:
+    """Naming a model in one way un-names it in the others; fields of a configuration alone name none."""
+    config = block.nodes.get("config")
+    whole = config is not None and (not isinstance(config.value, Keys) or "model_type" in config.value.nodes)
+    return whole or any(name in block.nodes for name in _ALTERNATIVES if name != "config")
 
 
 def _unwrapped(node: Node) -> Node:

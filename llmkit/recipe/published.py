@@ -7,18 +7,25 @@ What JSON Schema cannot say, and only the loader checks:
 - what a recipe that extends another lacks: the schema cannot see the other, so it asks for less;
 - the value of `${env:NAME}`: any complete expression is accepted where a number or a word belongs, also one
   that quotes keep text;
+- that `mlm.mask_ratio` and `mlm.random_ratio` are not more than 1 together;
+- that `variant` is one of `variants`, and what a variant lacks or breaks with the recipe under it;
 - YAML itself: duplicate keys, tags, depth, size; secrets that stand in the open.
 """
 
 import copy
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
 from llmkit.recipe import fields
+from llmkit.recipe.architectures import KINDS, OWN, family_of_preset
 from llmkit.recipe.block import Block
 from llmkit.recipe.checks import BUILT_IN_TOKENS, BYTES
-from llmkit.recipe.schema import Recipe
+from llmkit.recipe.optimizers import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, PARTIAL_SETTINGS, SCHEDULES
+from llmkit.recipe.schema import Preset, Recipe
 from llmkit.recipe.units import Amount
+from llmkit.recipe.variants import FIXED, NAME, TAKEN
+from llmkit.registry import OBJECTIVES, ModelKind
 
 Json = dict[str, Any]
 
@@ -40,6 +47,7 @@ def json_schema() -> Json:
         _tidy(block, classes.get(name, Recipe))
     partial = _partial(blocks)
     _add_rules(blocks)
+    _add_variants(blocks["Recipe"], partial)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "llmkit recipe, version 1",
@@ -121,6 +129,32 @@ def _not_both(*names: str) -> Json:
     return {"not": {"anyOf": [{"allOf": [_given(a), _given(b)]} for a, b in pairs]}}
 
 
+_ONE_MODEL = [
+    _not_both("preset", "architecture", "name"),
+    _not_both("preset", "config"),
+    _not_both("name", "config"),
+]
+
+
+def _fits(kind: ModelKind) -> Json:
+    """The models that cannot be of this kind are refused to the objectives that need it."""
+    objectives = [name for name, goal in OBJECTIVES.items() if goal.model == kind]
+    chosen: Json = {"properties": {"objective": {"enum": objectives}}}
+    if "clm" not in objectives:
+        chosen["required"] = ["objective"]
+    others = [name for name, kinds in KINDS.items() if kind not in kinds]
+    presets = [name for name in get_args(Preset) if family_of_preset(name) in others]
+    types = sorted({OWN.get(name, {"model_type": name})["model_type"] for name in others})
+    config = {"type": "object", "required": ["model_type"], "properties": {"model_type": {"enum": types}}}
+    refused = {"preset": {"enum": presets}, "architecture": {"enum": others}, "config": config}
+    return {
+        "if": chosen,
+        "then": {
+            "properties": {"model": {"properties": {key: {"not": what} for key, what in refused.items()}}}
+        },
+    }
+
+
 def _partial(blocks: Json) -> Json:
     """The blocks of a recipe that extends another: nothing but the schema's version is required."""
     names = set(blocks)
@@ -129,9 +163,31 @@ def _partial(blocks: Json) -> Json:
         if name != "Recipe":
             block.pop("required", None)
         partial[f"{name}Part"] = _renamed(block, names)
-    partial["ModelPart"]["allOf"] = [_not_both("preset", "name", "config")]
+    partial["ModelPart"]["allOf"] = list(_ONE_MODEL)
     partial["SourcePart"]["allOf"] = [_not_both("files", "dataset")]
     return partial
+
+
+def _add_variants(recipe: Json, partial: Json) -> None:
+    """A variant holds any of a recipe's settings, but those that all variants share; nothing of it is required."""
+    settings: Json = partial["RecipePart"]["properties"]
+    shared = {name: schema for name, schema in settings.items() if name not in FIXED}
+    partial["Variant"] = {
+        "type": ["object", "null"],
+        "description": "The settings that a variant changes.",
+        "additionalProperties": False,
+        "properties": shared,
+    }
+    names: Json = {"pattern": f"^{NAME.pattern}$", "not": {"enum": list(TAKEN)}}
+    listed: Json = {
+        "type": ["object", "null"],
+        "propertyNames": names,
+        "additionalProperties": {"$ref": "#/$defs/Variant"},
+    }
+    for properties in (recipe["properties"], settings):
+        properties["variants"] = {**listed, "description": properties["variants"]["description"]}
+    none_chosen: Json = {"properties": {"variant": {"const": None}}}
+    recipe["allOf"].append({"anyOf": [none_chosen, _given("variants")]})
 
 
 def _renamed(schema: Any, names: set[str]) -> Any:
@@ -145,17 +201,63 @@ def _renamed(schema: Any, names: set[str]) -> Any:
     return {name: _renamed(part, names) for name, part in schema.items()}
 
 
+def _goes_with(setting: str, having: list[str]) -> Json:
+    """A setting of `optim` that only some optimizers, or schedules, have."""
+    kind, default = ("name", DEFAULT_OPTIMIZER)
+    if having[0] in SCHEDULES:
+        kind, default = ("schedule", DEFAULT_SCHEDULE)
+    chosen: Json = {"properties": {kind: {"anyOf": [{"enum": having}, _ENV_REF]}}}
+    if default not in having:
+        chosen["required"] = [kind]
+    return {"if": _given(setting), "then": chosen}
+
+
+def _of_objectives(name: str) -> Json:
+    """The block of some objectives' settings: the recipe must name one of them."""
+    having = [objective for objective, goal in OBJECTIVES.items() if name in goal.sections]
+    chosen: Json = {"properties": {"objective": {"anyOf": [{"enum": having}, _ENV_REF]}}}
+    return {"if": _given(name), "then": {"required": ["objective"], **chosen}}
+
+
+def _measured(objective: str, metrics: Sequence[str]) -> tuple[Json, Json]:
+    """The best checkpoint, and what an evaluation reports, are by what the objective measures.
+
+    Returns:
+        The rule within `pretrain`, and that of the recipe.
+    """
+    chosen: Json = {"properties": {"objective": {"const": objective}}}
+    if objective != "clm":
+        chosen["required"] = ["objective"]
+    best = {"anyOf": [{"enum": [None, *(f"eval/{name}" for name in metrics)]}, _ENV_REF]}
+    kept = {"properties": {"checkpoint": {"properties": {"keep_best": best}}}}
+    own = {"required": ["pretrain"], "properties": {"pretrain": {"type": "object", **chosen}}}
+    listed = {"items": {"anyOf": [{"enum": list(metrics)}, _ENV_REF]}}
+    reported = {"properties": {"eval": {"if": _given("model"), "else": {"properties": {"metrics": listed}}}}}
+    return {"if": chosen, "then": kept}, {"if": own, "then": reported}
+
+
 def _add_rules(blocks: Json) -> None:
     """The rules of `checks.py`."""
     blocks["Model"]["allOf"] = [
-        _not_both("preset", "name", "config"),
+        *_ONE_MODEL,
+        _not_both("embeddings", "name"),
         {
-            "properties": {
-                "config": {
-                    "if": {"type": "object"},
-                    "then": {"required": ["model_type"], "properties": {"model_type": {"type": "string"}}},
+            "if": _given("architecture"),
+            "then": {"properties": {"config": {"not": {"required": ["model_type"]}}}},
+        },
+        {
+            "if": {"not": _given("architecture")},
+            "then": {
+                "properties": {
+                    "config": {
+                        "if": {"type": "object"},
+                        "then": {
+                            "required": ["model_type"],
+                            "properties": {"model_type": {"type": "string"}},
+                        },
+                    }
                 }
-            }
+            },
         },
     ]
     blocks["Source"]["oneOf"] = [_given("files"), _given("dataset")]
@@ -173,9 +275,27 @@ def _add_rules(blocks: Json) -> None:
     unmeasured = {"type": "object", "required": ["eval"], "properties": {"eval": never}}
     best = _given("checkpoint", "keep_best")
     blocks["Pretrain"]["allOf"].append({"not": {"allOf": [best, unmeasured]}})
+    joined = [name for name, goal in OBJECTIVES.items() if not goal.isolates]
+    apart = {"isolate_documents": {"const": True}, "objective": {"enum": joined}}
+    blocks["Pretrain"]["allOf"].append({"not": {"required": list(apart), "properties": apart}})
+    blocks["Optim"]["allOf"] = [_goes_with(*pair) for pair in PARTIAL_SETTINGS.items()]
+    averaging = _given("optim")
+    averaging["properties"]["optim"] = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": {"const": "schedule_free"}},
+    }
+    blocks["Train"]["not"] = {"allOf": [_given("ema"), averaging]}
+    needed = dict.fromkeys(goal.model for goal in OBJECTIVES.values())
+    blocks["Pretrain"]["allOf"] += [_fits(kind) for kind in needed]
+    sections = dict.fromkeys(name for goal in OBJECTIVES.values() for name in goal.sections)
+    blocks["Pretrain"]["allOf"] += [_of_objectives(name) for name in sections]
+    measured = [_measured(name, goal.metrics) for name, goal in OBJECTIVES.items()]
+    blocks["Pretrain"]["allOf"] += [rule for rule, _ in measured]
     somewhere = [_given("tokenize", "data"), _given("pretrain", "data")]
     tokenizer = [_given("tokenize"), _given("pretrain", "tokenizer"), _given("pretrain", "model", "name")]
     blocks["Recipe"]["allOf"] = [
         {"if": {"anyOf": [_section("pretrain"), _section("tokenize")]}, "then": {"anyOf": somewhere}},
         {"if": _section("pretrain"), "then": {"anyOf": tokenizer}},
+        *(rule for _, rule in measured),
     ]

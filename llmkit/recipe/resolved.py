@@ -7,6 +7,8 @@ from typing import Any
 from llmkit.recipe.block import Block
 from llmkit.recipe.emit import Expression, to_yaml
 from llmkit.recipe.load import Loaded, leaves
+from llmkit.recipe.objectives import other_sections
+from llmkit.recipe.schema import Pretrain
 from llmkit.recipe.units import Amount
 
 _HEAD = """\
@@ -97,9 +99,12 @@ def _spelt(value: Any, key: str, expressions: Mapping[str, str]) -> Any:
 def _written(
     block: Block, prefix: str, expressions: Mapping[str, str], chosen: Mapping[str, object]
 ) -> dict[str, Any]:
-    """A block as a nested mapping, without what is null by default."""
+    """A block as a nested mapping, without what is null by default and the settings of other objectives."""
     tree: dict[str, Any] = {}
+    idle = other_sections(block.objective) if isinstance(block, Pretrain) else ()
     for name, info in type(block).model_fields.items():
+        if name in idle:
+            continue
         key, value = prefix + name, getattr(block, name)
         if isinstance(value, Block):
             tree[name] = _written(value, key + ".", expressions, chosen)

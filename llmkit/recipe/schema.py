@@ -5,12 +5,24 @@ The loader, the messages, `llmkit recipe explain`, the docs and the published JS
 Rules that tie several settings together are in `checks.py`, and in `published.py` as JSON Schema.
 """
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from llmkit.recipe.architectures import with_default_model
 from llmkit.recipe.block import Block, Files, as_list
-from llmkit.recipe.objectives import tokens_for
+from llmkit.recipe.objectives import (
+    Denoise,
+    Distil,
+    Fim,
+    Infill,
+    Masked,
+    Pairs,
+    ReplacedTokens,
+    Span,
+    tokens_for,
+)
+from llmkit.recipe.optimizers import with_defaults
 from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.units import (
     Amount,
@@ -28,8 +40,22 @@ from llmkit.recipe.units import (
     unit_error,
 )
 
-Preset = Literal["gpt-tiny", "gpt-mini", "gpt-small", "gpt-base", "gpt-medium", "gpt-large", "gpt-1b"]
-DEFAULT_PRESET: Final[Preset] = "gpt-mini"
+Preset = Literal[
+    "gpt-tiny", "gpt-mini", "gpt-small", "gpt-base", "gpt-medium", "gpt-large", "gpt-1b",
+    "gpt2-tiny", "gpt2-mini", "gpt2-small", "gpt2-base",
+    "qwen3-tiny", "qwen3-mini", "qwen3-small", "qwen3-base",
+    "mamba2-tiny", "mamba2-mini", "mamba2-small", "mamba2-base",
+    "bert-tiny", "bert-mini", "bert-small", "bert-base",
+    "roberta-tiny", "roberta-mini", "roberta-small", "roberta-base",
+    "modernbert-tiny", "modernbert-mini", "modernbert-small", "modernbert-base",
+    "electra-tiny", "electra-mini", "electra-small", "electra-base",
+    "t5-tiny", "t5-mini", "t5-small", "t5-base",
+    "bart-tiny", "bart-mini", "bart-small", "bart-base",
+    "rnn-tiny", "rnn-mini", "rnn-small", "rnn-base",
+    "lstm-tiny", "lstm-mini", "lstm-small", "lstm-base",
+    "gru-tiny", "gru-mini", "gru-small", "gru-base",
+    "cnn-tiny", "cnn-mini", "cnn-small", "cnn-base",
+]  # fmt: skip
 
 
 def _version(value: object) -> object:
@@ -130,56 +156,99 @@ class Tokenize(Block):
 
 
 class Model(Block):
-    """The network: exactly one of `preset`, `name` or `config`."""
+    """The network: one of `preset`, `architecture`, `name` or `config`; by default what suits the objective."""
 
     preset: Preset | None = None
-    """A shape that ships with llmkit, of 1 million to 1 billion parameters; by default `gpt-mini`."""
+    """A shape that ships with llmkit: a family and a size, without embeddings about 1 (`tiny`), 6 (`mini`), 25
+    (`small`) or 90 million (`base`) parameters; `gpt` goes on to a billion. By default the `mini` of `gpt`, `bert`,
+    `t5` or `electra`, as the objective needs."""
+    architecture: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    """The kind of network: a `model_type` of `transformers`, or `rnn`, `lstm`, `gru`, `cnn`, `ngram`. `config` holds
+    its fields; those left out are as in the family's `mini` preset, and without presets as `transformers` has them."""
     name: str | None = None
     """A pretrained model, by folder or Hub name; training goes on from its weights."""
     config: dict[str, Any] | None = None
-    """A `transformers` configuration written out; `model_type` is required, such as `model_type: llama`."""
+    """Fields of the `architecture`; or a `transformers` configuration written out, with its `model_type`."""
     context: Several = 512
     """Tokens in one training row; also the longest text the model is made for."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout probability wherever the architecture has dropout; by default the architecture's own."""
+    embeddings: str | None = None
+    """A file of word vectors (word2vec, GloVe or fastText, as text or word2vec's binary form, also .gz): the embeddings
+    of tokens that are words of it begin there."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for code you have read."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_preset(cls, data: Any) -> Any:
-        """A model section that names no model means the default preset."""
-        if not isinstance(data, dict) or any(
-            data.get(key) is not None for key in ("preset", "name", "config")
-        ):
-            return data
-        return {**data, "preset": DEFAULT_PRESET}
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Optim(Block):
-    """The optimizer and its learning-rate schedule."""
+class Group(Block):
+    """Parameters, chosen by their names, that are treated otherwise than the others."""
 
-    name: Literal["adamw"] = "adamw"
-    """Which optimizer: `adamw` (decoupled weight decay, fused where the device has it)."""
+    match: Annotated[str, Field(pattern=r"[^ |]")]
+    """Which: `embed*|lm_head` means all parameters with a part between dots of their names that fits; `*`, `?` and
+    `[...]` are as in file names, `|` stands between alternatives, a pattern with dots fits several parts
+    (`layers.0`). The first entry that matches a parameter rules over it; one that matches none is an error."""
+    lr_ratio: Annotated[float, Field(ge=0)] = 1.0
+    """Their learning rate as a share of the others'."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Their weight decay, norms, biases and embeddings included; by default as for all."""
+
+
+Groups = Annotated[list[Group], BeforeValidator(as_list, json_schema_input_type=Group | list[Group])]
+
+
+class Optim(Block):
+    """The optimizer and its learning-rate schedule. What an optimizer does not have is an error."""
+
+    name: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon", "adamw8bit", "schedule_free"] = "adamw"
+    """Which optimizer: `adamw` (decoupled weight decay), `adam` (L2 instead), `sgd`, `adafactor` (a second moment
+    that takes no room), `lion` (signs), `muon` (orthogonal steps for hidden matrices, AdamW for embeddings, head,
+    norms and biases), `adamw8bit` (moments in 8 bits), `schedule_free` (AdamW that averages instead of decaying)."""
     lr: Annotated[float, Field(gt=0)] = 6e-4
-    """The peak learning rate."""
+    """The peak learning rate; by default 6e-4, for `sgd` 0.1, `adafactor` 0.01 (relative to the size of the weights),
+    `lion` 1e-4, `schedule_free` 2.5e-3."""
     warmup: Warmup = Amount(2, "percent")
     """How long the learning rate rises linearly from 0."""
-    schedule: Literal["constant", "linear", "cosine", "wsd", "exponential"] = "cosine"
-    """What the learning rate does after warm-up; `wsd` stays at the peak and falls over the last `decay`."""
+    schedule: Literal["constant", "linear", "cosine", "exponential", "polynomial", "inverse_sqrt", "wsd"] = (
+        "cosine"
+    )
+    """What the learning rate does after warm-up: `polynomial` falls as `(1 - progress) ** power`, `inverse_sqrt` as
+    `sqrt(warmup / step)`, `wsd` stays at the peak and falls over the last `decay`. With `schedule_free` it is
+    `constant` by default."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The last learning rate as a share of the peak."""
-    decay: Ratio = 0.2
-    """For `wsd`: the share of the run, at its end, over which the learning rate falls."""
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's term against division by zero."""
+    """The last learning rate as a share of the peak; for `inverse_sqrt` the least one."""
+    decay: Ratio | None = None
+    """For `wsd`: the share of the run, at its end, over which the learning rate falls; by default 0.2."""
+    power: Annotated[float, Field(gt=0)] | None = None
+    """For `polynomial`: its power; by default 2."""
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] | None = None
+    """Decay rates of the first and second moment: by default [0.9, 0.95] for `adamw`, `adamw8bit` and `muon` (its
+    AdamW part), [0.9, 0.999] for `adam` and `schedule_free`, [0.9, 0.99] for `lion`."""
+    eps: Annotated[float, Field(gt=0)] | None = None
+    """The term against division by zero of `adamw` and its kin, `adam` and `schedule_free`; by default 1e-8."""
+    momentum: Beta | None = None
+    """The share of the last direction that is kept: by default 0.9 for `sgd`, 0.95 for `muon`."""
+    nesterov: bool | None = None
+    """Nesterov's form of momentum: by default `false` for `sgd`, `true` for `muon`."""
+    muon_lr: Annotated[float, Field(gt=0)] | None = None
+    """For `muon`: the peak learning rate of the hidden matrices; by default `lr`, with `muon_scale: original` 0.02."""
+    muon_scale: Literal["rms", "original"] | None = None
+    """For `muon`: how steps are scaled by a matrix's shape. `rms`, the default: as large as AdamW's, so that its
+    learning rate and weight decay fit; `original`: as first published."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay; norms, biases and embeddings are spared."""
+    """Weight decay, in proportion to the learning rate; for `adam` and `sgd` the strength of an L2 penalty. By default
+    0.1, for `lion` 0.5, for `adam`, `sgd` and `adafactor` 0. Norms, biases and embeddings are spared."""
+    groups: Groups = []
+    """Parameters by name that have a learning rate or weight decay of their own:
+    `[{match: "embed*|lm_head", lr_ratio: 0.5, weight_decay: 0}]`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, data: Any) -> Any:
+        """What is not said is as the optimizer and the schedule have it."""
+        return with_defaults(data) if isinstance(data, dict) else data
 
 
 class Train(Block):
@@ -193,6 +262,19 @@ class Train(Block):
     """The optimizer."""
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """The largest norm of the gradient; `null` leaves it alone."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of each target's probability that is spread over the whole vocabulary, in training only."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Adds so many times the square of each target's log-normaliser to the loss, in training only, so that logits
+    do not drift; 1e-4 is common."""
+    l1: Annotated[float, Field(ge=0)] = 0.0
+    """The strength of an L1 penalty on what weight decay acts on."""
+    gradient_noise: Annotated[float, Field(ge=0)] = 0.0
+    """The standard deviation of Gaussian noise that is added to the clipped gradient of the first step; it falls
+    as `(1 + step) ** -0.275`."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights with this decay, such as 0.999, which remembers about 1000
+    steps. Evaluations, samples and the exported model are of the average; training goes on from the weights."""
     bad_numbers: Literal["stop", "skip"] = "stop"
     """What to do with a step whose loss or gradient is not finite: `stop` ends the run and names the rows, `skip`
     leaves the weights as they are, counts it and goes on."""
@@ -242,10 +324,29 @@ class Sampling(Block):
 class Pretrain(Block):
     """Train a model on raw text."""
 
-    objective: Literal["clm"] = "clm"
-    """What the model learns: `clm` predicts the next token."""
+    objective: Literal["clm", "mlm", "mlm+nsp", "electra", "span", "denoise", "infill", "fim"] = "clm"
+    """What the model learns: `clm` predicts the next token, `mlm` tells hidden tokens from both sides, `mlm+nsp` also
+    whether one text goes on from another, `electra` finds tokens that a small generator replaced, `span` writes
+    spans that were taken out of a text (T5), `denoise` repairs a damaged text (BART), `infill` fills gaps after
+    reading the text around them (GLM), `fim` predicts the next token, also of middles that were moved to the end."""
+    mlm: Masked = Masked()
+    """With `mlm` and `mlm+nsp`: what is hidden."""
+    nsp: Pairs = Pairs()
+    """With `mlm+nsp`: how pairs of texts are made."""
+    electra: ReplacedTokens = ReplacedTokens()
+    """With `electra`: what is replaced, and by what."""
+    span: Span = Span()
+    """With `span`: what is taken out."""
+    denoise: Denoise = Denoise()
+    """With `denoise`: how text is damaged."""
+    infill: Infill = Infill()
+    """With `infill`: what is taken out."""
+    fim: Fim = Fim()
+    """With `fim`: which documents are rearranged, and how."""
     model: Model = Model()
     """The network."""
+    distil: Distil | None = None
+    """Learn from another model too, with any objective."""
     tokenizer: str | None = None
     """A tokenizer by folder or Hub name; by default the `tokenize` section's, else the model's own."""
     data: Sources | None = None
@@ -266,6 +367,12 @@ class Pretrain(Block):
     sampling: Sampling = Sampling()
     """How those samples are drawn."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_model(cls, data: Any) -> Any:
+        """A section that names no model means a preset that its objective can use."""
+        return with_default_model(data) if isinstance(data, dict) else data
+
 
 class Eval(Block):
     """Measure a model on held-out text."""
@@ -274,7 +381,9 @@ class Eval(Block):
     """The model: a run or a model folder; by default what this recipe trained."""
     data: Sources | None = None
     """Other text to measure on, all of it; by default the held-out documents of the training data."""
-    metrics: list[Literal["loss", "perplexity", "bits_per_byte", "accuracy", "pair_accuracy"]] = []
+    metrics: list[
+        Literal["loss", "perplexity", "bits_per_byte", "accuracy", "pair_accuracy", "detector_loss", "recall"]
+    ] = []
     """What to report; by default all that the model's objective measures."""
     rows: Count | None = None
     """At most so many rows; `null` takes all."""
@@ -333,7 +442,9 @@ class Recipe(Block):
 
     llmkit: Annotated[Literal[1], BeforeValidator(_version)]
     """The schema's version."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")
+    ] = "run"
     """What the run and its folder under `runs/` are called: letters, digits, `.`, `_` and `-`."""
     extends: str | None = None
     """Another recipe (a path, or the name of a shipped one) whose settings this one starts from."""
@@ -349,6 +460,11 @@ class Recipe(Block):
     """Measuring."""
     machine: Machine = Machine()
     """How the work is done here."""
+    variants: dict[str, Any] | None = None
+    """Runs of this recipe that differ in a few settings, by name: `{small: {pretrain: {model: {preset: gpt-tiny}}}}`.
+    `llmkit run` does them one after the other and compares them; each has its folder in that of the recipe."""
+    variant: str | None = None
+    """Which of `variants` is meant; as a word it chooses one for any command: `variant=small`."""
 
 
 def tokenize_of(recipe: Recipe) -> Tokenize | None:

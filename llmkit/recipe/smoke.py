@@ -1,9 +1,17 @@
 """`--smoke`: any recipe shrunk to about a minute on a laptop, as words laid over it."""
 
 from collections.abc import Iterator
+from typing import get_args
 
+from llmkit.recipe.architectures import (
+    DEFAULT_PRESETS,
+    family_of_config,
+    family_of_preset,
+    preset_of_family,
+)
 from llmkit.recipe.emit import scalar_text
-from llmkit.recipe.schema import Pretrain, Recipe, Source, Tokenize, tokenize_of
+from llmkit.recipe.schema import Preset, Pretrain, Recipe, Source, Tokenize, tokenize_of
+from llmkit.registry import goal_of
 
 _STEPS = 20
 _VOCAB = 1000
@@ -39,10 +47,23 @@ def _tokenize(block: Tokenize) -> Iterator[str]:
     yield f"tokenize.sample={min(block.sample, _TEXT)}"
 
 
+def _tiny(block: Pretrain) -> str:
+    """The smallest preset of the model's family, or of one that can learn the objective."""
+    model = block.model
+    default = DEFAULT_PRESETS[goal_of(block.objective).model]
+    family = family_of_preset(model.preset or default)
+    if model.architecture is not None or model.config is not None:
+        family = model.architecture or family_of_config(model.config or {})
+    tiny = preset_of_family(family, "tiny")
+    return tiny if tiny in get_args(Preset) else preset_of_family(family_of_preset(default), "tiny")
+
+
 def _pretrain(block: Pretrain) -> Iterator[str]:
     train = block.train
-    if block.model.name is None:
-        yield "pretrain.model.preset=gpt-tiny"
+    if block.model.name is None and block.model.architecture != "ngram":
+        yield f"pretrain.model.preset={_tiny(block)}"
+    if block.model.embeddings is not None:
+        yield "pretrain.model.embeddings=null"  # they are as wide as another model
     yield f"pretrain.model.context={min(block.model.context, _CONTEXT)}"
     if not (train.length.unit == "steps" and train.length.value <= _STEPS):
         yield f"pretrain.train.length={_STEPS} steps"

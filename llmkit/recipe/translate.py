@@ -40,6 +40,7 @@ FOREIGN: Mapping[str, Foreign] = {
     "adam_beta1": _BETAS,
     "adam_beta2": _BETAS,
     "adam_epsilon": Foreign("pretrain.train.optim.eps"),
+    "label_smoothing_factor": Foreign("pretrain.train.label_smoothing"),
     "max_grad_norm": Foreign("pretrain.train.grad_clip"),
     "gradient_clipping": Foreign("pretrain.train.grad_clip"),
     "per_device_train_batch_size": _BATCH,

@@ -2,12 +2,12 @@
 
 import json
 import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmkit.durable import write_file
+from llmkit.registry import ModelKind
 from llmkit.report.formatting import (
     format_bytes,
     format_count,
@@ -16,6 +16,7 @@ from llmkit.report.formatting import (
     one_line,
     visible,
 )
+from llmkit.report.trying import GAP, try_command
 
 Facts = Mapping[str, Any]
 _METRICS = (
@@ -45,7 +46,7 @@ def write_model_card(model_folder: Path, facts: Facts) -> str:
         _data(facts.get("data") or {}),
         _training(facts),
         _evaluation(facts),
-        _example(facts.get("samples") or []),
+        _example(facts),
         _limits(facts),
     )
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -63,7 +64,7 @@ def _front_matter(facts: Facts) -> str:
         "language": list(dict.fromkeys(str(code).split("-")[0].lower() for code in languages)),
         "license": str(facts.get("license") or ""),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _PIPELINES[facts.get("model_kind") or "causal"],
         "base_model": str(facts.get("base_model") or ""),
         "tags": list(dict.fromkeys(map(str, tags))),
     }
@@ -84,27 +85,83 @@ def _opening(facts: Facts) -> str:
     size = f" with {format_count(plan['num_parameters'])} parameters" if plan.get("num_parameters") else ""
     context = f" It reads up to {plan['context']:,} tokens." if isinstance(plan.get("context"), int) else ""
     start = f", trained on from {_code(facts['base_model'])}" if facts.get("base_model") else ""
-    return f"A language model{size}{start}, made with llmkit. It continues text.{context}"
+    return f"A language model{size}{start}, made with llmkit. {_DOES[facts.get('model_kind') or 'causal']}{context}"
 
 
 def _usage(facts: Facts) -> str:
     run = str(facts.get("run") or "")
+    kind: ModelKind = facts.get("model_kind") or "causal"
     folder = f"{run.rstrip('/')}/model" if run else "path/to/this/folder"
-    prompt = next((str(s.get("prompt")) for s in facts.get("samples") or [] if s.get("prompt")), "Once")
-    python = "\n".join(
-        (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"folder = {folder!r}",
-            "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            "model = AutoModelForCausalLM.from_pretrained(folder)",
-            f'inputs = tokenizer({prompt!r}, return_tensors="pt", return_token_type_ids=False)',
-            "outputs = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=0.8)",
-            "print(tokenizer.decode(outputs[0], skip_special_tokens=True))",
-        )
-    )
-    shell = f"llmkit generate {shlex.quote(run or folder)} {shlex.quote(visible(prompt))}"
+    prompts = [str(s["prompt"]) for s in facts.get("samples") or [] if s.get("prompt")]
+    python = "\n".join(_PYTHON[kind](folder, (prompts or ["Once"])[0]))
+    shell = visible(try_command(kind, run or folder, prompts[:1]).removesuffix(" -n 3"))
     return f"## How to use\n\n{_fenced(python, 'python')}\n\nor\n\n{_fenced(shell, 'sh')}"
+
+
+def _writing(folder: str, prompt: str, auto_class: str = "AutoModelForCausalLM") -> tuple[str, ...]:
+    return (
+        f"from transformers import {auto_class}, AutoTokenizer",
+        "",
+        f"folder = {folder!r}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"model = {auto_class}.from_pretrained(folder)",
+        f'inputs = tokenizer({prompt!r}, return_tensors="pt", return_token_type_ids=False)',
+        "outputs = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=0.8)",
+        "print(tokenizer.decode(outputs[0], skip_special_tokens=True))",
+    )
+
+
+def _answering(folder: str, prompt: str) -> tuple[str, ...]:
+    return _writing(folder, prompt, "AutoModelForSeq2SeqLM")
+
+
+def _filling(folder: str, prompt: str) -> tuple[str, ...]:
+    return (
+        "from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline",
+        "",
+        f"folder = {folder!r}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForMaskedLM.from_pretrained(folder)",
+        'fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)',
+        f"text = {prompt!r}",
+        f'print(fill(text.replace("{GAP}", tokenizer.mask_token)))',
+    )
+
+
+def _detecting(folder: str, prompt: str) -> tuple[str, ...]:
+    return (
+        "from transformers import AutoModelForPreTraining, AutoTokenizer",
+        "",
+        f"folder = {folder!r}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForPreTraining.from_pretrained(folder)",
+        f'inputs = tokenizer({prompt!r}, return_tensors="pt", return_token_type_ids=False)',
+        "print(model(**inputs).logits.sigmoid())  # of each token: the probability that it was replaced",
+    )
+
+
+_PYTHON: Mapping[str, Callable[[str, str], tuple[str, ...]]] = {
+    "causal": _writing,
+    "seq2seq": _answering,
+    "masked": _filling,
+    "pairs": _filling,
+    "detector": _detecting,
+}
+_PIPELINES = {
+    "causal": "text-generation",
+    "seq2seq": "text2text-generation",
+    "masked": "fill-mask",
+    "pairs": "fill-mask",
+    "detector": "",
+}
+_DOES = {
+    "causal": "It continues text.",
+    "seq2seq": "It writes a text to a text.",
+    "masked": "It fills the gaps of a text.",
+    "pairs": "It fills the gaps of a text, and says whether one text goes on from another.",
+    "detector": "It finds the tokens of a text that were replaced.",
+}
+"""By the kind of model."""
 
 
 def _data(data: Facts) -> str:
@@ -148,12 +205,16 @@ def _evaluation(facts: Facts) -> str:
     return "## Evaluation\n\n" + _table(("metric", "value"), rows) + f"\n\n{where}"
 
 
-def _example(samples: Sequence[Facts]) -> str:
+def _example(facts: Facts) -> str:
+    samples = facts.get("samples") or []
     if not samples:
         return ""
-    last = samples[-1]
-    text = visible(f"{last.get('prompt', '')}{last.get('text', '')}")
-    return f"## Sample\n\nWritten by the model; the prompt comes first.\n\n{_fenced(text, 'text')}"
+    prompt, text = (str(samples[-1].get(key, "")) for key in ("prompt", "text"))
+    if facts.get("model_kind") in ("masked", "pairs"):
+        shown = _fenced(f"{visible(prompt)}\n{visible(text)}", "text")
+        return f"## Sample\n\nThe gaps, filled by the model.\n\n{shown}"
+    shown = _fenced(visible(prompt + text), "text")
+    return f"## Sample\n\nWritten by the model; the prompt comes first.\n\n{shown}"
 
 
 def _limits(facts: Facts) -> str:

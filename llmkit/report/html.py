@@ -40,6 +40,16 @@ def render(report: Facts) -> str:
         _environment(report["environment"]),
         _command(report),
     )
+    return document(title, *parts)
+
+
+def document(title: str, *parts: str) -> str:
+    """A whole page of its own.
+
+    Args:
+        title: Its title, as text.
+        parts: Markup, in order.
+    """
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'

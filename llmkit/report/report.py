@@ -81,7 +81,8 @@ def headline(
     metrics: Records, final: Mapping[str, Any], data: Mapping[str, Any], timings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The few numbers a reader looks for first; those that nobody measured are absent."""
-    training = [r for r in metrics if "train/loss" in r]
+    # A model that is counted has no loss of its training, but the same figures else.
+    training = [r for r in metrics if "train/loss" in r] or [r for r in metrics if "tokens" in r]
     evaluations = [r for r in metrics if "eval/loss" in r]
     # The first record holds the time that compiling took, so it says nothing about speed.
     steady = training[1:] or training
@@ -126,7 +127,7 @@ def default_references(plan: Mapping[str, Any], data: Mapping[str, Any]) -> dict
     if isinstance(vocab_size, int) and vocab_size > 1:
         lines["guessing at random"] = math.log(vocab_size)
     if isinstance(entropy, int | float):
-        lines["guessing by token frequency"] = float(entropy)
+        lines["guessing by token frequency (unigram)"] = float(entropy)
     return lines
 
 

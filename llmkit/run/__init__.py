@@ -13,6 +13,7 @@ from llmkit.run.generate import generate
 from llmkit.run.planning import outline, plan
 from llmkit.run.pretrain import pretrain
 from llmkit.run.tokenize import tokenize, tokenizer_of
+from llmkit.run.variants import run_variants
 
 __all__ = [
     "Options",
@@ -30,11 +31,13 @@ __all__ = [
 
 
 def run_all(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
-    """Do all that the recipe holds, in order.
+    """Do all that the recipe holds, in order; of a recipe with variants, all that each of them holds.
 
     Raises:
         UsageError: It holds nothing to do.
     """
+    if loaded.variants:
+        return run_variants(loaded, options, reporter, run_all)
     recipe = loaded.recipe
     done: dict[str, Result] = {}
     world = detect_world(os.environ)

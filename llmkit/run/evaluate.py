@@ -1,7 +1,6 @@
 """`llmkit eval`: a model's figures on held-out text."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,19 @@ from llmkit.registry import ModelKind, goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.formatting import format_number
 from llmkit.report.report import write_report
-from llmkit.run.folders import CACHE, Options, Result, base_of, find_model, leave_record, locked, run_folder
+from llmkit.report.trying import try_command
+from llmkit.run.folders import (
+    CACHE,
+    Options,
+    Result,
+    base_of,
+    find_model,
+    home_of,
+    leave_record,
+    locked,
+    refuse_variants,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from llmkit.data.shards import TokenShards, TokenStream
@@ -55,6 +66,8 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
     from llmkit.evaluate.model import evaluate_model, load_model
     from llmkit.models.build import kind_of, max_length
 
+    if loaded is not None:
+        refuse_variants(loaded)
     section = loaded.recipe.eval if loaded else None
     word = target or (section.model if section else None) or (loaded.recipe.name if loaded else "")
     place = find_model(word, options.runs)
@@ -77,6 +90,7 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
             section=learned,
             tokenizer=load_tokenizer(str(place)),
             device=detect_hardware(about.recipe.machine).device,
+            folder=place,
             bf16=_precision_of(place) == "bf16",
             max_rows=section.rows if section else None,
         )
@@ -84,8 +98,11 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
         _write(folder, about, options, text, place, final)
     known = goal_of(learned.objective).metrics
     for name in section.metrics if section and section.metrics else known:
-        reporter.note(f"{name} {format_number(figures[name])}")
-    prompts = (trained.prompts if trained else []) or ["Once"]
+        known_here = name in figures  # of held-out text that is one document there are no pairs, for one
+        reporter.note(
+            f"{name} {format_number(figures[name])}" if known_here else f"{name}: nothing to measure"
+        )
+    kind = goal_of(learned.objective).model
     metrics = {name.removeprefix("eval/"): value for name, value in final.items()}
     return Result(
         folder,
@@ -95,7 +112,7 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
             "context": learned.model.context,
             "report": str(folder / "report.html"),
         },
-        shlex.join(["llmkit", "generate", str(place), prompts[0], "-n", "3"]),
+        try_command(kind, str(place), trained.prompts if trained else []),
     )
 
 
@@ -130,9 +147,7 @@ def _folder(place: Path, about: Loaded, options: Options, text: _Text) -> Path:
 
     `eval/` is for what the run held out; other text has its address in the name, so that nothing is overwritten.
     """
-    home = run_folder(about, options, "eval").parent
-    if place.resolve().is_relative_to(options.runs.resolve()):
-        home = options.runs / place.resolve().relative_to(options.runs.resolve()).parts[0]
+    home = home_of(place, options.runs) or run_folder(about, options, "eval").parent
     if text.held_out:
         return home / "eval"
     return home / f"eval-{text.shards[0].folder.name[:8]}"

@@ -1,14 +1,14 @@
 """Run folders: where a verb's artefacts are, who may write there, what was made by what."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmkit.durable import RunLock, naming_full_disks, sweep, write_file
-from llmkit.errors import MissingError
+from llmkit.errors import MissingError, UsageError
 from llmkit.launch.world import World
 from llmkit.recipe import Loaded
 from llmkit.report.environment import write_environment
@@ -54,16 +54,37 @@ class Result:
         folder: The run folder.
         summary: The figures a pipeline wants.
         next_command: What a person types next.
+        table: Lines of cells to show on a terminal, the first of them headings.
     """
 
     folder: Path
     summary: dict[str, Any]
     next_command: str
+    table: Sequence[tuple[str, ...]] = ()
 
 
 def run_folder(loaded: Loaded, options: Options, verb: str) -> Path:
-    """The folder that `verb` writes into."""
+    """The folder that `verb` writes into.
+
+    Raises:
+        UsageError: The recipe has several variants, and none was chosen.
+    """
+    refuse_variants(loaded)
     return options.runs / loaded.recipe.name / verb
+
+
+def refuse_variants(loaded: Loaded) -> None:
+    """Refuse a recipe that is several, where one is needed.
+
+    Raises:
+        UsageError: It has variants, and none was chosen.
+    """
+    if loaded.variants:
+        names = list(loaded.variants)
+        raise UsageError(
+            f"the recipe has {len(names)} variants, and this command does one: {', '.join(names)}",
+            hint=f"say which: variant={names[0]}; `llmkit run` does them all and compares them",
+        )
 
 
 def base_of(loaded: Loaded) -> Path:
@@ -133,11 +154,26 @@ def find_model(word: str, runs: Path) -> Path:
         for folder in tries:
             if (folder / "config.json").is_file():
                 return folder
-    names = sorted(p.name for p in runs.glob("*") if any((p / v / "model").is_dir() for v in _MAKES_MODELS))
+    names = sorted(
+        str(place.relative_to(runs))
+        for pattern in ("*", "*/*")  # a run, or a variant in its recipe's folder
+        for place in runs.glob(pattern)
+        if any((place / verb / "model").is_dir() for verb in _MAKES_MODELS)
+    )
     raise MissingError(
         f"no model in {word!r}",
         hint=f"runs with a model in {runs}: {', '.join(names)}" if names else "train one: llmkit demo",
     )
+
+
+def home_of(place: Path, runs: Path) -> Path | None:
+    """The folder of the run that a model belongs to, `NAME` or a variant's `NAME/VARIANT` in `runs`; None elsewhere."""
+    place, root = place.resolve(), runs.resolve()
+    if not place.is_relative_to(root):
+        return None
+    parts = place.relative_to(root).parts
+    verb = next((number for number, part in enumerate(parts) if part in _MAKES_MODELS), 1)
+    return runs.joinpath(*parts[: max(1, verb)])
 
 
 def report_of(folder: Path) -> Mapping[str, Any]:

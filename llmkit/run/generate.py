@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmkit.errors import UsageError
 from llmkit.recipe.schema import Sampling
 from llmkit.report.console import Reporter
 from llmkit.run.folders import find_model
@@ -32,12 +33,22 @@ def generate(
 
     Returns:
         For each continuation `prompt`, `text`, `num_tokens` and `finished`.
+
+    Raises:
+        UsageError: The model does not write text.
+        MissingError: There is no such model.
     """
     from llmkit.data.tokenizers import load_tokenizer
     from llmkit.evaluate.generate import generate as write
     from llmkit.evaluate.model import load_model
+    from llmkit.models.build import kind_of
 
     place = find_model(word, runs)
+    if kind_of(str(place)) not in ("causal", "seq2seq"):
+        raise UsageError(
+            f"{place}: this model does not write text",
+            hint=f"a model that fills gaps: llmkit fill {place} TEXT",
+        )
     model, tokenizer = load_model(place), load_tokenizer(str(place))
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     written = write(model, tokenizer, repeated, sampling, seed=seed)

@@ -7,10 +7,24 @@ from typing import Any
 from llmkit.errors import UsageError
 from llmkit.hardware import Hardware, detect_hardware
 from llmkit.launch.world import World
-from llmkit.plan import DataFacts, ModelShape, Plan, make_plan, shape_of_config, shape_of_preset
+from llmkit.plan import (
+    DataFacts,
+    ModelShape,
+    Plan,
+    check_fit,
+    check_vectors,
+    known_kinds,
+    make_plan,
+    model_fields,
+    shape_of_config,
+    with_lengths,
+)
+from llmkit.plan.counted import is_counted, plan_counted, refuse_counted
 from llmkit.recipe import Loaded
+from llmkit.recipe.architectures import family_of_config
 from llmkit.recipe.block import Block
 from llmkit.recipe.schema import Model
+from llmkit.registry import goal_of
 from llmkit.report.formatting import format_bytes, format_count, format_percent
 from llmkit.run.folders import Options
 from llmkit.run.tokenize import corpora
@@ -81,25 +95,40 @@ def plan_run(
     recipe = loaded.recipe
     if recipe.pretrain is None:
         raise UsageError("the recipe has no `pretrain` section to plan", hint="`llmkit init gpt` shows one")
+    if is_counted(recipe.pretrain.model):
+        return plan_counted(recipe, hardware, facts, vocab_size=vocab_size)
     world_size = world.world_size if world else options.processes
-    shape = model_shape(recipe.pretrain.model, vocab_size)
+    shape = model_shape(recipe.pretrain.model, recipe.pretrain.objective, vocab_size)
     return make_plan(recipe, hardware, facts, vocab_size=vocab_size, model=shape, world_size=world_size)
 
 
-def model_shape(spec: Model, vocab_size: int) -> ModelShape:
+def model_shape(spec: Model, objective: str, vocab_size: int) -> ModelShape:
     """The shape of the recipe's model; an architecture the plan has no formula for is counted on no device.
 
     Raises:
-        UsageError: A model's configuration cannot be found.
+        UsageError: A model's configuration cannot be found, it cannot learn the objective, or its embedding is not as
+            wide as the word vectors that it is to begin with.
+        MissingError: There is no file of these vectors.
     """
-    if spec.preset is not None:
-        return shape_of_preset(spec.preset, vocab_size, spec.context)
-    fields = _config_fields(spec, vocab_size)
-    shape = shape_of_config(fields)
+    kind, fields = goal_of(objective).model, _config_fields(spec, vocab_size)
+    refuse_counted(fields)
+    kinds = known_kinds(fields)
+    if kinds is None and not spec.trust_remote_code:
+        from llmkit.models.count import kinds_of_type
+
+        kinds = kinds_of_type(str(fields.get("model_type")))
+    if kinds is not None:
+        check_fit(objective, fields, kinds)
+    shape = shape_of_config(fields, kind)
     if shape is None:
         from llmkit.models.count import shape_by_building
 
-        shape = shape_by_building(spec, vocab_size)
+        shape = shape_by_building(spec, kind, vocab_size)
+    if spec.embeddings is not None:
+        from llmkit.data.vectors import width_of
+
+        width = width_of(Path(spec.embeddings))
+        check_vectors(spec.embeddings, width, shape, family_of_config(fields))
     return shape
 
 
@@ -120,11 +149,12 @@ def estimated_facts(loaded: Loaded, options: Options) -> DataFacts:
 
 
 def _config_fields(spec: Model, vocab_size: int) -> dict[str, Any]:
-    if spec.config is not None:
-        return {"vocab_size": vocab_size, "max_position_embeddings": spec.context, **spec.config}
+    fields = model_fields(spec)
+    if fields is not None:
+        return with_lengths(fields, vocab_size, spec.context)
     path = Path(str(spec.name)) / "config.json"
     if path.is_file():
-        fields: dict[str, Any] = json.loads(path.read_bytes())
+        fields = json.loads(path.read_bytes())
         if "auto_map" in fields:  # refused now rather than when the text has been read
             from llmkit.models.trust import check_code
 

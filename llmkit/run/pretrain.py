@@ -1,7 +1,6 @@
 """`llmkit pretrain`: prepare the data once, plan, then train here or in worker processes."""
 
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,16 +24,20 @@ from llmkit.hardware import detect_hardware, usable_cores
 from llmkit.launch.local import run_local_workers
 from llmkit.launch.world import World, check_world, detect_world
 from llmkit.plan import Plan, layout_of
+from llmkit.plan.counted import is_counted
 from llmkit.recipe import Loaded, resolved_yaml
-from llmkit.recipe.objectives import RowLayout
+from llmkit.recipe.objectives import RowLayout, other_sections
 from llmkit.recipe.resolved import without_secrets
 from llmkit.recipe.schema import tokenize_of
+from llmkit.registry import goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
+from llmkit.report.trying import try_command
 from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
 from llmkit.run.planning import plan as plan_ahead
 from llmkit.run.planning import plan_run
 from llmkit.run.tokenize import corpora, find_tokenizer
+from llmkit.train.places import teacher_weights
 from llmkit.train.steps import saved_steps
 
 if TYPE_CHECKING:
@@ -87,8 +90,8 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
         "headline": report["headline"],
         "report": str(folder / "report.html"),
     }
-    prompt = shlex.quote((recipe.pretrain.prompts or ["Once"])[0])
-    return Result(folder, summary, f"llmkit generate {shlex.quote(str(folder.parent))} {prompt} -n 3")
+    kind = goal_of(recipe.pretrain.objective).model
+    return Result(folder, summary, try_command(kind, str(folder.parent), recipe.pretrain.prompts))
 
 
 def _prepare(
@@ -196,6 +199,11 @@ def _warn_of_full_disk(folder: Path, job: "Job", plan: Plan, reporter: Reporter)
 
 def _train(job: "Job", reporter: Reporter, world: World | None, restarts: int) -> None:
     """Train here when this process is a worker or the only one; else start the workers and watch them."""
+    if is_counted(job.section().model):
+        from llmkit.train.ngram import count
+
+        count(job, reporter)
+        return
     world_size = job.plan["world_size"]
     if world is not None and restarts:
         raise UsageError(
@@ -335,6 +343,7 @@ def _identity(
             **dict.fromkeys(
                 ("data", "tokenizer", "held_out", "checkpoint", "eval", "prompts", "sampling"), True
             ),
+            **dict.fromkeys(other_sections(recipe.pretrain.objective), True),
             "train": {"bad_numbers", "max_skipped"},  # what may have to change to go on after a stop
         },
     )
@@ -343,6 +352,8 @@ def _identity(
     if spec is not None and recipe.pretrain.tokenizer is None:
         made_by = spec.model_dump(mode="json", exclude={"data", "held_out"})
     named = {**_flat(settings, "pretrain"), **_flat(made_by, "tokenize")}
+    distil = recipe.pretrain.distil
+    taught = {"teacher": teacher_weights(distil.teacher)} if distil is not None else {}
     return {
         "seed": recipe.seed,
         **{key: loaded.expressions.get(key, value) for key, value in named.items()},
@@ -350,6 +361,7 @@ def _identity(
         "text": [[shard.name, shard.folder.name] for shard in shards],
         "weights": weights,
         "tokenizer": tokenizer,
+        **taught,
     }
 
 

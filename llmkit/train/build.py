@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmkit.data.loader import MicroBatches, Prefetcher, evaluation_rounds, evaluation_rows
 from llmkit.data.order import RowOrder
@@ -19,14 +19,16 @@ from llmkit.data.tokenizers import load_tokenizer, special_ids
 from llmkit.models.attention import choose_attention, kernels_of
 from llmkit.models.build import build_model
 from llmkit.models.heads import choose_heads
-from llmkit.objectives.base import Batch, Example, LossModule, Objective
+from llmkit.objectives.base import Batch, Example, HasParts, LossModule, Objective, smoothed_cross_entropy
+from llmkit.objectives.distil import Distilled
 from llmkit.objectives.make import make_objective
-from llmkit.optim import lr_at
+from llmkit.optim import describe_groups, lr_at, make_optimizer
 from llmkit.plan import Plan, layout_of
-from llmkit.recipe.schema import Pretrain
+from llmkit.recipe.schema import Pretrain, Train
 from llmkit.registry import goal_of
 from llmkit.train.job import Job
 from llmkit.train.loop import MicroBatch, Schedule
+from llmkit.train.teacher import load_teacher
 
 _RECORDS_A_RUN = 500
 _MOST_DESCRIBED = 4
@@ -76,7 +78,29 @@ def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Loss
         seed=job.seed,
     )
     choose_heads(model, kind)
-    return LossModule(model, make_objective(section, tokenizer), bf16=plan.precision == "bf16")
+    objective = make_objective(section, tokenizer)
+    frozen: dict[str, PreTrainedModel] = {}
+    if section.distil is not None:
+        frozen["teacher"] = load_teacher(section.distil.teacher, kind, tokenizer)
+        objective = Distilled(objective, frozen["teacher"], section.distil, kind)
+    parts = objective.parts(model) if isinstance(objective, HasParts) else {}
+    return LossModule(
+        model,
+        objective,
+        bf16=plan.precision == "bf16",
+        criterion=smoothed_cross_entropy(section.train.label_smoothing, section.train.z_loss),
+        parts=parts,
+        frozen=frozen,
+    )
+
+
+def build_optimizer(core: LossModule, spec: Train, note: Callable[[str], None]) -> torch.optim.Optimizer:
+    """The optimizer of all that is trained; where parameters are treated differently, `note` is told how."""
+    optimizer = make_optimizer(core.trained, spec.optim, l1=spec.l1, ema=spec.ema)
+    if spec.optim.groups or spec.optim.name == "muon":
+        for line in describe_groups(optimizer):
+            note(f"parameters: {line}")
+    return optimizer
 
 
 def pick_attention(plan: Plan, core: LossModule, *, isolate: bool) -> tuple[str, str]:
@@ -120,6 +144,7 @@ def make_schedule(section: Pretrain, plan: Plan) -> Schedule:
         keep_every=plan.keep_every or 0,
         lr_at=lambda step: lr_at(step, optim, num_steps=num_steps, warmup_steps=warmup_steps),
         grad_clip=section.train.grad_clip or math.inf,
+        grad_noise=section.train.gradient_noise,
     )
 
 

@@ -26,7 +26,7 @@ from llmkit.durable import (
     write_json,
 )
 from llmkit.errors import CorruptError, RunError
-from llmkit.optim import parameter_names
+from llmkit.optim import like, parameter_names
 from llmkit.train.state import TrainState
 from llmkit.train.steps import checkpoint_path, saved_steps
 
@@ -347,8 +347,7 @@ def _moment_forms(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         }
         for group in optimizer.param_groups
     ]
-    own: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    twin: torch.optim.Optimizer = type(own)(groups)
+    twin = like(optimizer, groups)
     twin.step()
     stand_ins = (parameter for group in groups for parameter in group["params"])
     return {

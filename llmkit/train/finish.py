@@ -1,6 +1,5 @@
 """After the last step: the model folder, the card, the report."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmkit import __version__
-from llmkit.data.tokenizers import save_tokenizer
+from llmkit.data.tokenizers import frame_texts, save_tokenizer
 from llmkit.models.save import save_model
 from llmkit.objectives.base import LossModule
 from llmkit.plan import Plan
+from llmkit.registry import goal_of
 from llmkit.report.card import write_model_card
 from llmkit.report.report import collect, write_report
+from llmkit.report.trying import try_command
 from llmkit.train.job import Job
 from llmkit.train.state import TrainState
 
@@ -32,23 +33,30 @@ def finish(
     """
     folder, model = Path(job.folder), core.model
     recipe = job.checked_recipe()
-    prompt = shlex.quote((job.section().prompts or ["Once"])[0])
+    kind = goal_of(job.section().objective).model
     facts: dict[str, Any] = {
         "name": recipe.name,
         "kind": "pretrain",
         "language": recipe.language,
         "command": job.command,
-        "next_command": f"llmkit generate {folder.parent} {prompt} -n 3",
+        "next_command": try_command(kind, str(folder.parent), job.section().prompts),
         "model": {"model_type": model.config.model_type, "num_parameters": model.num_parameters()},
         "tokenizer": job.tokenizer_figures,
         "final": dict(figures),
     }
-    card = {**collect(folder, {**facts, "status": "done"}), "run": str(folder)}
+    card = {**collect(folder, {**facts, "status": "done"}), "run": str(folder), "model_kind": kind}
     tokenizer.model_max_length = plan.context
+    if kind in ("masked", "pairs", "detector"):
+        frame_texts(tokenizer)
     manifest = {"kind": "model", "llmkit": __version__, "step": state.step, "identity": job.identity}
     for name, part in core.parts.items():
         if isinstance(part, PreTrainedModel):
-            save_model(folder / name, part, facts={**manifest, "kind": name})
+            save_model(
+                folder / name,
+                part,
+                facts={**manifest, "kind": name},
+                companions=[lambda place: save_tokenizer(tokenizer, place)],
+            )
     save_model(
         folder / "model",
         model,

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from llmkit.errors import CtrlCError, InterruptedRunError, LostWorkerError, RunError
 from llmkit.launch.signals import STOP_SIGNALS, TIME_IS_UP, describe_stop
 from llmkit.objectives.base import TARGETS, Batch, LossModule
-from llmkit.optim import set_lr
+from llmkit.optim import add_noise, set_lr
 from llmkit.train.callbacks import Callback
 from llmkit.train.numbers import Numbers
 from llmkit.train.saving import Saver
@@ -47,6 +47,7 @@ class Schedule:
         keep_every: Checkpoints that stay for good, likewise.
         lr_at: The learning rate of the update that starts at a step.
         grad_clip: The largest norm of the gradient; infinity leaves it alone.
+        grad_noise: The standard deviation of the noise on the first step's gradient.
     """
 
     num_steps: int
@@ -58,6 +59,7 @@ class Schedule:
     keep_every: int
     lr_at: Callable[[int], float]
     grad_clip: float
+    grad_noise: float = 0.0
 
     def logs(self, step: int) -> bool:
         """Whether figures are recorded at a step."""
@@ -245,6 +247,7 @@ def train_step(
     grad_norm = accelerator.clip_grad_norm_(run.core.trained.parameters(), run.schedule.grad_clip)
     good = run.numbers.good(step, losses, grad_norm)
     if good:
+        add_noise(run.core.trained, run.schedule.grad_noise, seed=run.seed, step=step)
         set_lr(run.optimizer, run.schedule.lr_at(step))
         run.optimizer.step()
     run.optimizer.zero_grad()

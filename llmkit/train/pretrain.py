@@ -19,10 +19,10 @@ from llmkit.evaluate.complete import complete
 from llmkit.evaluate.split import sum_over
 from llmkit.launch.crew import RESTART
 from llmkit.launch.signals import StopSignal
-from llmkit.models.attention import use_attention
+from llmkit.models.attention import tap_attention, use_attention
 from llmkit.models.peak import measure_peak_flops
 from llmkit.objectives.base import LossModule
-from llmkit.optim import make_optimizer
+from llmkit.optim import averaged
 from llmkit.plan import Plan
 from llmkit.recipe import load_recipe, resolved_yaml
 from llmkit.recipe.schema import Pretrain
@@ -34,6 +34,7 @@ from llmkit.train.build import (
     Data,
     Feed,
     build_core,
+    build_optimizer,
     make_order,
     make_schedule,
     open_data,
@@ -75,10 +76,10 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     accelerator = start_accelerator(plan)
     data = open_data(job)
     core = build_core(job, plan, data.tokenizer)
-    plan = _with_attention(plan, core, accelerator, isolate=section.isolate_documents)
+    plan = _with_attention(plan, core, accelerator, section)
     if plan.compile:
         core.compile(dynamic=False)
-    module, optimizer = accelerator.prepare(core, make_optimizer(core.trained, section.train.optim))
+    module, optimizer = accelerator.prepare(core, build_optimizer(core, section.train, reporter.note))
     feed, order = Feed(data, core.objective, plan, section, accelerator), make_order(job, data)
 
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.identity)
@@ -99,6 +100,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     workers = job.checked_recipe().machine.loader_workers
     steps = stack.enter_context(feed.steps(order, state.step, schedule.num_steps, workers=workers))
     measures_bytes = "bits_per_byte" in goal_of(section.objective).metrics
+    in_average = averaged(optimizer)  # if one is kept, it is what is measured, read and exported
     run = Training(
         accelerator=accelerator,
         module=module,
@@ -115,10 +117,12 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
             warn=reporter.warn,
         ),
         saver=stack.enter_context(saver),
-        evaluate=lambda rows, between: evaluate(
-            core, feed, data, accelerator, rows, between, measures_bytes=measures_bytes
+        evaluate=in_average(
+            lambda rows, between: evaluate(
+                core, feed, data, accelerator, rows, between, measures_bytes=measures_bytes
+            )
         ),
-        sample=lambda step: _sample(core, data, job, step),
+        sample=in_average(lambda step: _sample(core, data, job, step)),
         stop=stop.asked,
         watch_speed=_speed_watcher(plan, accelerator.device),
         callbacks=callbacks,
@@ -130,7 +134,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         shards.close()
     if accelerator.is_main_process:
         reporter.phase("export", f"{job.folder}/model")
-        finish(job, plan, core, data.tokenizer, state, figures)
+        in_average(finish)(job, plan, core, data.tokenizer, state, figures)
 
 
 def _check_itself(
@@ -210,8 +214,15 @@ def evaluate(
     return {f"eval/{name}": value for name, value in core.objective.summarise(sums).items()}
 
 
-def _with_attention(plan: Plan, core: LossModule, accelerator: Accelerator, *, isolate: bool) -> Plan:
+def _with_attention(plan: Plan, core: LossModule, accelerator: Accelerator, section: Pretrain) -> Plan:
     """Set the model's attention kernel; where the plan leaves it open, the first process probes for all."""
+    isolate = section.isolate_documents
+    if section.distil is not None and section.distil.attention:
+        for model in (core.model, core.frozen["teacher"]):
+            tap_attention(model, isolate=isolate)
+        return plan
+    for model in core.frozen.values():
+        use_attention(model, "sdpa", isolate=isolate)
     if plan.attention == "auto":
         name, why = _from_first(accelerator, lambda: pick_attention(plan, core, isolate=isolate))
         plan = replace(plan, attention=name, choices={**plan.choices, "machine.attention": (name, why)})

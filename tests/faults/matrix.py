@@ -14,6 +14,7 @@ from typing import Any
 
 import masked
 import numpy as np
+import objectives
 from safetensors.numpy import load_file
 from sessions import ORDER, Ended, Point, Server
 from training import command, losses, same_bits, weights
@@ -26,9 +27,6 @@ from llmkit.report.run_log import read_samples
 NUM_STEPS = 12
 FIGURES = "LLMKIT_TEST_FIGURES"
 """The environment's word for the folder that gets each cell's figures."""
-
-NEEDS: dict[str, dict[str, Any]] = {}
-"""What a recipe of an objective needs besides its name, by dotted keys as in `training.recipe`."""
 
 ROWS = 12
 RECIPE = {
@@ -76,12 +74,21 @@ class Cell:
         return [*machine, *(["--processes", str(self.processes)] if self.processes > 1 else [])]
 
 
+WHOLE_GRID = ("clm", masked.NAME)
+"""The objectives that are tried in every kind of run: one without chance in its rows, one with."""
+
+
 def cells() -> list[Cell]:
-    """All of them. What is registered as an objective is in."""
-    return [
-        Cell(*parts)
-        for parts in product((*registry.OBJECTIVES, masked.NAME), (False, True), (1, 3), (0, 2), (1, 2))
-    ]
+    """All of them. What is registered as an objective is in.
+
+    An objective meets crashes by its rows, its loss and its networks alone, and what saves and resumes is the same for
+    all. So most are tried where everything that could differ does: dropout, accumulation, without and with loader
+    processes, on one process and on two.
+    """
+    ways = (False, True), (1, 3), (0, 2), (1, 2)
+    whole = [Cell(*parts) for parts in product(WHOLE_GRID, *ways)]
+    others = [name for name in registry.OBJECTIVES if name not in WHOLE_GRID]
+    return [*whole, *(Cell(name, True, 3, *rest) for name, *rest in product(others, *ways[2:]))]
 
 
 def moments(cell: Cell) -> dict[str, Point | int]:
@@ -210,8 +217,8 @@ def recipe_of(cell: Cell) -> dict[str, Any]:
     return {
         **RECIPE,
         "pretrain__objective": cell.objective,
+        **objectives.changes(cell.objective),
         "pretrain__model__dropout": 0.1 if cell.dropout else 0.0,
-        **NEEDS.get(cell.objective, {}),
     }
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from llmkit.models.cross_entropy import linear_cross_entropy, linear_nll
+from llmkit.models.cross_entropy import linear_cross_entropy, linear_nll, nll_of_logits
 
 NUM_ROWS, HIDDEN, VOCAB = 70, 24, 301
 
@@ -45,6 +45,36 @@ def test_equals_the_reference(gather, masked, bias, chunk_rows):
     expected = reference(hidden, weight, targets, bias_V)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_near(gradients(loss, hidden, weight, bias_V), gradients(expected, hidden, weight, bias_V))
+
+
+def smoothed(hidden, weight, targets, bias, *, smoothing, z):
+    """torch's own smoothing, and the z-loss as it is written: z times the square of logsumexp, over the targets."""
+    logits = F.linear(hidden, weight, bias)
+    squares = torch.logsumexp(logits, 1).square()[targets != -100]
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) + z * squares.sum()
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("masked", [0.0, 0.4])
+@pytest.mark.parametrize(("smoothing", "z"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-2), (0.9, 1.0)])
+def test_label_smoothing_and_z_loss_equal_the_reference(gather, masked, smoothing, z):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        hidden, weight, targets, bias_V = make_case(masked=masked, bias=True, dtype=dtype)
+        options = {"label_smoothing": smoothing, "z_loss": z, "chunk_rows": 32, "gather": gather}
+        loss = linear_cross_entropy(hidden, weight, targets, bias=bias_V, **options)
+        expected = smoothed(hidden, weight, targets, bias_V, smoothing=smoothing, z=z)
+        assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+        plain = reference(hidden, weight, targets, bias_V).item()
+        assert abs(plain - expected.item()) > 1e-4 * plain
+        theirs = gradients(expected, hidden, weight, bias_V)
+        assert_near(gradients(loss, hidden, weight, bias_V), theirs, tolerance)
+        logits = F.linear(hidden, weight, bias_V)  # the way of models that make their own
+        own = nll_of_logits(logits, targets, label_smoothing=smoothing, z_loss=z)
+        assert own.item() == pytest.approx(expected.item(), rel=tolerance)
+        assert_near(gradients(own, hidden, weight, bias_V), theirs, tolerance)
+        with torch.no_grad():  # the way without a gradient
+            again = linear_cross_entropy(hidden, weight, targets, bias=bias_V, **options)
+        assert again.item() == pytest.approx(expected.item(), rel=tolerance)
 
 
 def test_double_precision_is_kept():
@@ -172,6 +202,6 @@ def test_passes_torchs_checks_of_custom_operations():
     inputs = (hidden, weight, targets, bias_V)
     torch.library.opcheck(
         torch.ops.llmkit.linear_cross_entropy.default,
-        (*inputs, [True, True, True], 32, True, torch.float32),
+        (*inputs, [True, True, True], 0.1, 1e-3, 32, True, torch.float32),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )

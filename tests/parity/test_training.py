@@ -42,9 +42,7 @@ def test_twenty_steps_equal_a_plain_loop_in_pytorch(tmp_path):
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     model = build_model(section.model, "causal", vocab_size=vocabulary, special_ids=special, seed=7)
     optim = section.train.optim
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay), lr=1.0, betas=optim.betas, eps=optim.eps
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, optim), lr=1.0, betas=optim.betas, eps=optim.eps)
     rows = rows_of(folder)
     order = RowOrder(rows.sizes, None, 7)
     expected = {}

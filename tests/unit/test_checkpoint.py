@@ -416,7 +416,7 @@ def test_the_last_evaluation_counts_where_it_takes_the_same_rows(tmp_path, rows,
         run = Training(
             accelerator=SimpleNamespace(reduce=lambda tensor, how: tensor, is_main_process=False),
             module=net,
-            core=SimpleNamespace(model=net),
+            core=SimpleNamespace(model=net, trained=net),
             optimizer=optimizer,
             micro_batches=None,
             schedule=schedule,

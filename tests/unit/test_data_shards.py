@@ -1,7 +1,9 @@
 import json
+import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from tokenizing import train_bpe
 
 from llmkit.data.corpus import Corpus
 from llmkit.data.pipeline import Engine
+from llmkit.data.prepare import unigram_entropy
 from llmkit.data.rows import Rows
 from llmkit.data.shards import SPLITS, TokenShards, build_shards
 from llmkit.data.split import document_hash, is_held_out
@@ -112,8 +115,43 @@ def test_manifest_says_what_made_it(here, tokenizer):
     }
     assert manifest["encoder"]["encoder"] == "gigatoken"
     assert manifest["encoder"]["compared_documents"] == len(LINES)
-    assert set(manifest["files"]) == {f"{s}-{x}.npy" for s in SPLITS for x in ("00000", "documents")}
+    assert set(manifest["files"]) == {
+        f"{s}-{x}.npy" for s in SPLITS for x in ("00000", "documents", "counts")
+    }
     shards.verify()
+
+
+def test_occurrences_of_ids_and_the_loss_of_guessing_by_them(here, tokenizer):
+    """They are counted while shards are made; of shards without that file, from the ids; the loss by hand."""
+    first, second = build(
+        here,
+        tokenizer,
+        Source(files=["a.txt"], documents="line", name="first"),
+        Source(files=["b.txt"], documents="line", name="second"),
+    )
+    for split in SPLITS:
+        stream = first.split(split)
+        counts = Counter(stream.read(0, stream.num_tokens).tolist())
+        found = first.token_counts(split)
+        assert {i: n for i, n in enumerate(found.tolist()) if n} == counts
+        older = TokenShards(first.folder, "first", {**first.manifest, "files": {}})
+        assert np.array_equal(older.token_counts(split), found)
+    train, held_out = (
+        Counter(
+            i
+            for shard in (first, second)
+            for i in shard.split(split).read(0, shard.counts(split).tokens).tolist()
+        )
+        for split in SPLITS
+    )
+    size = max([*train, *held_out]) + 1
+    nats = sum(-n * math.log((train[i] + 1) / (train.total() + size)) for i, n in held_out.items())
+    assert unigram_entropy([first, second]) == pytest.approx(nats / held_out.total(), rel=1e-12)
+    [alone] = build(here, tokenizer, held_out=0.0)
+    own = Counter(alone.split("train").read(0, alone.counts("train").tokens).tolist())
+    size = max(own) + 1
+    nats = sum(-n * math.log((n + 1) / (own.total() + size)) for n in own.values())
+    assert unigram_entropy([alone]) == pytest.approx(nats / own.total(), rel=1e-12)
 
 
 def test_a_second_call_finds_them(here, tokenizer, monkeypatch):

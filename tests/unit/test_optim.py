@@ -1,56 +1,20 @@
-"""Learning rates as functions of the step, parameter groups, AdamW against its algorithm."""
-
-import math
-from itertools import pairwise
+"""Parameter groups: what decays, patterns, learning rates of their own, and what Muon takes."""
 
 import pytest
 import torch
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from llmkit.optim import lr_at, make_optimizer, parameter_groups, parameter_names, set_lr
-from llmkit.recipe.schema import Optim
-
-
-def rates(num_steps=10, warmup_steps=2, **settings):
-    spec = Optim(lr=1.0, **settings)
-    return [lr_at(s, spec, num_steps=num_steps, warmup_steps=warmup_steps) for s in range(num_steps)]
-
-
-def test_warmup_reaches_the_peak_with_its_last_update():
-    assert rates(schedule="constant", warmup_steps=4) == [0.25, 0.5, 0.75] + [1.0] * 7
-
-
-def test_linear_by_hand():
-    assert rates(schedule="linear", min_lr_ratio=0.2) == pytest.approx(
-        [0.5, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
-    )
-
-
-def test_cosine_by_hand():
-    expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)]
-    assert rates(schedule="cosine", min_lr_ratio=0.1)[2:] == pytest.approx(expected)
-    assert rates(schedule="cosine", min_lr_ratio=0.1)[-1] == pytest.approx(0.1)
-
-
-def test_wsd_is_flat_and_then_falls_over_its_last_share():
-    got = rates(num_steps=20, warmup_steps=0, schedule="wsd", decay=0.25, min_lr_ratio=0.0)
-    assert got[:15] == [1.0] * 15
-    assert got[15:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
-
-
-def test_exponential_falls_by_one_factor_a_step():
-    got = rates(num_steps=8, warmup_steps=0, schedule="exponential", min_lr_ratio=0.01)
-    factors = [b / a for a, b in pairwise(got)]
-    assert factors == pytest.approx([0.01 ** (1 / 8)] * 7)
-    assert got[-1] == pytest.approx(0.01)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd", "exponential"])
-@pytest.mark.parametrize("warmup_steps", [0, 1, 7])
-@pytest.mark.parametrize("num_steps", [1, 2, 7])
-def test_every_schedule_stays_between_zero_and_the_peak(schedule, warmup_steps, num_steps):
-    got = rates(num_steps, min(warmup_steps, num_steps), schedule=schedule, min_lr_ratio=0.0)
-    assert all(0 <= lr <= 1 for lr in got)
-    assert len(got) == num_steps
+from llmkit.errors import UsageError
+from llmkit.optim import describe_groups, make_optimizer, parameter_groups, parameter_names, set_lr
+from llmkit.optim.groups import matches
+from llmkit.recipe.schema import Group, Optim
 
 
 class Net(torch.nn.Module):
@@ -64,42 +28,153 @@ class Net(torch.nn.Module):
             self.head.weight = self.embed.weight
 
 
+def grouped(model, *entries, **settings):
+    """Pattern -> its groups, each with the parameters' names in place of the parameters."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    spec = Optim(groups=[Group(**entry) for entry in entries], **settings)
+    found = parameter_groups(model, spec)
+    return [{**group, "params": {names[id(p)] for p in group["params"]}} for group in found]
+
+
 @pytest.mark.parametrize(
     ("tied", "decaying"), [(True, {"inner.weight"}), (False, {"inner.weight", "head.weight"})]
 )
 def test_matrices_decay_and_norms_biases_embeddings_do_not(tied, decaying):
     net = Net(tied)
-    names = {id(p): name for name, p in net.named_parameters()}
-    decays, spared = parameter_groups(net, 0.1)
-    assert {names[id(p)] for p in decays["params"]} == decaying
+    decays, spared = grouped(net, weight_decay=0.1)
+    assert decays["params"] == decaying
     assert decays["weight_decay"] == 0.1
     assert spared["weight_decay"] == 0.0
-    total = len(decays["params"]) + len(spared["params"])
-    assert total == len(list(net.parameters()))
+    assert len(decays["params"]) + len(spared["params"]) == len(list(net.parameters()))
 
 
 def test_names_follow_the_optimizers_order():
     net = Net()
-    optimizer = make_optimizer(net, Optim())
+    optimizer = make_optimizer(net, Optim(groups=[Group(match="embed")]))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     found = dict(net.named_parameters())
     assert all(found[name] is p for name, p in zip(parameter_names(net, optimizer), parameters, strict=True))
 
 
-def test_adamw_follows_its_algorithm():
-    spec = Optim(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    net = torch.nn.Linear(3, 2, bias=False).double()
-    optimizer = make_optimizer(net, spec)
-    x = net.weight.detach().clone()
-    m = v = torch.zeros_like(x)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(1, 6):
-        gradient = torch.randn(x.shape, dtype=x.dtype, generator=generator)
-        lr = 0.1 / step
+@pytest.mark.parametrize(
+    ("pattern", "name", "meant"),
+    [
+        ("embed*", "model.embed_tokens.weight", True),
+        ("embed", "model.embed_tokens.weight", False),
+        ("lm_head", "lm_head.weight", True),
+        ("lm_head|embed*", "model.embed_tokens.weight", True),
+        ("a | b", "b.weight", True),
+        ("layers.0", "model.layers.0.mlp.up.weight", True),
+        ("layers.0", "model.layers.10.mlp.up.weight", False),
+        ("layers.[0-3]", "model.layers.3.mlp.up.weight", True),
+        ("*.bias", "norm.bias", True),
+        ("orm", "norm.bias", False),
+        ("*", "anything", True),
+    ],
+)
+def test_what_a_pattern_means(pattern, name, meant):
+    assert matches(pattern, name) is meant
+
+
+def test_the_first_entry_that_matches_rules_and_all_else_is_as_ever():
+    found = grouped(
+        Net(tied=False),
+        {"match": "norm.bias|head", "lr_ratio": 0.5},
+        {"match": "norm", "lr_ratio": 0.0, "weight_decay": 0.3},
+        weight_decay=0.1,
+    )
+    facts = [(g["params"], g["lr_ratio"], g["weight_decay"]) for g in found]
+    assert facts == [
+        ({"inner.weight"}, 1.0, 0.1),
+        ({"embed.weight", "inner.bias"}, 1.0, 0.0),
+        ({"head.weight"}, 0.5, 0.1),
+        ({"norm.bias"}, 0.5, 0.0),
+        ({"norm.weight"}, 0.0, 0.3),
+    ]
+
+
+def test_a_tied_weight_goes_by_all_its_names():
+    for pattern in ("embed", "head"):
+        *_, own = grouped(Net(), {"match": pattern, "lr_ratio": 0.5})
+        assert own["params"] == {"embed.weight"}
+
+
+def test_a_pattern_that_matches_nothing_names_what_is_near():
+    with pytest.raises(UsageError, match="'embeding' matches no trained parameter") as caught:
+        parameter_groups(Net(tied=False), Optim(groups=[Group(match="embeding")]))
+    assert "near names: embed.weight" in caught.value.hint
+    taken = Optim(groups=[Group(match="*"), Group(match="norm")])
+    with pytest.raises(UsageError, match="'norm' matches only what entries before it have taken"):
+        parameter_groups(Net(), taken)
+
+
+def test_a_group_moves_at_its_own_rate():
+    """With lr_ratio 0.5, a group moves as if all had half the learning rate; with 0 it stays."""
+    moved = {}
+    for ratio, lr in ((0.5, 0.1), (1.0, 0.05), (0.0, 0.1)):
+        torch.manual_seed(0)
+        net = Net(tied=False)
+        before = net.head.weight.detach().clone()
+        spec = Optim(groups=[Group(match="head", lr_ratio=ratio)], weight_decay=0.2)
+        optimizer = make_optimizer(net, spec)
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
         set_lr(optimizer, lr)
-        net.weight.grad = gradient.clone()
         optimizer.step()
-        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
-        m_hat, v_hat = m / (1 - 0.9**step), v / (1 - 0.95**step)
-        x = x - lr * 0.1 * x - lr * m_hat / (v_hat.sqrt() + 1e-8)
-    torch.testing.assert_close(net.weight.detach(), x, rtol=1e-9, atol=1e-12)
+        moved[ratio] = net.head.weight.detach() - before
+    assert torch.equal(moved[0.5], moved[1.0])
+    assert moved[0.5].abs().min() > 0.04
+    assert not moved[0.0].any()
+
+
+def test_groups_in_words():
+    optimizer = make_optimizer(
+        Net(tied=False), Optim(groups=[Group(match="embed", lr_ratio=0.5, weight_decay=0.2)])
+    )
+    assert describe_groups(optimizer) == [
+        "all others: 2 parameters (36 numbers), weight decay 0.1",
+        "all others: 3 parameters (12 numbers), weight decay 0",
+        "embed: 1 parameters (20 numbers), 0.5 x lr, weight decay 0.2",
+    ]
+
+
+SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+BODY = {"q", "k", "v", "o", "gate", "up", "down", "wi", "wo"}
+
+
+def muons(model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, Optim(name="muon"))
+    return {names[id(p)] for group in groups if group["muon"] for p in group["params"]}
+
+
+def test_muon_takes_the_hidden_matrices_of_llama():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, num_key_value_heads=2, **SMALL))
+    layer = "model.layers.0."
+    attention = {f"{layer}self_attn.{name}_proj.weight" for name in "qkvo"}
+    assert muons(model) == attention | {f"{layer}mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+
+
+def test_muon_leaves_berts_heads_and_embeddings_to_adamw():
+    model = BertForPreTraining(BertConfig(vocab_size=11, max_position_embeddings=7, **SMALL))
+    found = muons(model)
+    assert len(found) == 7  # query, key, value, output, two of the MLP, and the pooler
+    assert all(name.startswith(("bert.encoder.layer.0.", "bert.pooler.")) for name in found)
+
+
+def test_muon_leaves_t5s_embeddings_and_head_to_adamw():
+    config = T5Config(
+        vocab_size=11, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, tie_word_embeddings=False
+    )
+    found = muons(T5ForConditionalGeneration(config))
+    assert found
+    assert all(".layer." in name and "relative_attention_bias" not in name for name in found)
+    assert not any("shared" in name or "lm_head" in name or "embed" in name for name in found)
+
+
+def test_muons_matrices_have_a_rate_of_their_own():
+    spec = Optim(name="muon", lr=1e-3, muon_scale="original")
+    optimizer = make_optimizer(Net(tied=False), spec)
+    set_lr(optimizer, 5e-4)  # half of the peak
+    rates = {group["muon"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {True: pytest.approx(0.01), False: 5e-4}

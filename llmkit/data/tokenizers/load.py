@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from llmkit.data.hub import network_errors
 from llmkit.errors import DataError, MissingError
@@ -195,6 +195,27 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         path.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
+def frame_texts(tokenizer: Any) -> None:
+    """Make a tokenizer that puts nothing around a text put `[CLS]` and `[SEP]` there, as models like BERT know it.
+
+    That is for others who use the exported model; llmkit puts them there itself.
+
+    Args:
+        tokenizer: From `load_tokenizer`, with a `cls_token` and a `sep_token`.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.num_special_tokens_to_add(False) or not tokenizer.cls_token or not tokenizer.sep_token:
+        return
+    first, last = tokenizer.cls_token, tokenizer.sep_token
+    frame = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} $B:1 {last}:1",
+        special_tokens=[(first, tokenizer.cls_token_id), (last, tokenizer.sep_token_id)],
+    )
+    kept = backend.post_processor
+    backend.post_processor = frame if kept is None else processors.Sequence([kept, frame])
+
+
 def eos_id(tokenizer: Any) -> int:
     """The id that ends a document.
 
@@ -224,8 +245,10 @@ def fingerprint(tokenizer: Any) -> str:
             tokenizer
         )
     else:
-        # Truncation and padding are a caller's passing wishes, not part of the tokenizer.
-        rules = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+        # Truncation and padding are a caller's passing wishes, not part of the tokenizer; what is put around a text,
+        # llmkit never asks it for.
+        passing = dict.fromkeys(("truncation", "padding", "post_processor"))
+        rules = {**json.loads(backend.to_str()), **passing}
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     content = json.dumps([rules, special], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -57,6 +57,10 @@ class Vocabulary:
             name=str(tokenizer.name_or_path),
         )
 
+    def has(self, token: str) -> bool:
+        """Whether there is such an entry."""
+        return self.backend.token_to_id(token) is not None
+
     def id_of(self, token: str) -> int:
         """The id of an entry.
 

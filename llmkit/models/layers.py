@@ -1,0 +1,73 @@
+"""What the layers of a model compute: found, and listened to while it runs.
+
+Shape suffixes: B rows, T positions, H hidden size, A attention heads, S keys.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "llmkit_attention_weights"
+"""Where an attention layer that is tapped (see `attention.py`) leaves its weights [B, A, T, S]."""
+
+
+def blocks_of(model: "PreTrainedModel") -> list[nn.Module]:
+    """The model's blocks, from the input to the output; of an encoder-decoder those of the decoder.
+
+    Raises:
+        UsageError: It has none that could be told.
+    """
+    body = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+    depths = {len(module): module for module in _outermost_lists(body)}
+    if not depths:
+        raise UsageError(
+            f"{model.config.model_type} has no blocks whose states could be compared",
+            hint="leave `hidden` and `attention` of `pretrain.distil` out",
+        )
+    return list(depths[max(depths)])
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+@contextmanager
+def listening(blocks: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """The states [B, T, H] that each of `blocks` gives, in the list once the model has run."""
+    heard: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        heard.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_hook(keep).remove)
+        yield heard
+
+
+def attention_weights(block: nn.Module) -> torch.Tensor:
+    """The weights [B, A, T, S] of a block's self-attention in the last pass of a tapped model.
+
+    Raises:
+        UsageError: There are none: its attention does not go through transformers' interface.
+    """
+    for module in block.modules():
+        found: torch.Tensor | None = getattr(module, WEIGHTS, None)
+        if found is not None:
+            return found
+    raise UsageError(
+        f"the attention of {type(block).__name__} cannot be looked at",
+        hint="leave `pretrain.distil.attention` out",
+    )

@@ -1,0 +1,179 @@
+"""Which parameters are treated how: weight decay, learning rates of their own, Muon's matrices, by names."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmkit.errors import UsageError
+from llmkit.recipe.schema import Group, Optim
+
+_NEAR_NAMES = 5
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A trained parameter: every name it goes by (a tied one has several), and what it is in the network."""
+
+    value: nn.Parameter
+    names: tuple[str, ...]
+    is_embedding: bool
+    is_hidden: bool
+
+    @property
+    def decays(self) -> bool:
+        """Matrices decay; norms, biases and embeddings do not."""
+        return self.value.ndim >= 2 and not self.is_embedding
+
+
+def parameter_groups(model: nn.Module, spec: Optim, *, l1: float = 0.0) -> list[dict[str, Any]]:
+    """Trainable parameters in groups of one treatment each: `params`, `weight_decay`, `lr_ratio`, `l1`, `muon`.
+
+    Matrices decay; norms, biases and embeddings do not. An embedding tied to the output head counts as an
+    embedding. The first entry of `optim.groups` that matches a parameter rules over it; what the entry leaves open
+    is as for all.
+
+    Args:
+        model: The network; every trained part of it.
+        spec: The recipe's `optim` block.
+        l1: The strength of the L1 penalty, for all that decays by default.
+
+    Raises:
+        UsageError: A pattern matches no parameter.
+    """
+    parameters = list(_parameters_of(model))
+    entry_of = {id(p.value): _entry_of(p, spec.groups) for p in parameters}
+    _check_all_used(spec.groups, set(entry_of.values()), parameters)
+    groups: dict[tuple[int | None, bool, bool], list[nn.Parameter]] = {}
+    for number in (None, *range(len(spec.groups))):
+        for decays in (True, False):  # two groups at least, in this order, where nothing else is asked for
+            for muon in (True, False):
+                groups[number, decays, muon] = []
+    for p in parameters:
+        muon = spec.name == "muon" and p.is_hidden
+        groups[entry_of[id(p.value)], p.decays, muon].append(p.value)
+    return [
+        _group(params, spec, spec.groups[number] if number is not None else None, decays, muon, l1)
+        for (number, decays, muon), params in groups.items()
+        if params
+    ]
+
+
+def _group(
+    params: list[nn.Parameter], spec: Optim, entry: Group | None, decays: bool, muon: bool, l1: float
+) -> dict[str, Any]:
+    weight_decay = spec.weight_decay if decays else 0.0
+    if entry is not None and entry.weight_decay is not None:
+        weight_decay = entry.weight_decay
+    lr_ratio = entry.lr_ratio if entry is not None else 1.0
+    if muon and spec.muon_lr is not None:
+        lr_ratio *= spec.muon_lr / spec.lr
+    group = {
+        "params": params,
+        "weight_decay": weight_decay,
+        "lr_ratio": lr_ratio,
+        "l1": l1 if decays else 0.0,
+    }
+    group["match"] = entry.match if entry is not None else None
+    return {**group, "muon": muon} if spec.name == "muon" else group
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group, each with its own ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
+
+
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters in the order of its state dict's integer keys."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> list[str]:
+    """A line for each group: how many numbers it has and how they are treated."""
+    return [_described(group) for group in optimizer.param_groups]
+
+
+def _described(group: dict[str, Any]) -> str:
+    count = sum(p.numel() for p in group["params"])
+    size = f"{len(group['params']):,} parameters ({count:,} numbers)"
+    facts = [f"weight decay {group['weight_decay']:g}"]
+    if group.get("lr_ratio", 1.0) != 1.0:
+        facts.insert(0, f"{group['lr_ratio']:g} x lr")
+    if "muon" in group:
+        facts.insert(0, "Muon" if group["muon"] else "AdamW")
+    return f"{group.get('match') or 'all others'}: {size}, {', '.join(facts)}"
+
+
+def _parameters_of(model: nn.Module) -> Iterator[_Parameter]:
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = _heads(model)
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    for p in model.parameters():
+        if p.requires_grad:
+            is_embedding = id(p) in embeddings
+            hidden = p.ndim == 2 and not is_embedding and id(p) not in heads
+            yield _Parameter(p, tuple(names[id(p)]), is_embedding, hidden)
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """What turns hidden states into predictions: of each transformers model all outside its body, and its output."""
+    found: set[int] = set()
+    for module in model.modules():
+        body = getattr(module, "base_model", None)
+        if not isinstance(body, nn.Module):
+            continue
+        if body is not module:
+            inside = {id(p) for p in body.parameters()}
+            found |= {id(p) for p in module.parameters()} - inside
+        head: Any = getattr(module, "get_output_embeddings", None)
+        output = head() if head is not None else None
+        found |= {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()
+    return found
+
+
+def _entry_of(parameter: _Parameter, entries: Sequence[Group]) -> int | None:
+    matching = (i for i, entry in enumerate(entries) if any(matches(entry.match, n) for n in parameter.names))
+    return next(matching, None)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of `optim.groups` means the parameter of this name.
+
+    `*`, `?` and `[...]` are as in file names, and `|` stands between alternatives. Each alternative must fit the whole
+    name or some of its parts, from dot to dot: `norm*` means `layers.0.norm1.weight`, but `orm1` does not.
+    """
+    return any(fnmatchcase(f".{name}.", f"*.{part.strip()}.*") for part in pattern.split("|"))
+
+
+def _check_all_used(
+    entries: Sequence[Group], used: set[int | None], parameters: Sequence[_Parameter]
+) -> None:
+    for number, entry in enumerate(entries):
+        if number not in used:
+            names = [name for parameter in parameters for name in parameter.names]
+            taken = any(matches(entry.match, name) for name in names)
+            raise UsageError(
+                f"train.optim.groups: {entry.match!r} matches "
+                + ("only what entries before it have taken" if taken else "no trained parameter"),
+                hint="put it before them" if taken else f"near names: {', '.join(_near(entry.match, names))}",
+            )
+
+
+def _near(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names with the parts that are most alike, one of each kind: layers differ in their number only."""
+    word = pattern.replace("*", "").lower()
+
+    def likeness(name: str) -> float:
+        parts = [name, *name.split(".")]
+        return max(difflib.SequenceMatcher(None, word, part.lower()).ratio() for part in parts)
+
+    kinds = {"".join("#" if c.isdigit() else c for c in name): name for name in reversed(list(names))}
+    return sorted(kinds.values(), key=likeness, reverse=True)[:_NEAR_NAMES]

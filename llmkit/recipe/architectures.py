@@ -1,0 +1,109 @@
+"""Families of architectures as far as they are known without torch: their names, and what they can learn."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmkit.registry import OBJECTIVES, ModelKind
+
+WAYS = ("preset", "architecture", "name", "config")
+"""The keys of a `model` block that say which model; `config` also goes with `architecture`."""
+
+KINDS: Mapping[str, tuple[ModelKind, ...]] = {
+    "llama": ("causal",),
+    "mistral": ("causal",),
+    "qwen2": ("causal",),
+    "gpt2": ("causal",),
+    "qwen3": ("causal",),
+    "mamba2": ("causal",),
+    "bert": ("masked", "pairs"),
+    "roberta": ("masked",),
+    "modernbert": ("masked",),
+    "electra": ("masked", "detector"),
+    "t5": ("seq2seq",),
+    "bart": ("seq2seq",),
+    "rnn": ("causal",),
+    "lstm": ("causal",),
+    "gru": ("causal",),
+    "cnn": ("causal",),
+    "ngram": ("causal",),
+}
+"""Architecture -> the kinds of model that it makes here."""
+
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "rnn": {"model_type": "llmkit-recurrent", "cell": "rnn"},
+    "lstm": {"model_type": "llmkit-recurrent", "cell": "lstm"},
+    "gru": {"model_type": "llmkit-recurrent", "cell": "gru"},
+    "cnn": {"model_type": "llmkit-cnn"},
+    "ngram": {"model_type": "llmkit-ngram"},
+}
+"""llmkit's own architectures, as their configurations say it."""
+
+DEFAULT_PRESETS: Mapping[ModelKind, str] = {
+    "causal": "gpt-mini",
+    "masked": "bert-mini",
+    "pairs": "bert-mini",
+    "seq2seq": "t5-mini",
+    "detector": "electra-mini",
+}
+"""What a recipe that names no model gets, by the kind of model that its objective needs."""
+
+_IN_WORDS: Mapping[ModelKind, str] = {
+    "causal": "a causal language model",
+    "masked": "a masked language model",
+    "pairs": "a masked language model with a next-sentence head",
+    "seq2seq": "an encoder-decoder",
+    "detector": "a detector of replaced tokens",
+}
+_FAMILY_OF_PRESET = {"gpt": "llama"}
+
+
+def with_default_model(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A `pretrain` section with the preset for its objective where it names no model."""
+    model, goal = section.get("model", {}), OBJECTIVES.get(str(section.get("objective", "clm")))
+    if goal is None or not isinstance(model, Mapping) or any(model.get(way) is not None for way in WAYS):
+        return section
+    return {**section, "model": {**model, "preset": DEFAULT_PRESETS[goal.model]}}
+
+
+def family_of_preset(preset: str) -> str:
+    """The architecture of a preset: `gpt-mini` -> `llama`, `bert-base` -> `bert`."""
+    family = preset.rsplit("-", 1)[0]
+    return _FAMILY_OF_PRESET.get(family, family)
+
+
+def preset_of_family(architecture: str, size: str) -> str:
+    """The name of a family's preset: `llama`, `mini` -> `gpt-mini`."""
+    prefix = next(
+        (name for name, family in _FAMILY_OF_PRESET.items() if family == architecture), architecture
+    )
+    return f"{prefix}-{size}"
+
+
+def family_of_config(fields: Mapping[str, Any]) -> str:
+    """The architecture of a configuration: its `model_type`, llmkit's own by their names in a recipe."""
+    for name, own in OWN.items():
+        if own["model_type"] == fields.get("model_type") and own.get("cell", "lstm") == fields.get(
+            "cell", "lstm"
+        ):
+            return name
+    return str(fields.get("model_type"))
+
+
+def misfit(objective: str, architecture: str, kinds: tuple[ModelKind, ...]) -> tuple[str, str] | None:
+    """Why an architecture cannot learn an objective, and what would fit; None where it can.
+
+    Args:
+        objective: A registered objective.
+        architecture: Its name.
+        kinds: The kinds of model that it makes.
+    """
+    needed = OBJECTIVES[objective].model
+    if needed in kinds:
+        return None
+    made = " or ".join(_IN_WORDS[kind] for kind in kinds) or "none of them"
+    architectures = [name for name, has in KINDS.items() if needed in has and name != "ngram"]
+    objectives = [name for name, goal in OBJECTIVES.items() if goal.model in kinds]
+    hint = f"architectures that fit: {', '.join(architectures)}"
+    if objectives:
+        hint += f"; or with {architecture}: objective {', '.join(objectives)}"
+    return f"objective {objective} needs {_IN_WORDS[needed]}, and {architecture} is {made}", hint

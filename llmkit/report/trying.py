@@ -1,0 +1,24 @@
+"""What a person types to see what a model can do."""
+
+import shlex
+from collections.abc import Sequence
+
+from llmkit.registry import ModelKind
+
+GAP = "[MASK]"
+
+
+def try_command(kind: ModelKind, word: str, prompts: Sequence[str] = ()) -> str:
+    """The command for a model of this kind.
+
+    Args:
+        kind: What the model does.
+        word: The run or model folder.
+        prompts: The recipe's.
+    """
+    if kind == "detector":
+        return shlex.join(["llmkit", "eval", word])
+    if kind in ("masked", "pairs"):
+        text = next((prompt for prompt in prompts if GAP in prompt), f"the {GAP} of")
+        return shlex.join(["llmkit", "fill", word, text])
+    return shlex.join(["llmkit", "generate", word, *(prompts or ["Once"])[:1], "-n", "3"])

@@ -1,0 +1,51 @@
+"""`llmkit run` on a recipe with variants: each of them in turn, then all of them side by side."""
+
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+from llmkit.launch.world import detect_world
+from llmkit.recipe import Loaded
+from llmkit.report.comparison import as_table, write_comparison
+from llmkit.report.console import Reporter
+from llmkit.run.folders import Options, Result, report_of
+
+
+def run_variants(
+    loaded: Loaded,
+    options: Options,
+    reporter: Reporter,
+    run_one: Callable[[Loaded, Options, Reporter], Result],
+) -> Result:
+    """Do all that each variant holds, and compare what they came to; what is done already is not done again.
+
+    Args:
+        loaded: The recipe, with its variants.
+        options: As for every verb.
+        reporter: Told what happens.
+        run_one: What does a recipe without variants.
+    """
+    folder = options.runs / loaded.recipe.name
+    done: dict[str, Result] = {}
+    for number, (name, variant) in enumerate(loaded.variants.items(), start=1):
+        reporter.note(f"variant {number} of {len(loaded.variants)}: {name}")
+        done[name] = run_one(variant, options, reporter)
+    world = detect_world()
+    trained = {
+        name: result.folder / "pretrain" for name, result in done.items() if "pretrain" in result.summary
+    }
+    if not trained or (world is not None and world.rank != 0):
+        return Result(folder, {name: result.summary for name, result in done.items()}, "")
+    reports = {name: report_of(place) for name, place in trained.items()}
+    compared = write_comparison(folder, reports, command=options.command)
+    rows: list[dict[str, Any]] = compared["variants"]
+    best = trained[rows[0]["variant"]].parent
+    prompts = loaded.variants[rows[0]["variant"]].recipe.pretrain
+    prompt = (prompts.prompts if prompts else []) or ["Once"]
+    reporter.note(f"report: {folder / 'report.html'}")
+    return Result(
+        folder,
+        {"variants": rows, "report": str(folder / "report.html")},
+        shlex.join(["llmkit", "generate", str(best), prompt[0], "-n", "3"]),
+        table=as_table(rows),
+    )
