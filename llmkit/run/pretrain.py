@@ -28,7 +28,7 @@ from llmkit.plan.counted import is_counted
 from llmkit.recipe import Loaded, resolved_yaml
 from llmkit.recipe.objectives import RowLayout, other_sections
 from llmkit.recipe.resolved import without_secrets
-from llmkit.recipe.schema import tokenize_of
+from llmkit.recipe.schema import Pretrain, tokenize_of
 from llmkit.registry import goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
@@ -352,8 +352,6 @@ def _identity(
     if spec is not None and recipe.pretrain.tokenizer is None:
         made_by = spec.model_dump(mode="json", exclude={"data", "held_out"})
     named = {**_flat(settings, "pretrain"), **_flat(made_by, "tokenize")}
-    distil = recipe.pretrain.distil
-    taught = {"teacher": teacher_weights(distil.teacher)} if distil is not None else {}
     return {
         "seed": recipe.seed,
         **{key: loaded.expressions.get(key, value) for key, value in named.items()},
@@ -361,8 +359,20 @@ def _identity(
         "text": [[shard.name, shard.folder.name] for shard in shards],
         "weights": weights,
         "tokenizer": tokenizer,
-        **taught,
+        **_files_of(recipe.pretrain),
     }
+
+
+def _files_of(section: Pretrain) -> dict[str, str]:
+    """What lies in files that the section names beside the text: hashes by what they are."""
+    from llmkit.data.vectors import hash_of
+
+    found = {}
+    if section.distil is not None:
+        found["teacher"] = teacher_weights(section.distil.teacher)
+    if section.model.embeddings is not None:
+        found["word vectors"] = hash_of(Path(section.model.embeddings))
+    return found
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:

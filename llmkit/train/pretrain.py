@@ -51,6 +51,7 @@ from llmkit.train.prove import ROWS_LOOKED_AT, first_rows, self_check
 from llmkit.train.saving import Keep, Saver
 from llmkit.train.sharded import ShardedWriter, is_sharded, load_checkpoint
 from llmkit.train.state import TrainState, mix_seed
+from llmkit.train.vectors import begin_as_recipe_says
 
 T = TypeVar("T")
 _SAMPLING = 1 << 40  # keeps the seeds of samples apart from those of micro-batches
@@ -76,6 +77,8 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     accelerator = start_accelerator(plan)
     data = open_data(job)
     core = build_core(job, plan, data.tokenizer)
+    for line in begin_as_recipe_says(core.model, section.model.embeddings, data.tokenizer, job.shards):
+        reporter.note(line)
     plan = _with_attention(plan, core, accelerator, section)
     if plan.compile:
         core.compile(dynamic=False)
