@@ -70,7 +70,6 @@ OBJECTIVES: Mapping[str, Goal] = {
         sections=("nsp", "mlm"),
         tokens=BERT_ROLES,
         metrics=("loss", "perplexity", "accuracy", "pair_accuracy"),
-        positions=True,
         other=True,
     ),
     "electra": Goal(

@@ -82,8 +82,7 @@ class PairedMaskedLM:
         """Make a pair of a row, and hide tokens of it.
 
         Args:
-            row: `ids` [T-3], `positions`, `other` and `other_positions` of a row of another document (empty where there
-                is none), `seed`.
+            row: `ids` [T-3], `other` of a row of another document (empty where there is none), and `seed`.
         """
         draw = np.random.default_rng(int(row["seed"]))
         first, second, label = self._pair(row, draw)
@@ -100,8 +99,8 @@ class PairedMaskedLM:
 
     def _pair(self, row: Example, draw: np.random.Generator) -> tuple[Ints, Ints, int]:
         ids, other = row["ids"], row["other"]
-        cuts = self._cuts(ids, row["positions"])
-        starts = self._cuts(other, row["other_positions"])
+        cuts = self._cuts(ids)
+        starts = self._cuts(other)
         # Room for as much text behind a beginning of the other row as there is behind the cut.
         cuts = cuts[cuts >= starts.min(initial=len(ids)) + len(ids) - len(other)] if len(starts) else cuts[:0]
         if not len(cuts):
@@ -113,10 +112,10 @@ class PairedMaskedLM:
         start = int(draw.choice(starts[starts + length <= len(other)]))
         return ids[:cut], other[start : start + length], OTHER
 
-    def _cuts(self, ids: Ints, positions: Ints) -> Ints:
-        """Where a sentence begins that is not its document's first."""
+    def _cuts(self, ids: Ints) -> Ints:
+        """Where a sentence begins inside a document: what ends a document is no sentence's end itself."""
         ends = self._ends_sentence[ids]
-        return np.flatnonzero(ends[:-1] & ~ends[1:] & (positions[1:] > 0)) + 1
+        return np.flatnonzero(ends[:-1] & ~ends[1:]) + 1
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Stack rows to [B, T] for T the context: `input_ids`, `targets`, `token_type_ids`, `attention_mask`.

@@ -79,7 +79,7 @@ def make_plan(
         raise PlanError("the recipe has no `pretrain` section, so there is nothing to plan")
     wanted, context = recipe.pretrain, recipe.pretrain.model.context
     layout = layout_of(wanted)
-    _check_model(model, vocab_size, context)
+    _check_model(model, vocab_size, context, layout.decoder)
     num_rows = rows_of_data(data, layout, context)
     draft = _Draft(recipe.machine, hardware, _state_bytes(wanted), notes=list(hardware.notes))
     if recipe.machine.device == "auto":
@@ -146,11 +146,16 @@ def _state_bytes(wanted: Pretrain) -> float:
     return state_bytes_per_parameter(optim.name, optim.momentum, ema=wanted.train.ema is not None)
 
 
-def _check_model(model: ModelShape, vocab_size: int, context: int) -> None:
+def _check_model(model: ModelShape, vocab_size: int, context: int, decoder: int) -> None:
     if model.max_length is not None and context > model.max_length:
         raise PlanError(
             f"model.context is {context} tokens, but this model reads at most {model.max_length}",
             hint=f"pretrain.model.context={model.max_length}",
+        )
+    if model.max_length is not None and decoder > model.max_length:
+        raise PlanError(
+            f"the decoder writes up to {decoder} tokens a row, but this model at most {model.max_length}",
+            hint="take less out of the text (pretrain.span.ratio), or t5, which has no such limit",
         )
     if vocab_size > model.vocab_size:
         raise PlanError(

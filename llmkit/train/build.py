@@ -28,9 +28,11 @@ from llmkit.recipe.schema import Pretrain, Train
 from llmkit.registry import goal_of
 from llmkit.train.job import Job
 from llmkit.train.loop import MicroBatch, Schedule
+from llmkit.train.state import mix_seed
 from llmkit.train.teacher import load_teacher
 
 _RECORDS_A_RUN = 500
+_PARTS = 1 << 44  # keeps their seed apart from those of micro-batches
 _MOST_DESCRIBED = 4
 _DESCRIBED_TOKENS, _DESCRIBED_LETTERS = 48, 80
 
@@ -83,6 +85,7 @@ def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Loss
     if section.distil is not None:
         frozen["teacher"] = load_teacher(section.distil.teacher, kind, tokenizer)
         objective = Distilled(objective, frozen["teacher"], section.distil, kind)
+    torch.manual_seed(mix_seed(job.seed, _PARTS))  # a model that was loaded left torch's seed as it was
     parts = objective.parts(model) if isinstance(objective, HasParts) else {}
     return LossModule(
         model,

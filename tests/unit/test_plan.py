@@ -59,6 +59,22 @@ def plan_of(
     return make_plan(wanted, hardware, data, vocab_size=2048, model=model, **options)
 
 
+def test_a_decoder_that_would_write_more_than_it_can_is_refused() -> None:
+    """Three quarters taken out: 128 positions hold a text of 381 tokens, of which the decoder writes 286 and marks."""
+    section = {"objective": "span", "span": {"ratio": 0.75, "mean_length": 9}}
+    wanted = recipe(**section, model={"preset": "bart-tiny", "context": 128})
+    assert wanted.pretrain
+    with pytest.raises(
+        PlanError, match=r"writes up to \d+ tokens a row, but this model at most 128"
+    ) as caught:
+        plan_of(wanted, preset="bart-tiny")
+    assert "span.ratio" in caught.value.hint
+    for preset, ratio in (("t5-tiny", 0.75), ("bart-tiny", 0.15)):
+        section["span"] = {"ratio": ratio, "mean_length": 9}
+        fits = recipe(**section, model={"preset": preset, "context": 128})
+        assert plan_of(fits, preset=preset).num_steps == 100
+
+
 # --- the model's numbers ---
 
 

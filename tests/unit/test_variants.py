@@ -7,7 +7,9 @@ import pytest
 
 from llmkit.errors import RecipeError, UsageError
 from llmkit.recipe import Loaded, load_recipe, resolved_yaml, show_yaml
-from llmkit.run.folders import Options, run_folder
+from llmkit.report.console import make_reporter
+from llmkit.run import run_all
+from llmkit.run.folders import Options, report_of, run_folder
 from llmkit.run.planning import model_shape
 
 TEXT = """\
@@ -144,3 +146,27 @@ def test_the_shipped_baselines_are_of_one_size():
         (s.train.length, s.train.batch, s.model.context, s.held_out, str(s.data)) for s in sections.values()
     }
     assert len(same) == 1
+
+
+@pytest.mark.slow
+def test_the_shipped_baselines_run(tmp_path):
+    """All six, shrunk; the counted one keeps its kind, the networks theirs."""
+    words = ["machine.device=cpu", "machine.compile=false", "pretrain.train.length=4 steps"]
+    loaded = load_recipe("baselines", overrides=words, smoke=True)
+    result = run_all(loaded, Options(tmp_path / "runs", quiet=True), make_reporter(quiet=True))
+    rows = result.summary["variants"]
+    assert {row["variant"] for row in rows} == set(load_recipe("baselines").variants)
+    assert all(row["status"] == "done" and row["bits_per_byte"] > 0 for row in rows)
+    kinds = {
+        row["variant"]: report_of(result.folder / row["variant"] / "pretrain")["model"]["model_type"]
+        for row in rows
+    }
+    assert kinds == {
+        "ngram": "llmkit-ngram",
+        "rnn": "llmkit-recurrent",
+        "lstm": "llmkit-recurrent",
+        "gru": "llmkit-recurrent",
+        "cnn": "llmkit-cnn",
+        "transformer": "llama",
+    }
+    assert (result.folder / "report.html").is_file()
