@@ -5,6 +5,7 @@ its Auto classes, and adds ours right then. Where they are loaded already, ours 
 """
 
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -59,17 +60,27 @@ class _Hook(MetaPathFinder):
 
     def __init__(self, waiting: Mapping[str, Callable[[ModuleType], None]]) -> None:
         self.waiting = dict(waiting)
+        self.searching = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        act = self.waiting.pop(fullname, None)  # popped, so that the search below does not come here again
-        if act is None:
+        if fullname not in self.waiting or getattr(self.searching, "name", None) == fullname:
             return None
-        spec = next((s for f in sys.meta_path if (s := f.find_spec(fullname, path, target))), None)
+        self.searching.name = fullname  # so that the search below does not come here again
+        try:
+            spec = next((s for f in sys.meta_path if (s := f.find_spec(fullname, path, target))), None)
+        finally:
+            self.searching.name = None
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, act)
+            spec.loader = _Then(spec.loader, self._act)
         return spec
+
+    def _act(self, module: ModuleType) -> None:
+        # Only now: a module that was found need not be run, as when `importlib.util.find_spec` asks for it.
+        act = self.waiting.pop(module.__name__, None)
+        if act is not None:
+            act(module)
 
 
 class _Then(Loader):

@@ -33,6 +33,7 @@ class Goal:
         tokens: Special tokens that it needs; a tokenizer that the recipe learns gets them.
         metrics: What an evaluation of it measures.
         learns_end: Whether the ends of documents are among its targets.
+        end: A special token of its own that ends what the model writes, besides the end of text.
         isolates: Whether documents that share a row can be kept apart.
         positions: Whether its rows say where documents begin, isolated or not.
         other: Whether its rows come with text of another document.
@@ -44,6 +45,7 @@ class Goal:
     tokens: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ("loss", "perplexity")
     learns_end: bool = False
+    end: str = ""
     isolates: bool = False
     positions: bool = False
     other: bool = False
@@ -89,7 +91,11 @@ OBJECTIVES: Mapping[str, Goal] = {
         positions=True,
     ),
     "infill": Goal(
-        "llmkit.objectives.infill:build", "causal", sections=("infill",), tokens=(*SENTINELS, "<|eop|>")
+        "llmkit.objectives.infill:build",
+        "causal",
+        sections=("infill",),
+        tokens=(*SENTINELS, "<|eop|>"),
+        end="<|eop|>",
     ),
     "fim": Goal(
         "llmkit.objectives.fim:build",

@@ -125,9 +125,6 @@ class Text:
     def document_starts(self, start: int, stop: int) -> Any:
         return self.starts[(self.starts >= start) & (self.starts < stop)]
 
-    def num_documents_before(self, position: int) -> int:
-        return int(np.searchsorted(self.starts, position))
-
 
 def rows(objective: str, count: int, context: int = CONTEXT, *, seed: int = 7) -> list[Any]:
     """The rows that a run of the objective takes first."""

@@ -21,8 +21,6 @@ Row = dict[str, Ints]
 ids of a row that shares no document with it; and from the loader `seed`, a scalar: all that is random about the row
 follows from it."""
 
-_TRIES = 64
-
 
 class Stream(Protocol):
     """What `Rows` needs of a token stream; `shards.TokenStream` is one."""
@@ -40,9 +38,6 @@ class Stream(Protocol):
 
     def document_starts(self, start: int, stop: int) -> Ints:
         """The positions in [start, stop) at which documents begin, sorted."""
-
-    def num_documents_before(self, position: int) -> int:
-        """How many documents begin before a position."""
 
 
 class Rows:
@@ -137,22 +132,26 @@ class Rows:
         return found
 
     def find_other(self, source: int, row: int, seed: int) -> Row | None:
-        """The same; None where none was found."""
-        draw = np.random.default_rng(seed)
-        start, stop = self._span(source, row)
-        documents = self._documents(source, start, stop)
-        for _ in range(_TRIES):
-            (other,), (there,) = self.locate([int(draw.integers(len(self)))])
-            found = self._documents(int(other), *self._span(int(other), int(there)))
-            if other != source or found[0] > documents[1] or found[1] < documents[0]:
-                return self._read(int(other), int(there), isolate=True)
-        return None
+        """The same; None where there is none."""
+        first, last = self._near(source, row)
+        elsewhere = len(self) - (last - first)
+        if not elsewhere:
+            return None
+        drawn = int(np.random.default_rng(seed).integers(elsewhere))
+        begins = sum(self.sizes[:source]) + first
+        (other,), (there,) = self.locate([drawn if drawn < begins else drawn + last - first])
+        return self._read(int(other), int(there), isolate=True)
 
-    def _documents(self, source: int, start: int, stop: int) -> tuple[int, int]:
-        """The number of the first and of the last document with tokens in [start, stop)."""
+    def _near(self, source: int, row: int) -> tuple[int, int]:
+        """The rows [first, last) of the same source that share a document with this one, itself among them."""
+        start, stop = self._span(source, row)
         stream = self.streams[source]
-        before = stream.num_documents_before
-        return before(start + 1) - 1, before(stop) - 1
+        before, after = stream.document_starts(0, start + 1), stream.document_starts(stop, stream.num_tokens)
+        begins = int(before[-1]) if len(before) else 0
+        ends = int(after[0]) if len(after) else stream.num_tokens
+        # A row that only reaches into these documents by its overlap sees them, too.
+        first = max(0, (begins - self.overlap) // self.stride)
+        return first, min(self.sizes[source], -(-ends // self.stride))
 
 
 def _restarting_positions(starts: Ints, length: int) -> Ints:

@@ -148,10 +148,6 @@ class TokenStream:
         first, last = np.searchsorted(self._starts, [start, stop])
         return np.asarray(self._starts[first:last])
 
-    def num_documents_before(self, position: int) -> int:
-        """How many documents begin before a position."""
-        return int(np.searchsorted(self._starts, position))
-
     def document_lengths(self) -> Ints:
         """The tokens of each document, its end of text included."""
         return np.diff(self._starts, append=self.num_tokens)

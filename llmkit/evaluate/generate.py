@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmkit.models.attention import kernels_of
 from llmkit.models.build import max_length, set_attention
 from llmkit.recipe.schema import Sampling
+from llmkit.registry import SENTINELS
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,12 @@ def _generate_batch(
         max_new_tokens=num_new,
         use_cache=True,  # whatever the configuration says: without it generation is eight times slower
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_ends(model, tokenizer),
         **_draw(sampling),
     )
     rows = output[:, width:].tolist()
     return [
-        _continuation(tokenizer, prompt, row, cut=len(ids) - len(kept))
+        _continuation(model, tokenizer, prompt, row, cut=len(ids) - len(kept))
         for prompt, row, ids, kept in zip(prompts, rows, encoded, fitting, strict=True)
     ]
 
@@ -133,12 +134,12 @@ def _answer_batch(
         max_new_tokens=min(sampling.max_new_tokens, limit - 1),
         use_cache=True,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_ends(model, tokenizer),
         **_draw(sampling),
     )
     rows = output[:, 1:].tolist()  # without the start token
     return [
-        _continuation(tokenizer, prompt, row, cut=len(ids) - len(kept))
+        _continuation(model, tokenizer, prompt, row, cut=len(ids) - len(kept))
         for prompt, row, ids, kept in zip(prompts, rows, encoded, fitting, strict=True)
     ]
 
@@ -156,11 +157,27 @@ def _draw(sampling: Sampling) -> dict[str, Any]:
     }
 
 
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end what the model writes: the end of text, and others that its own configuration names."""
+    own = model.generation_config.eos_token_id
+    named = own if isinstance(own, list) else [own]
+    return sorted({number for number in (*named, tokenizer.eos_token_id) if number is not None})
+
+
 def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, row: list[int], *, cut: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, row: list[int], *, cut: int
 ) -> Continuation:
-    finished = tokenizer.eos_token_id in row
-    if finished:
-        row = row[: row.index(tokenizer.eos_token_id) + 1]
-    text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Continuation(prompt, text, num_tokens=len(row), finished=finished, prompt_cut=cut)
+    ends = set(_ends(model, tokenizer))
+    stop = next((place + 1 for place, number in enumerate(row) if number in ends), None)
+    row = row[:stop]
+    # Marks of gaps say what belongs where; other special tokens are no text.
+    marks = {
+        tokenizer.convert_tokens_to_ids(mark) for mark in SENTINELS if mark in tokenizer.get_added_vocab()
+    }
+    special = set(tokenizer.all_special_ids) - marks
+    text = tokenizer.decode(
+        [number for number in row if number not in special],
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+    )
+    return Continuation(prompt, text, num_tokens=len(row), finished=stop is not None, prompt_cut=cut)

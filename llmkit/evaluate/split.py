@@ -41,7 +41,11 @@ def sum_over(
     finally:
         core.train(training)
     # A process may have had no batch at all; it still takes part, with zeros for every sum the objective has.
-    names = sorted({"total", TARGETS, *core.objective.sums, *sums})
+    names = sorted({"total", TARGETS, *core.objective.sums})
+    unnamed = sorted(set(sums) - set(names))
+    assert not unnamed, (
+        f"{type(core.objective).__name__}.sums lacks {unnamed}"
+    )  # else the processes would not meet
     values = torch.stack([sums.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
     return dict(zip(names, reduce(values).tolist(), strict=True))
 

@@ -1,9 +1,11 @@
 """From the recipe's `model` block to a `transformers` model of the objective's kind, seeded and checked."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,12 +25,17 @@ from llmkit.errors import MissingError, UsageError
 from llmkit.models.trust import check_trust
 from llmkit.plan import model_fields
 from llmkit.plan.shape_encoders import unused_positions
-from llmkit.recipe.architectures import OWN
+from llmkit.recipe.architectures import OWN, kind_of_config
 from llmkit.recipe.schema import Model
 from llmkit.registry import ModelKind, nearest
 
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DROPOUT_MARKS = ("dropout", "pdrop")
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_FRAME = ("cls_token_id", "sep_token_id", "mask_token_id")
+_SPARE_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)\.")
+"""Tensors of heads for whole texts and pairs of them, which a model that only fills gaps does without."""
+_left_out: WeakKeyDictionary[PreTrainedModel, tuple[str, ...]] = WeakKeyDictionary()
 _AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Model types whose positions are counted from the padding token's id on."""
 
@@ -53,7 +60,8 @@ def build_model(
         spec: The recipe's `model` block.
         kind: What the objective needs.
         vocab_size: Entries of the tokenizer; a new model has as many embeddings.
-        special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for the configuration.
+        special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for the configuration, and for one that has
+            them `cls_token_id`, `sep_token_id` and `mask_token_id`.
         seed: The recipe's seed.
 
     Raises:
@@ -68,7 +76,8 @@ def build_model(
         model = new_model(config, kind)
     if kind in ("causal", "seq2seq"):
         start = getattr(model.config, "decoder_start_token_id", None)
-        model.generation_config = GenerationConfig(**special_ids, decoder_start_token_id=start)
+        ends = {name: number for name, number in special_ids.items() if name in _ENDS}
+        model.generation_config = GenerationConfig(**ends, decoder_start_token_id=start)
     model.train()  # what is loaded comes in evaluation mode
     return model
 
@@ -93,7 +102,8 @@ def make_config(spec: Model, *, vocab_size: int, special_ids: Mapping[str, int])
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str):
         raise UsageError("model.config: `model_type` is missing", hint="for example `model_type: llama`")
-    config = _config_of(model_type, {"vocab_size": vocab_size, **special_ids, **fields})
+    ends = {name: number for name, number in special_ids.items() if name in _ENDS}
+    config = _config_of(model_type, {"vocab_size": vocab_size, **ends, **fields})
     _check_fields(config, fields)
     _set_length(config, spec.context, pinned=fields)
     if config.vocab_size < vocab_size:
@@ -101,6 +111,7 @@ def make_config(spec: Model, *, vocab_size: int, special_ids: Mapping[str, int])
             f"model.config.vocab_size is {config.vocab_size:,}, but the tokenizer has {vocab_size:,} entries",
             hint="leave `vocab_size` out: it follows the tokenizer",
         )
+    _set_tokens(config, special_ids, pinned=fields)
     if config.is_encoder_decoder and "decoder_start_token_id" not in fields:
         # T5 begins with padding, BART with the end of text.
         start = "pad_token_id" if config.model_type != "bart" else "eos_token_id"
@@ -181,6 +192,19 @@ def _set_length(config: PretrainedConfig, context: int, *, pinned: Mapping[str, 
         )
 
 
+def _set_tokens(config: PretrainedConfig, ids: Mapping[str, int], *, pinned: Mapping[str, Any]) -> None:
+    """The tokenizer's `[CLS]` and the like, where a configuration has them; never an id outside the vocabulary."""
+    for name in (*_ENDS, *_FRAME):
+        if not hasattr(config, name) or name in pinned:
+            continue
+        if name in ids:
+            setattr(config, name, ids[name])
+        else:
+            default = getattr(config, name)
+            if isinstance(default, int) and default >= config.vocab_size:
+                setattr(config, name, None)  # that of another vocabulary
+
+
 def _unused(config: PretrainedConfig) -> int:
     """Entries at the beginning of the position table that no token has."""
     return unused_positions(config.pad_token_id) if config.model_type in _AFTER_PADDING else 0
@@ -220,15 +244,7 @@ def kind_of(name: str) -> ModelKind:
     Raises:
         OSError: There is no such model.
     """
-    fields = PretrainedConfig.get_config_dict(name)[0]
-    architecture = (fields.get("architectures") or [""])[0]
-    if fields.get("is_encoder_decoder"):
-        return "seq2seq"
-    if "ForMaskedLM" in architecture:
-        return "masked"
-    if "ForPreTraining" in architecture:
-        return "detector" if fields.get("model_type") == "electra" else "pairs"
-    return "causal"
+    return kind_of_config(PretrainedConfig.get_config_dict(name)[0])
 
 
 def load_weights(name: str, kind: ModelKind, *, trusted: bool) -> PreTrainedModel:
@@ -255,25 +271,35 @@ def load_weights(name: str, kind: ModelKind, *, trusted: bool) -> PreTrainedMode
         weights_only=True,
         local_files_only=Path(name).exists(),
     )
-    check_loaded(name, info)
+    _left_out[model] = check_loaded(name, info)
     return model
 
 
-def check_loaded(name: str, info: Mapping[str, Any]) -> None:
+def left_out(model: PreTrainedModel) -> tuple[str, ...]:
+    """The tensors that stand beside a loaded model's own and were not taken: those of heads that it does without."""
+    return _left_out.get(model, ())
+
+
+def check_loaded(name: str, info: Mapping[str, Any]) -> tuple[str, ...]:
     """Refuse weights that do not belong to the configuration: a missing tensor would be random in silence.
 
     Args:
         name: The model, for the message.
         info: What `from_pretrained(..., output_loading_info=True)` says.
 
+    Returns:
+        Tensors that were left out: a pooler, or a head for pairs of texts, that this kind of model does without.
+
     Raises:
         UsageError: Tensors are missing, left over or of another shape.
     """
+    spare = tuple(sorted(key for key in info.get("unexpected_keys", ()) if _SPARE_HEADS.search(key)))
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = sorted(map(str, info.get(kind, ())))
+        keys = sorted({*map(str, info.get(kind, ()))} - {*(spare if kind == "unexpected_keys" else ())})
         if keys:
             listed = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise UsageError(
                 f"{name}: {kind.replace('_', ' ')} when loading the weights: {listed}",
                 hint="the weights do not belong to this configuration",
             )
+    return spare

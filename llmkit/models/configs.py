@@ -19,7 +19,8 @@ class RecurrentConfig(PretrainedConfig):
         embedding_size: Width of the embedding; None: `hidden_size`. Where it differs and the output layer is the
             embedding, a linear layer leads from the cells to it.
         dropout: Probability on the embedding, between layers and before the output layer.
-        initializer_range: Standard deviation of the embedding and output weights.
+        initializer_range: Standard deviation of the embedding and output weights. Large beside a transformer's: there
+            is no norm in between, and cells that begin with tiny inputs take long to learn anything.
     """
 
     model_type = "llmkit-recurrent"
@@ -30,7 +31,7 @@ class RecurrentConfig(PretrainedConfig):
     embedding_size: int | None = None
     num_hidden_layers: int = 2
     dropout: float = 0.0
-    initializer_range: float = 0.05
+    initializer_range: float = 0.3
     tie_word_embeddings: bool = True
     use_cache: bool = True
     bos_token_id: int | None = None

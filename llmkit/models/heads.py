@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # loader workers import objectives, which import this, and tr
 _OWN_LOGITS = "llmkit_own_logits"
 _TOLERANCE = 1e-3
 _LOOKED_AT = 24
+_LARGE = 1000.0
 
 _BEFORE_THE_HEAD: Mapping[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "bert": lambda model, hidden: model.cls.predictions.transform(hidden),
@@ -229,26 +230,49 @@ def _has_linear_head(model: "PreTrainedModel") -> bool:
 
 @torch.no_grad()
 def _agrees_with_own(model: "PreTrainedModel", kind: str) -> bool:
-    """Whether the chunked way gives the model's own logits, to rounding, on a few tokens."""
+    """Whether the chunked way gives the model's own logits, to rounding, on a few tokens.
+
+    A new model's logits are small, and what caps large ones hardly touches them: so it is asked again with an output
+    layer that gives numbers as large as a trained model's and larger.
+    """
     size = model.get_input_embeddings().weight.shape[0]
     ids_1T = ((torch.arange(_LOOKED_AT) * 7 + 3) % size).unsqueeze(0).to(model.device)
+    head = model.get_output_embeddings()
     with _evaluating(model):
-        if kind == "seq2seq":
-            own = model(
-                input_ids=ids_1T, decoder_input_ids=_shifted(ids_1T, model.config), use_cache=False
-            ).logits
-            ours = seq2seq_scores(model, ids_1T, ids_1T)
-        elif kind == "causal":
-            own = model(input_ids=ids_1T, use_cache=False).logits
-            ours = causal_scores(model, ids_1T)
-        else:
-            output = model(input_ids=ids_1T)
-            own = output.logits if "logits" in output else output.prediction_logits
-            ours, _ = masked_scores(model, input_ids=ids_1T)
-        logits_NV = ours.logits()
-    if logits_NV.shape != own[0].shape:
+        ours = _scores_on(model, kind, ids_1T)
+        ours_NV = ours.logits()
+        direct_NV = functional.linear(ours.features_NH, head.weight, head.bias)
+        factor = _LARGE / float(direct_NV.abs().max().clamp(min=1e-6))
+        own_NV = _own_logits(model, kind, ids_1T)
+        hook = head.register_forward_hook(lambda _, __, logits: logits * factor)
+        try:
+            own_large_NV = _own_logits(model, kind, ids_1T)
+        finally:
+            hook.remove()
+    return _close(ours_NV, own_NV) and _close(ours_NV + (factor - 1) * direct_NV, own_large_NV)
+
+
+def _scores_on(model: "PreTrainedModel", kind: str, ids_1T: torch.Tensor) -> Scores:
+    if kind == "seq2seq":
+        return seq2seq_scores(model, ids_1T, ids_1T)
+    if kind == "causal":
+        return causal_scores(model, ids_1T)
+    return masked_scores(model, input_ids=ids_1T)[0]
+
+
+def _own_logits(model: "PreTrainedModel", kind: str, ids_1T: torch.Tensor) -> torch.Tensor:
+    more: dict[str, Any] = {} if kind in ("masked", "pairs") else {"use_cache": False}
+    if kind == "seq2seq":
+        more["decoder_input_ids"] = _shifted(ids_1T, model.config)
+    output = model(input_ids=ids_1T, **more)
+    logits_1TV: torch.Tensor = output.logits if "logits" in output else output.prediction_logits
+    return logits_1TV[0]
+
+
+def _close(ours_NV: torch.Tensor, own_NV: torch.Tensor) -> bool:
+    if ours_NV.shape != own_NV.shape:
         return False
-    distance = (logits_NV - own[0]).abs().max() / own.abs().max().clamp(min=1.0)
+    distance = (ours_NV - own_NV).abs().max() / own_NV.abs().max().clamp(min=1.0)
     return bool(distance <= _TOLERANCE)
 
 

@@ -47,12 +47,12 @@ class Distilled:
         self, base: Objective, teacher: "PreTrainedModel", settings: Distil, kind: ModelKind
     ) -> None:
         self.base = base
-        self.sums = base.sums
         self._teacher = [teacher]  # in a list, for an objective is copied to loader processes without it
         self._settings = settings
         self._projections: nn.ModuleList | None = None
         self._everywhere = kind in ("masked", "pairs", "detector")
         self._by_layers = bool(settings.hidden or settings.attention)
+        self.sums: Sequence[str] = (*base.sums, STATES) if self._by_layers else tuple(base.sums)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_teacher": [], "_projections": None}
@@ -109,7 +109,11 @@ class Distilled:
 
         pairs = self._pairs(model) if self._by_layers else []
         with torch.no_grad(), listening([theirs for _, theirs in pairs]) as their_states:
+            # By its own mark alone the teacher is training: its layers are not, but an objective counts what an
+            # evaluation reports only where the model says that it is evaluated, and here no one reads that.
+            teacher.training = True
             self.base.loss(teacher, batch, remember)
+            teacher.training = False
         with listening([mine for mine, _ in pairs]) as my_states:
             loss = self.base.loss(model, batch, compare)
         if not self._by_layers:
@@ -123,7 +127,7 @@ class Distilled:
         if self._settings.layers == "last":
             return [(mine[-1], theirs[-1])]
         return [
-            (block, theirs[round((place + 1) * len(theirs) / len(mine)) - 1])
+            (block, theirs[max(1, round((place + 1) * len(theirs) / len(mine))) - 1])
             for place, block in enumerate(mine)
         ]
 
@@ -167,9 +171,16 @@ def _divergence(mine: Scores, theirs: Scores, targets_N: torch.Tensor, settings:
 
 
 def _divergence_of(mine: Scores, theirs: Scores, index_C: torch.Tensor, settings: Distil) -> torch.Tensor:
-    ours_CV = functional.log_softmax(mine.logits(index_C).float() / settings.temperature, dim=1)
+    ours_CV = mine.logits(index_C).float()
     with torch.no_grad():
-        taught_CV = functional.log_softmax(theirs.logits(index_C).float() / settings.temperature, dim=1)
+        taught_CV = theirs.logits(index_C).float()
+    size = min(
+        ours_CV.shape[1], taught_CV.shape[1]
+    )  # beyond the vocabulary both there may be rows of padding
+    ours_CV, taught_CV = (
+        functional.log_softmax(logits_CV[:, :size] / settings.temperature, dim=1)
+        for logits_CV in (ours_CV, taught_CV)
+    )
     first_CV, second_CV = (taught_CV, ours_CV) if settings.direction == "forward" else (ours_CV, taught_CV)
     return (first_CV.exp() * (first_CV - second_CV)).sum() * settings.temperature**2
 

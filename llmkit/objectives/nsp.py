@@ -67,6 +67,7 @@ class PairedMaskedLM:
     def __init__(self, vocabulary: Vocabulary, masking: Masking, other_ratio: float, width: int) -> None:
         self._masking = masking
         self._ends_sentence = ends_sentence(vocabulary)
+        self._is_special = vocabulary.is_special
         self._other_ratio = other_ratio
         self._width = width
         self._cls = np.array([vocabulary.role("cls_token")])
@@ -113,9 +114,9 @@ class PairedMaskedLM:
         return ids[:cut], other[start : start + length], OTHER
 
     def _cuts(self, ids: Ints) -> Ints:
-        """Where a sentence begins inside a document: what ends a document is no sentence's end itself."""
+        """Where a sentence begins inside a document: neither the mark of a document's end nor what follows it."""
         ends = self._ends_sentence[ids]
-        return np.flatnonzero(ends[:-1] & ~ends[1:]) + 1
+        return np.flatnonzero(ends[:-1] & ~ends[1:] & ~self._is_special[ids[1:]]) + 1
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Stack rows to [B, T] for T the context: `input_ids`, `targets`, `token_type_ids`, `attention_mask`.

@@ -39,16 +39,17 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     Afterwards they are as before, to the last bit. Where nothing is averaged, or nothing was updated yet, nothing
     happens.
     """
-    averages = list(_averages(optimizer))
-    before = [p.detach().clone() for p, _ in averages]
-    with torch.no_grad():
-        for p, average in averages:
-            p.copy_(average)
+    before: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
     try:
+        with torch.no_grad():
+            # One after the other: beside the weights as they were, no second copy of all of them is ever in memory.
+            for p, average in _averages(optimizer):
+                before.append((p, p.detach().clone()))
+                p.copy_(average)
         yield
     finally:
         with torch.no_grad():
-            for (p, _), value in zip(averages, before, strict=True):
+            for p, value in before:
                 p.copy_(value)
 
 

@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llmkit.errors import UsageError
 from llmkit.recipe.schema import Group, Optim
 
 _NEAR_NAMES = 5
+_RATES = ("A_log", "D", "dt_bias")
+"""What state-space models call the rates by which their states decay and are read: shaped like a matrix in some, and
+exponents or step sizes in all of them."""
+_SPARED_MARK = "_no_weight_decay"
+"""What models set on parameters that must not decay."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +29,21 @@ class _Parameter:
     names: tuple[str, ...]
     is_embedding: bool
     is_hidden: bool
+    is_spared: bool
+    is_transposed: bool
 
     @property
     def decays(self) -> bool:
-        """Matrices decay; norms, biases and embeddings do not."""
-        return self.value.ndim >= 2 and not self.is_embedding
+        """Matrices decay; norms, biases, embeddings and what the model spares do not."""
+        return self.value.ndim >= 2 and not self.is_embedding and not self.is_spared
 
 
 def parameter_groups(model: nn.Module, spec: Optim, *, l1: float = 0.0) -> list[dict[str, Any]]:
     """Trainable parameters in groups of one treatment each: `params`, `weight_decay`, `lr_ratio`, `l1`, `muon`.
 
-    Matrices decay; norms, biases and embeddings do not. An embedding tied to the output head counts as an
-    embedding. The first entry of `optim.groups` that matches a parameter rules over it; what the entry leaves open
+    Matrices decay; norms, biases and embeddings do not, nor what a state-space model decays its state by. An embedding
+    tied to the output head counts as an embedding. Muon's matrices that are stored as inputs by outputs (GPT-2's) are
+    `transposed`. The first entry of `optim.groups` that matches a parameter rules over it; what the entry leaves open
     is as for all.
 
     Args:
@@ -48,17 +57,18 @@ def parameter_groups(model: nn.Module, spec: Optim, *, l1: float = 0.0) -> list[
     parameters = list(_parameters_of(model))
     entry_of = {id(p.value): _entry_of(p, spec.groups) for p in parameters}
     _check_all_used(spec.groups, set(entry_of.values()), parameters)
-    groups: dict[tuple[int | None, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int | None, bool, bool, bool], list[nn.Parameter]] = {}
     for number in (None, *range(len(spec.groups))):
         for decays in (True, False):  # two groups at least, in this order, where nothing else is asked for
-            for muon in (True, False):
-                groups[number, decays, muon] = []
+            for muon, transposed in ((True, False), (True, True), (False, False)):
+                groups[number, decays, muon, transposed] = []
     for p in parameters:
         muon = spec.name == "muon" and p.is_hidden
-        groups[entry_of[id(p.value)], p.decays, muon].append(p.value)
+        groups[entry_of[id(p.value)], p.decays, muon, muon and p.is_transposed].append(p.value)
     return [
         _group(params, spec, spec.groups[number] if number is not None else None, decays, muon, l1)
-        for (number, decays, muon), params in groups.items()
+        | ({"transposed": True} if transposed else {})
+        for (number, decays, muon, transposed), params in groups.items()
         if params
     ]
 
@@ -112,6 +122,7 @@ def _described(group: dict[str, Any]) -> str:
 
 def _parameters_of(model: nn.Module) -> Iterator[_Parameter]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    transposed = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
     heads = _heads(model)
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -119,8 +130,9 @@ def _parameters_of(model: nn.Module) -> Iterator[_Parameter]:
     for p in model.parameters():
         if p.requires_grad:
             is_embedding = id(p) in embeddings
-            hidden = p.ndim == 2 and not is_embedding and id(p) not in heads
-            yield _Parameter(p, tuple(names[id(p)]), is_embedding, hidden)
+            spared = getattr(p, _SPARED_MARK, False) or names[id(p)][0].rsplit(".", 1)[-1] in _RATES
+            hidden = p.ndim == 2 and not is_embedding and not spared and id(p) not in heads
+            yield _Parameter(p, tuple(names[id(p)]), is_embedding, hidden, bool(spared), id(p) in transposed)
 
 
 def _heads(model: nn.Module) -> set[int]:

@@ -11,8 +11,9 @@ import torch
 from llmkit.optim.each import State
 
 ORTHOGONALISED_IN = {"cpu": torch.float32}
-"""The type that Muon's matrix products are in, by device, where it is not bfloat16 as published: processors without
-bfloat16 units are five to ten times slower in it."""
+"""The type that Muon's matrix products are in, by device, where it is not bfloat16 as published: without bfloat16
+units, a processor is about five times faster in float32 (measured: 5.0 to 5.7 times, one core with AVX-512, matrices of
+128 to 768)."""
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _QUINTIC_STEPS = 5
@@ -40,7 +41,7 @@ def muon(p: torch.Tensor, grad: torch.Tensor, state: State, group: dict[str, Any
     """Move a matrix along its momentum, all of whose singular values are first made about 1.
 
     `muon_scale` says how far: `rms` as far as AdamW goes, `original` by the root of rows over columns where there are
-    more rows.
+    more rows. Rows are outputs, as torch's linear layers have them; a group that says `transposed` has them as columns.
 
     **Source**: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; `rms`: Liu et al., "Muon
     is Scalable for LLM Training", 2025, section 2.2.
@@ -49,7 +50,7 @@ def muon(p: torch.Tensor, grad: torch.Tensor, state: State, group: dict[str, Any
         state["momentum_buffer"] = torch.zeros_like(p)
     momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
     direction = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-    rows, columns = p.shape
+    rows, columns = reversed(p.shape) if group.get("transposed") else p.shape
     by_rms = group["muon_scale"] == "rms"
     scale = 0.2 * math.sqrt(max(rows, columns)) if by_rms else math.sqrt(max(1.0, rows / columns))
     p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -3,7 +3,7 @@
 from llmkit.plan.batch import PlanError, rows_of_batch
 from llmkit.plan.describe import describe
 from llmkit.plan.estimate import Memory, flops_per_token, training_memory
-from llmkit.plan.families import shape_of_config, shape_of_preset, with_lengths
+from llmkit.plan.families import counts_from_padding, shape_of_config, shape_of_preset, with_lengths
 from llmkit.plan.fit import check_fit, check_vectors, known_kinds
 from llmkit.plan.make import make_plan
 from llmkit.plan.plan import DataFacts, Plan, SourceFacts
@@ -22,6 +22,7 @@ __all__ = [
     "architecture_fields",
     "check_fit",
     "check_vectors",
+    "counts_from_padding",
     "describe",
     "flops_per_token",
     "known_kinds",

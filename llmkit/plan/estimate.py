@@ -104,6 +104,9 @@ def training_memory(
 ) -> Memory:
     """Memory of training at this micro-batch.
 
+    An evaluation needs no more: the weights that an average (`train.ema`, schedule-free) replaces for that time are put
+    aside in 4 bytes each, as many as the gradients take, which are free by then.
+
     Args:
         model: The model.
         context: Tokens a row.

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmkit.plan.consistent import check_consistent
 from llmkit.plan.fit import known_kinds
-from llmkit.plan.presets import preset_fields
+from llmkit.plan.presets import ALIASES, preset_fields
 from llmkit.plan.shape import ModelShape
 from llmkit.plan.shape_decoders import gpt2_shape, llama_like_shape, llama_shape, mamba2_shape, qwen3_shape
 from llmkit.plan.shape_encoder_decoders import bart_shape, t5_shape
@@ -89,6 +90,7 @@ _MAMBA2: Fields = {
     "hidden_size": 4096,
     "num_hidden_layers": 64,
     "num_heads": 128,
+    "head_dim": 64,
     "state_size": 128,
     "expand": 2,
     "conv_kernel": 4,
@@ -161,12 +163,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(
         gpt2_shape,
         _GPT2,
-        aliases={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "max_position_embeddings": "n_positions",
-        },
+        aliases=ALIASES["gpt2"],
         uncounted=("add_cross_attention",),
         length_field="n_positions",
     ),
@@ -178,22 +175,13 @@ FAMILIES: Mapping[str, Family] = {
     "t5": Family(
         t5_shape,
         _T5,
-        aliases={
-            "hidden_size": "d_model",
-            "num_attention_heads": "num_heads",
-            "num_hidden_layers": "num_layers",
-            "head_dim": "d_kv",
-        },
+        aliases=ALIASES["t5"],
         length_field=None,
     ),
     "bart": Family(
         bart_shape,
         _BART,
-        aliases={
-            "num_attention_heads": "encoder_attention_heads",
-            "hidden_size": "d_model",
-            "num_hidden_layers": "encoder_layers",
-        },
+        aliases=ALIASES["bart"],
     ),
     "llmkit-recurrent": Family(recurrent_shape, RECURRENT_DEFAULTS, length_field=None),
     "llmkit-cnn": Family(convolution_shape, CONVOLUTION_DEFAULTS, length_field=None),
@@ -219,15 +207,32 @@ def shape_of_preset(preset: str, vocab_size: int, context: int, kind: ModelKind 
     return shape
 
 
-def with_lengths(fields: Mapping[str, Any], vocab_size: int, context: int) -> dict[str, Any]:
-    """A configuration for a vocabulary and rows of `context`, as a new model is built; what it says itself stays."""
+def with_lengths(
+    fields: Mapping[str, Any], vocab_size: int, context: int, *, pad_token_id: int | None = None
+) -> dict[str, Any]:
+    """A configuration for a vocabulary and rows of `context`, as a new model is built; what it says itself stays.
+
+    Args:
+        fields: The configuration.
+        vocab_size: Entries of the tokenizer.
+        context: Tokens of a row.
+        pad_token_id: Of the tokenizer, where it has one: some count positions from it on.
+    """
     family = FAMILIES.get(str(fields.get("model_type")))
     added: dict[str, Any] = {"vocab_size": vocab_size}
+    if pad_token_id is not None:
+        fields = {"pad_token_id": pad_token_id, **fields}
     if family is None:
         added["max_position_embeddings"] = context
     elif family.length_field is not None:
         added[family.length_field] = context + family.positions_before(fields)
     return {**added, **fields}
+
+
+def counts_from_padding(fields: Mapping[str, Any]) -> bool:
+    """Whether a model counts its positions from the padding token's id on."""
+    family = FAMILIES.get(str(fields.get("model_type")))
+    return family is not None and family.unused_positions
 
 
 def shape_of_config(config: Mapping[str, Any], kind: ModelKind | None = None) -> ModelShape | None:
@@ -240,6 +245,9 @@ def shape_of_config(config: Mapping[str, Any], kind: ModelKind | None = None) ->
     Returns:
         The shape, or None for an architecture that is not counted here (then only the built model can be
         counted).
+
+    Raises:
+        PlanError: Its numbers do not go together.
     """
     family, kinds = FAMILIES.get(str(config.get("model_type"))), known_kinds(config)
     if family is None or not kinds or (kind is not None and kind not in kinds):
@@ -248,4 +256,5 @@ def shape_of_config(config: Mapping[str, Any], kind: ModelKind | None = None) ->
     fields = {**family.defaults, **given}
     if any(fields.get(key) for key in family.uncounted):
         return None
+    check_consistent(str(config["model_type"]), fields)
     return family.count(fields, kind or kinds[0])

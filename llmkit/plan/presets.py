@@ -5,7 +5,8 @@ besides its embeddings, which are 128, 256, 512 and 768 wide in every family; so
 same size. Vocabulary and context come from the recipe.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import floordiv
 from typing import Any
 
 from llmkit.errors import UsageError
@@ -158,6 +159,63 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Shapes by name. The `gpt` presets are llama's: about 1 M, 7 M, 30 M, 124 M, 350 M, 760 M and 1.2 B parameters."""
 
 
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
+    "t5": {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    },
+    "bart": {
+        "num_attention_heads": "encoder_attention_heads",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+    },
+}
+"""Other names of fields, by architecture, as transformers takes them."""
+
+_Following = Mapping[str, tuple[tuple[str, ...], Callable[..., int]]]
+
+
+def _four_times(hidden: int) -> int:
+    return 4 * hidden
+
+
+def _same(number: int) -> int:
+    return number
+
+
+_HEAD = (("hidden_size", "num_attention_heads"), floordiv)
+_PLAIN_MLP: _Following = {"intermediate_size": (("hidden_size",), _four_times)}
+_GATED_MLP: _Following = {"intermediate_size": (("hidden_size",), _gated)}
+_FOLLOWING: Mapping[str, _Following] = {
+    "llama": {"head_dim": _HEAD, "num_key_value_heads": (("num_attention_heads",), _same), **_GATED_MLP},
+    "qwen3": {
+        "head_dim": _HEAD,
+        "num_key_value_heads": (("num_attention_heads",), lambda heads: heads if heads % 2 else heads // 2),
+        **_GATED_MLP,
+    },
+    "mamba2": {"num_heads": (("hidden_size", "head_dim"), lambda hidden, width: 2 * hidden // width)},
+    "bert": _PLAIN_MLP,
+    "roberta": _PLAIN_MLP,
+    "modernbert": _GATED_MLP,
+    "electra": {**_PLAIN_MLP, "embedding_size": (("hidden_size",), _same)},
+    "t5": {
+        "d_kv": (("d_model", "num_heads"), floordiv),
+        "d_ff": (("d_model",), _gated),
+        "num_decoder_layers": (("num_layers",), _same),
+    },
+    "bart": {f"{side}_ffn_dim": (("d_model",), _four_times) for side in ("encoder", "decoder")},
+}
+"""Architecture -> field of its presets -> the fields that it follows from, and how."""
+
+
 def preset_fields(preset: str) -> Mapping[str, Any]:
     """The fields of a preset.
 
@@ -189,6 +247,9 @@ def model_fields(spec: Model) -> dict[str, Any] | None:
 def architecture_fields(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of an architecture: its family's `mini` preset, where there is one, under `config`.
 
+    What follows from the width and the heads (their widths, those of keys, the MLP's width) follows from those that
+    `config` gives, unless it gives it too.
+
     Raises:
         UsageError: `config` names another `model_type`.
     """
@@ -199,4 +260,13 @@ def architecture_fields(architecture: str, config: Mapping[str, Any]) -> dict[st
                 f"model.config.{key} is {config[key]!r}, but model.architecture is {architecture!r}",
                 hint=f"leave `{key}` out of `config`",
             )
-    return {**PRESETS.get(preset_of_family(architecture, "mini"), {}), **config, **own}
+    preset = PRESETS.get(preset_of_family(architecture, "mini"), {})
+    aliases = ALIASES.get(architecture, {})
+    given = {aliases.get(key, key): value for key, value in config.items()} if preset else dict(config)
+    merged = {**preset, **given, **own}
+    for name, (causes, follow) in _FOLLOWING.get(architecture, {}).items():
+        numbers = [merged[cause] for cause in causes]
+        whole = all(isinstance(number, int) and number > 0 for number in numbers)
+        if name not in given and whole and not given.keys().isdisjoint(causes):
+            merged[name] = follow(*numbers)
+    return merged

@@ -38,6 +38,18 @@ OWN: Mapping[str, Mapping[str, Any]] = {
 }
 """llmkit's own architectures, as their configurations say it."""
 
+NOT_COUNTED = (
+    "distil",
+    "model.embeddings",
+    "model.dropout",
+    "train.label_smoothing",
+    "train.z_loss",
+    "train.l1",
+    "train.gradient_noise",
+    "train.ema",
+)
+"""Settings of `pretrain` for what is learnt by gradients: an n-gram model, which is counted, has none of them."""
+
 DEFAULT_PRESETS: Mapping[ModelKind, str] = {
     "causal": "gpt-mini",
     "masked": "bert-mini",
@@ -54,6 +66,25 @@ _IN_WORDS: Mapping[ModelKind, str] = {
     "seq2seq": "an encoder-decoder",
     "detector": "a detector of replaced tokens",
 }
+
+
+def in_words(kind: ModelKind) -> str:
+    """What a kind of model is called."""
+    return _IN_WORDS[kind]
+
+
+def kind_of_config(fields: Mapping[str, Any]) -> ModelKind:
+    """What kind of model a saved configuration is of, by the class that it names."""
+    architecture = (fields.get("architectures") or [""])[0]
+    if fields.get("is_encoder_decoder"):
+        return "seq2seq"
+    if "ForMaskedLM" in architecture:
+        return "masked"
+    if "ForPreTraining" in architecture:
+        return "detector" if fields.get("model_type") == "electra" else "pairs"
+    return "causal"
+
+
 _FAMILY_OF_PRESET = {"gpt": "llama"}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmkit.recipe.architectures import (
     KINDS,
+    NOT_COUNTED,
     WAYS,
     family_of_config,
     family_of_preset,
@@ -89,6 +90,20 @@ def _fits(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
         found = misfit(str(objective), family, KINDS[family])
         if found is not None:
             yield Problem(key_spot(root, (*path, way)), *found)
+
+
+def _counted(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """What only a network that is trained can have."""
+    path = ("pretrain", "model")
+    config = _plain(root, (*path, "config"))
+    family = family_of_config(config) if isinstance(config, dict) else None
+    if "ngram" not in (_plain(root, (*path, "architecture")), family):
+        return
+    for setting in NOT_COUNTED:
+        place = ("pretrain", *setting.split("."))
+        if _plain(root, place) not in (None, 0):
+            message = f"`{place[-1]}`: an n-gram model is counted, not trained, and has no such setting"
+            yield Problem(key_spot(root, place), message, "leave it out, or choose another architecture")
 
 
 def _vectors_of_a_new_model(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
@@ -304,6 +319,7 @@ _MEASURED = {name for goal in OBJECTIVES.values() for name in goal.metrics}
 _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _one_model,
     _fits,
+    _counted,
     _vectors_of_a_new_model,
     _source_from_one_place,
     _weights_all_or_none,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from llmkit.recipe import fields
-from llmkit.recipe.architectures import KINDS, OWN, family_of_preset
+from llmkit.recipe.architectures import KINDS, NOT_COUNTED, OWN, family_of_preset
 from llmkit.recipe.block import Block
 from llmkit.recipe.checks import BUILT_IN_TOKENS, BYTES
 from llmkit.recipe.optimizers import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, PARTIAL_SETTINGS, SCHEDULES
@@ -155,6 +155,26 @@ def _fits(kind: ModelKind) -> Json:
     }
 
 
+def _not_counted() -> Json:
+    """A counted model has none of what training by gradients has."""
+    config = {
+        "type": "object",
+        "required": ["model_type"],
+        "properties": {"model_type": {"const": "llmkit-ngram"}},
+    }
+    by_name: Json = {"required": ["architecture"], "properties": {"architecture": {"const": "ngram"}}}
+    by_config: Json = {"required": ["config"], "properties": {"config": config}}
+    counted: Json = {"type": "object", "anyOf": [by_name, by_config]}
+    refused: Json = {}
+    for setting in NOT_COUNTED:
+        *block, name = setting.split(".")
+        place = refused
+        for part in block:
+            place = place.setdefault(part, {"properties": {}})["properties"]
+        place[name] = {"enum": [None, 0]}
+    return {"if": {"required": ["model"], "properties": {"model": counted}}, "then": {"properties": refused}}
+
+
 def _partial(blocks: Json) -> Json:
     """The blocks of a recipe that extends another: nothing but the schema's version is required."""
     names = set(blocks)
@@ -286,6 +306,7 @@ def _add_rules(blocks: Json) -> None:
         "properties": {"name": {"const": "schedule_free"}},
     }
     blocks["Train"]["not"] = {"allOf": [_given("ema"), averaging]}
+    blocks["Pretrain"]["allOf"].append(_not_counted())
     needed = dict.fromkeys(goal.model for goal in OBJECTIVES.values())
     blocks["Pretrain"]["allOf"] += [_fits(kind) for kind in needed]
     sections = dict.fromkeys(name for goal in OBJECTIVES.values() for name in goal.sections)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.durable import write_file
+from llmkit.recipe.architectures import OWN
 from llmkit.registry import ModelKind
 from llmkit.report.formatting import (
     format_bytes,
@@ -63,7 +64,7 @@ def _front_matter(facts: Facts) -> str:
         # The Hub knows languages without their region or script.
         "language": list(dict.fromkeys(str(code).split("-")[0].lower() for code in languages)),
         "license": str(facts.get("license") or ""),
-        "library_name": "transformers",
+        "library_name": "llmkit" if _is_own(facts) else "transformers",
         "pipeline_tag": _PIPELINES[facts.get("model_kind") or "causal"],
         "base_model": str(facts.get("base_model") or ""),
         "tags": list(dict.fromkeys(map(str, tags))),
@@ -93,9 +94,22 @@ def _usage(facts: Facts) -> str:
     kind: ModelKind = facts.get("model_kind") or "causal"
     folder = f"{run.rstrip('/')}/model" if run else "path/to/this/folder"
     prompts = [str(s["prompt"]) for s in facts.get("samples") or [] if s.get("prompt")]
-    python = "\n".join(_PYTHON[kind](folder, (prompts or ["Once"])[0]))
+    lines = _PYTHON[kind](folder, (prompts or ["Once"])[0])
+    if _is_own(facts):
+        lines = ("import llmkit  # makes the architecture known to transformers", *lines)
+    python = "\n".join(lines)
     shell = visible(try_command(kind, run or folder, prompts[:1]).removesuffix(" -n 3"))
-    return f"## How to use\n\n{_fenced(python, 'python')}\n\nor\n\n{_fenced(shell, 'sh')}"
+    needs = (
+        "The architecture is llmkit's own: only programs that import llmkit can read it.\n\n"
+        if _is_own(facts)
+        else ""
+    )
+    return f"## How to use\n\n{needs}{_fenced(python, 'python')}\n\nor\n\n{_fenced(shell, 'sh')}"
+
+
+def _is_own(facts: Facts) -> bool:
+    """Whether the architecture is one that transformers has from llmkit."""
+    return str((facts.get("model") or {}).get("model_type")) in {own["model_type"] for own in OWN.values()}
 
 
 def _writing(folder: str, prompt: str, auto_class: str = "AutoModelForCausalLM") -> tuple[str, ...]:

@@ -32,19 +32,23 @@ COLUMNS: Sequence[tuple[str, str, Callable[[float], str]]] = (
 """A row's numbers: key, heading, form."""
 
 
-def write_comparison(folder: Path, reports: Mapping[str, Facts], *, command: str = "") -> dict[str, Any]:
+def write_comparison(
+    folder: Path, reports: Mapping[str, Facts], *, command: str = "", ranked: bool = True
+) -> dict[str, Any]:
     """Write `report.json` and `report.html` of several runs into `folder`.
 
     Args:
         folder: The folder that holds the runs' own.
         reports: What `report.json` of each run holds, by the run's name.
         command: What was typed.
+        ranked: The best comes first; False where the losses mean different things, as those of different objectives.
 
     Returns:
         What report.json holds.
     """
     metric = common_metric(list(reports.values()))
-    rows = in_order([row_of(name, report) for name, report in reports.items()])
+    rows = [row_of(name, report) for name, report in reports.items()]
+    rows = in_order(rows) if ranked else rows
     made = jsonable(
         {
             "schema": SCHEMA,
@@ -53,6 +57,7 @@ def write_comparison(folder: Path, reports: Mapping[str, Facts], *, command: str
             "kind": "comparison",
             "command": " ".join(mask_command(command.split(" "))),
             "metric": metric,
+            "ranked": ranked,
             "references": next(iter(reports.values()))["references"] if metric == "eval/loss" else {},
             "variants": rows,
             "curves": {row["variant"]: _curve(reports[row["variant"]], metric) for row in rows},
@@ -119,11 +124,12 @@ def render(comparison: Facts) -> str:
     title = f"{comparison['name']} · comparison"
     head, *lines = as_table(comparison["variants"])
     day = str(comparison["made"])[:16].replace("T", " ")
-    best = comparison["variants"][0]["variant"]
+    best = f"the best first: {comparison['variants'][0]['variant']}"
+    order = best if comparison["ranked"] else "of different objectives, whose losses do not compare"
     return document(
         title,
         f'<header><p class="eyebrow">llmkit comparison {escape(day)} UTC</p><h1>{escape(comparison["name"])}</h1>'
-        f'<p class="lead">{len(lines)} runs, the best first: {escape(best)}.</p></header>',
+        f'<p class="lead">{len(lines)} runs, {escape(order)}.</p></header>',
         section(
             "Side by side",
             table(head, lines, numeric=range(1, len(head))),

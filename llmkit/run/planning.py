@@ -13,6 +13,7 @@ from llmkit.plan import (
     Plan,
     check_fit,
     check_vectors,
+    counts_from_padding,
     known_kinds,
     make_plan,
     model_fields,
@@ -23,7 +24,7 @@ from llmkit.plan.counted import is_counted, plan_counted, refuse_counted
 from llmkit.recipe import Loaded
 from llmkit.recipe.architectures import family_of_config
 from llmkit.recipe.block import Block
-from llmkit.recipe.schema import Model
+from llmkit.recipe.schema import Model, Recipe
 from llmkit.registry import goal_of
 from llmkit.report.formatting import format_bytes, format_count, format_percent
 from llmkit.run.folders import Options
@@ -41,7 +42,12 @@ def plan(loaded: Loaded, options: Options) -> Plan:
     """
     hardware = detect_hardware(loaded.recipe.machine)
     return plan_run(
-        loaded, options, hardware, estimated_facts(loaded, options), vocab_size=_expected_vocabulary(loaded)
+        loaded,
+        options,
+        hardware,
+        estimated_facts(loaded, options),
+        vocab_size=_expected_vocabulary(loaded),
+        pad_token_id=_expected_padding(loaded),
     )
 
 
@@ -89,20 +95,25 @@ def plan_run(
     facts: DataFacts,
     *,
     vocab_size: int,
+    pad_token_id: int | None = None,
     world: World | None = None,
 ) -> Plan:
-    """The plan for a known vocabulary and data."""
+    """The plan for a known vocabulary, padding token and data."""
     recipe = loaded.recipe
     if recipe.pretrain is None:
         raise UsageError("the recipe has no `pretrain` section to plan", hint="`llmkit init gpt` shows one")
     if is_counted(recipe.pretrain.model):
         return plan_counted(recipe, hardware, facts, vocab_size=vocab_size)
     world_size = world.world_size if world else options.processes
-    shape = model_shape(recipe.pretrain.model, recipe.pretrain.objective, vocab_size)
+    shape = model_shape(
+        recipe.pretrain.model, recipe.pretrain.objective, vocab_size, pad_token_id=pad_token_id
+    )
     return make_plan(recipe, hardware, facts, vocab_size=vocab_size, model=shape, world_size=world_size)
 
 
-def model_shape(spec: Model, objective: str, vocab_size: int) -> ModelShape:
+def model_shape(
+    spec: Model, objective: str, vocab_size: int, *, pad_token_id: int | None = None
+) -> ModelShape:
     """The shape of the recipe's model; an architecture the plan has no formula for is counted on no device.
 
     Raises:
@@ -110,7 +121,7 @@ def model_shape(spec: Model, objective: str, vocab_size: int) -> ModelShape:
             wide as the word vectors that it is to begin with.
         MissingError: There is no file of these vectors.
     """
-    kind, fields = goal_of(objective).model, _config_fields(spec, vocab_size)
+    kind, fields = goal_of(objective).model, _config_fields(spec, vocab_size, pad_token_id)
     refuse_counted(fields)
     kinds = known_kinds(fields)
     if kinds is None and not spec.trust_remote_code:
@@ -148,10 +159,10 @@ def estimated_facts(loaded: Loaded, options: Options) -> DataFacts:
     )
 
 
-def _config_fields(spec: Model, vocab_size: int) -> dict[str, Any]:
+def _config_fields(spec: Model, vocab_size: int, pad_token_id: int | None) -> dict[str, Any]:
     fields = model_fields(spec)
     if fields is not None:
-        return with_lengths(fields, vocab_size, spec.context)
+        return with_lengths(fields, vocab_size, spec.context, pad_token_id=pad_token_id)
     path = Path(str(spec.name)) / "config.json"
     if path.is_file():
         fields = json.loads(path.read_bytes())
@@ -165,16 +176,33 @@ def _config_fields(spec: Model, vocab_size: int) -> dict[str, Any]:
     return fetch_config(str(spec.name), trusted=spec.trust_remote_code)
 
 
+def _named_tokenizer(recipe: Recipe) -> str | None:
+    """The tokenizer that a recipe takes from somewhere; None: it learns one, or has none."""
+    named = recipe.pretrain.tokenizer if recipe.pretrain else None
+    if named is None and recipe.tokenize is not None:
+        named = recipe.tokenize.tokenizer
+        if named is None:
+            return None
+    return named or (recipe.pretrain.model.name if recipe.pretrain else None)
+
+
+def _expected_padding(loaded: Loaded) -> int | None:
+    """The padding token's id of a tokenizer that exists, where the model's size depends on it."""
+    name, section = _named_tokenizer(loaded.recipe), loaded.recipe.pretrain
+    fields = model_fields(section.model) if section is not None else None
+    if name is None or fields is None or not counts_from_padding(fields):
+        return None
+    from llmkit.data.tokenizers import open_tokenizer
+
+    number: int | None = open_tokenizer(name).pad_token_id
+    return number
+
+
 def _expected_vocabulary(loaded: Loaded) -> int:
     recipe = loaded.recipe
-    named = recipe.pretrain.tokenizer if recipe.pretrain else None
-    if named is None and recipe.tokenize is not None and recipe.tokenize.tokenizer is None:
+    name = _named_tokenizer(recipe)
+    if name is None and recipe.tokenize is not None:
         return recipe.tokenize.vocab_size
-    name = (
-        named
-        or (recipe.tokenize and recipe.tokenize.tokenizer)
-        or (recipe.pretrain and recipe.pretrain.model.name)
-    )
     if not name:
         raise UsageError("the recipe has no tokenizer", hint="add `tokenize: {vocab_size: 8k}`")
     path = Path(name) / "tokenizer.json"

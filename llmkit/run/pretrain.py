@@ -28,7 +28,7 @@ from llmkit.plan.counted import is_counted
 from llmkit.recipe import Loaded, resolved_yaml
 from llmkit.recipe.objectives import RowLayout, other_sections
 from llmkit.recipe.resolved import without_secrets
-from llmkit.recipe.schema import Pretrain, tokenize_of
+from llmkit.recipe.schema import Optim, Pretrain, Recipe, tokenize_of
 from llmkit.registry import goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
@@ -37,7 +37,7 @@ from llmkit.run.folders import Options, Result, anchored, leave_record, locked, 
 from llmkit.run.planning import plan as plan_ahead
 from llmkit.run.planning import plan_run
 from llmkit.run.tokenize import corpora, find_tokenizer
-from llmkit.train.places import teacher_weights
+from llmkit.train.places import check_teacher, teacher_weights
 from llmkit.train.steps import saved_steps
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 KILL_AT = "LLMKIT_KILL_AT"
 """The environment's word for `Job.kill_at`: a crash on purpose, for `llmkit verify-resume`."""
 
+_UNLIKE = object()
 _MADE_BY_TRAINING = ("checkpoints", "model", "metrics.jsonl", "samples.jsonl", "plan.json", "report.json")
 
 
@@ -64,6 +65,8 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
         raise UsageError("the recipe has no `pretrain` section", hint="`llmkit init gpt` shows one")
     folder = run_folder(loaded, options, "pretrain")
     world = detect_world(os.environ)
+    if recipe.pretrain.distil is not None:
+        check_teacher(recipe.pretrain.distil.teacher, recipe.pretrain.objective)
     if world is None:
         plan_ahead(loaded, options)  # what cannot fit is told before anything is read
     first = world is None or world.rank == 0
@@ -109,7 +112,15 @@ def _prepare(
     shards = text.shards(tokenizer)
     hardware = detect_hardware(loaded.recipe.machine)
     facts = data_facts(shards)
-    plan = plan_run(loaded, options, hardware, facts, vocab_size=len(tokenizer), world=world)
+    plan = plan_run(
+        loaded,
+        options,
+        hardware,
+        facts,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        world=world,
+    )
     plan = _as_begun(plan, folder, loaded)
     if world is not None:
         check_world(world, plan.world_size)
@@ -123,7 +134,7 @@ def _prepare(
         tokenizer_figures=figures,
         shards=[str(shard.folder) for shard in shards],
         weights=weights,
-        identity=_identity(loaded, plan, fingerprint(tokenizer), shards, weights),
+        identity=_identity(loaded, plan, fingerprint(tokenizer), shards, weights, _begun(folder)),
         command=options.command,
         face={"json": options.json, "quiet": options.quiet},
         deadline=options.deadline,
@@ -333,8 +344,13 @@ def _identity(
     tokenizer: str,
     shards: "Sequence[TokenShards]",
     weights: Sequence[float] | None,
+    begun: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a resumed run must share with the saved one, by the recipe's own keys."""
+    """What a resumed run must share with the saved one, by the recipe's own keys.
+
+    A setting that `begun`, the identity of a run in this folder, does not know is left out where it is as it would be
+    unwritten: the run was begun before there was such a setting, and nothing has changed.
+    """
     recipe = loaded.recipe
     assert recipe.pretrain is not None
     settings = recipe.pretrain.model_dump(
@@ -352,15 +368,44 @@ def _identity(
     if spec is not None and recipe.pretrain.tokenizer is None:
         made_by = spec.model_dump(mode="json", exclude={"data", "held_out"})
     named = {**_flat(settings, "pretrain"), **_flat(made_by, "tokenize")}
+    new = _as_unwritten(recipe, named).difference(begun) if begun else ()
     return {
         "seed": recipe.seed,
-        **{key: loaded.expressions.get(key, value) for key, value in named.items()},
+        **{key: loaded.expressions.get(key, value) for key, value in named.items() if key not in new},
         "rows per step": plan.rows_per_step,
         "text": [[shard.name, shard.folder.name] for shard in shards],
         "weights": weights,
         "tokenizer": tokenizer,
         **_files_of(recipe.pretrain),
     }
+
+
+def _as_unwritten(recipe: Recipe, named: Mapping[str, Any]) -> set[str]:
+    """The keys whose values are those that a setting has where the recipe says nothing."""
+    assert recipe.pretrain is not None
+    others = recipe.model_dump(mode="json", exclude_defaults=True)
+    changed = {key for name in ("pretrain", "tokenize") for key in _flat(others.get(name) or {}, name)}
+    optim = recipe.pretrain.train.optim
+    own = Optim.model_validate({"name": optim.name, "schedule": optim.schedule}).model_dump(mode="json")
+    return {
+        key
+        for key, value in named.items()
+        if key not in changed or own.get(key.removeprefix("pretrain.train.optim."), _UNLIKE) == value
+    }
+
+
+def _begun(folder: Path) -> Mapping[str, Any]:
+    """The identity of the run in this folder, by its checkpoints, else by its model; empty where there is none."""
+    from llmkit.train.checkpoint import saved_record
+
+    saved: Mapping[str, Any] = saved_record(folder).get("identity", {})
+    if saved:
+        return saved
+    try:
+        found: Mapping[str, Any] = verify_folder(folder / "model", only=()).get("identity", {})
+    except CorruptError:
+        return {}
+    return found
 
 
 def _files_of(section: Pretrain) -> dict[str, str]:

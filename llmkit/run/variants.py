@@ -1,13 +1,16 @@
 """`llmkit run` on a recipe with variants: each of them in turn, then all of them side by side."""
 
-import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from llmkit.launch.world import detect_world
 from llmkit.recipe import Loaded
+from llmkit.recipe.schema import Pretrain
+from llmkit.registry import goal_of
 from llmkit.report.comparison import as_table, write_comparison
 from llmkit.report.console import Reporter
+from llmkit.report.trying import try_command
 from llmkit.run.folders import Options, Result, report_of
 
 
@@ -37,15 +40,24 @@ def run_variants(
     if not trained or (world is not None and world.rank != 0):
         return Result(folder, {name: result.summary for name, result in done.items()}, "")
     reports = {name: report_of(place) for name, place in trained.items()}
-    compared = write_comparison(folder, reports, command=options.command)
+    sections = {name: section for name in trained if (section := loaded.variants[name].recipe.pretrain)}
+    objectives = list(dict.fromkeys(section.objective for section in sections.values()))
+    compared = write_comparison(folder, reports, command=options.command, ranked=len(objectives) == 1)
     rows: list[dict[str, Any]] = compared["variants"]
-    best = trained[rows[0]["variant"]].parent
-    prompts = loaded.variants[rows[0]["variant"]].recipe.pretrain
-    prompt = (prompts.prompts if prompts else []) or ["Once"]
+    if len(objectives) > 1:
+        reporter.note(
+            f"not ranked: the losses of different objectives ({', '.join(objectives)}) do not compare"
+        )
+    first = rows[0]["variant"]
     reporter.note(f"report: {folder / 'report.html'}")
     return Result(
         folder,
         {"variants": rows, "report": str(folder / "report.html")},
-        shlex.join(["llmkit", "generate", str(best), prompt[0], "-n", "3"]),
+        _try(sections[first], trained[first].parent),
         table=as_table(rows),
     )
+
+
+def _try(section: Pretrain, folder: Path) -> str:
+    """The command that shows what a variant's model can do."""
+    return try_command(goal_of(section.objective).model, str(folder), section.prompts)

@@ -16,6 +16,7 @@ from llmkit.data.order import RowOrder
 from llmkit.data.rows import Row, Rows
 from llmkit.data.shards import TokenShards
 from llmkit.data.tokenizers import load_tokenizer, special_ids
+from llmkit.data.tokenizers.vocabulary import Vocabulary
 from llmkit.models.attention import choose_attention, kernels_of
 from llmkit.models.build import build_model
 from llmkit.models.heads import choose_heads
@@ -80,10 +81,16 @@ def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Loss
         seed=job.seed,
     )
     choose_heads(model, kind)
+    end = goal_of(section.objective).end
+    if end:
+        ends = [tokenizer.eos_token_id, Vocabulary.of(tokenizer).id_of(end)]
+        model.generation_config.eos_token_id = ends
     objective = make_objective(section, tokenizer)
     frozen: dict[str, PreTrainedModel] = {}
     if section.distil is not None:
-        frozen["teacher"] = load_teacher(section.distil.teacher, kind, tokenizer)
+        frozen["teacher"] = load_teacher(
+            section.distil.teacher, kind, tokenizer, context=section.model.context
+        )
         objective = Distilled(objective, frozen["teacher"], section.distil, kind)
     torch.manual_seed(mix_seed(job.seed, _PARTS))  # a model that was loaded left torch's seed as it was
     parts = objective.parts(model) if isinstance(objective, HasParts) else {}

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmkit import __version__
-from llmkit.data.tokenizers import frame_texts, save_tokenizer
+from llmkit.data.tokenizers import end_texts, frame_texts, save_tokenizer
 from llmkit.models.save import save_model
 from llmkit.objectives.base import LossModule
 from llmkit.plan import Plan
@@ -48,6 +48,8 @@ def finish(
     tokenizer.model_max_length = plan.context
     if kind in ("masked", "pairs", "detector"):
         frame_texts(tokenizer)
+    elif kind == "seq2seq":
+        end_texts(tokenizer)
     manifest = {"kind": "model", "llmkit": __version__, "step": state.step, "identity": job.identity}
     for name, part in core.parts.items():
         if isinstance(part, PreTrainedModel):

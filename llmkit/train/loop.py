@@ -203,13 +203,14 @@ class Outcome:
     """What a step found.
 
     Attributes:
-        loss: This process's part of the step's loss in nats per target, on the device: the parts of all processes add
-            up to it.
+        loss: This process's part of what the step lowers, on the device: the parts of all processes add up to it.
+        first: Its part of the objective's first loss in nats per target: the same, where there is but one.
         grad_norm: The norm of the gradient before clipping, on the device.
         skipped: Whether the weights were left alone because these were not finite.
     """
 
     loss: torch.Tensor
+    first: torch.Tensor
     grad_norm: torch.Tensor
     skipped: bool
 
@@ -237,13 +238,15 @@ def train_step(
     accelerator = run.accelerator
     # accelerate divides by the micro-batches, DDP by the processes: both take means, the loss here is a sum.
     scale = len(micro_batches) * accelerator.num_processes
-    losses = {}
+    losses, firsts = {}, []
     for index, batch in micro_batches:
         torch.manual_seed(mix_seed(run.seed, step, index))  # dropout: the same on any number of devices
         with accelerator.accumulate(run.module):
-            loss = run.module(batch).mean(counts)
+            found = run.module(batch)
+            loss = found.mean(counts)
             accelerator.backward(loss * scale)
         losses[index] = loss.detach()
+        firsts.append(found.totals[TARGETS].detach() / counts[TARGETS])
     grad_norm = accelerator.clip_grad_norm_(run.core.trained.parameters(), run.schedule.grad_clip)
     good = run.numbers.good(step, losses, grad_norm)
     if good:
@@ -251,7 +254,8 @@ def train_step(
         set_lr(run.optimizer, run.schedule.lr_at(step))
         run.optimizer.step()
     run.optimizer.zero_grad()
-    return Outcome(sum(losses.values(), torch.zeros((), device=accelerator.device)), grad_norm, not good)
+    loss = torch.stack(list(losses.values())).sum()
+    return Outcome(loss, torch.stack(firsts).sum(), grad_norm, not good)
 
 
 def agree(run: Training, *mine: int, soon: float = 0.0) -> list[int]:
@@ -350,11 +354,13 @@ class Clock:
 
 
 def _record_step(run: Training, state: TrainState, outcome: Outcome, tokens_per_s: float) -> None:
+    loss, first = run.accelerator.reduce(torch.stack([outcome.loss, outcome.first]), "sum").tolist()
     record = {
         "step": state.step,
         "tokens": state.tokens,
         "elapsed_s": round(state.elapsed_s, 3),
-        "train/loss": float(run.accelerator.reduce(outcome.loss, "sum")),
+        "train/loss": first,
+        **({"train/objective": loss} if loss != first else {}),
         "train/lr": run.schedule.lr_at(state.step - 1),
         "train/grad_norm": float(outcome.grad_norm),
         "tokens_per_s": round(tokens_per_s, 1),

@@ -161,7 +161,9 @@ def spans_read(order: RowOrder, num_rows: int) -> npt.NDArray[np.int64]:
 
 
 def _model(data: Data, estimates: list[Estimate]) -> NGramForCausalLM:
-    config = NGramConfig(vocab_size=len(data.tokenizer), **special_ids(data.tokenizer))
+    ids = special_ids(data.tokenizer)
+    ends = {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ids}
+    config = NGramConfig(vocab_size=len(data.tokenizer), **ends)
     return NGramForCausalLM.of(estimates, config).eval()
 
 

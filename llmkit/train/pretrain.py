@@ -20,6 +20,7 @@ from llmkit.evaluate.split import sum_over
 from llmkit.launch.crew import RESTART
 from llmkit.launch.signals import StopSignal
 from llmkit.models.attention import tap_attention, use_attention
+from llmkit.models.build import left_out
 from llmkit.models.peak import measure_peak_flops
 from llmkit.objectives.base import LossModule
 from llmkit.optim import averaged
@@ -77,6 +78,11 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     accelerator = start_accelerator(plan)
     data = open_data(job)
     core = build_core(job, plan, data.tokenizer)
+    spare = left_out(core.model)
+    if spare:
+        reporter.note(
+            f"{section.model.name}: heads that {section.objective} does without are left out: {', '.join(spare)}"
+        )
     for line in begin_as_recipe_says(core.model, section.model.embeddings, data.tokenizer, job.shards):
         reporter.note(line)
     plan = _with_attention(plan, core, accelerator, section)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from llmkit.registry import Goal
 from llmkit.train.checkpoint import Checkpoints, model_tensors
 from llmkit.train.state import TrainState
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ROWS_LOOKED_AT = 256
 """Rows of the first steps, over all devices, that are looked at for targets and document ends."""
 _ISOLATED_ROWS = 2
@@ -279,10 +280,11 @@ def _compare_tensors(mine: Mapping[str, torch.Tensor], other: Mapping[str, torch
             raise RunError(f"{what}, read back, has other values in {name}", hint=_NOT_SAVED)
 
 
-def _through_checkpoint(model: PreTrainedModel, place: Path) -> PreTrainedModel:
+def _through_checkpoint(model: ModuleT, place: Path) -> ModuleT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        second = type(model)(copy.deepcopy(model.config))
+        anew = isinstance(model, PreTrainedModel)
+        second = type(model)(copy.deepcopy(model.config)) if anew else copy.deepcopy(model)
         # Where a new model holds constants, such as ones in norms, a tensor that was not restored would not show.
         for tensor in model_tensors(second).values():
             tensor.copy_(_other_values(tensor))
@@ -290,7 +292,7 @@ def _through_checkpoint(model: PreTrainedModel, place: Path) -> PreTrainedModel:
     on_host = {name: tensor.cpu() for name, tensor in model_tensors(model).items()}
     path = checkpoints.write(on_host, {}, TrainState())
     checkpoints.load(path, second, torch.optim.SGD(second.parameters()))
-    return second.to(model.device)
+    return second.to(next(model.parameters()).device)
 
 
 def _through_export(model: PreTrainedModel, place: Path) -> PreTrainedModel:

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["run", "tokenize", "pretrain", "eval", "generate", "fill", "plan", "demo", "init", "doctor", "recipe"]
+COMMANDS = [
+    "run",
+    "tokenize",
+    "pretrain",
+    "eval",
+    "generate",
+    "fill",
+    "plan",
+    "demo",
+    "init",
+    "doctor",
+    "recipe",
+]
 RECIPE_COMMANDS = ["check", "show", "schema", "explain", "diff"]
 README = Path(__file__).resolve().parents[2] / "README.md"
 

@@ -93,6 +93,7 @@ def test_a_page_of_few(command):
             "made": "2026-01-01T00:00",
             "command": command,
             "metric": "eval/loss",
+            "ranked": True,
             "references": {},
             "variants": [row],
             "curves": {"only": []},
@@ -115,3 +116,11 @@ def test_the_table_is_the_result_of_the_command(capsys):
     assert capsys.readouterr().out == "runs/x\n"
     finish(result, Settings(as_json=True))
     assert json.loads(capsys.readouterr().out)["folder"] == "runs/x"
+
+
+def test_different_objectives_are_not_ranked(tmp_path):
+    made = write_comparison(tmp_path, {"slow": report(2.0), "best": report(1.0)}, ranked=False)
+    assert [row["variant"] for row in made["variants"]] == ["slow", "best"]
+    page = (tmp_path / "report.html").read_text()
+    assert "of different objectives, whose losses do not compare" in page
+    assert "best first" not in page

@@ -155,3 +155,24 @@ def test_prefetching_can_be_left_early_and_passes_errors_on():
     with pytest.raises(ZeroDivisionError), Prefetcher(broken, 0) as prefetched:
         list(prefetched)
     assert threading.active_count() == before
+
+
+def test_the_other_row_is_drawn_from_all_that_share_no_document():
+    """Against a brute force: every row whose tokens are of other documents, each as likely as the others."""
+    lengths = [5, 30, 3, 3, 40, 9]
+    rows = Rows([stream_of(lengths), stream_of([20])], stride=8)
+    documents = np.repeat(np.arange(len(lengths)), lengths)
+    for row in range(rows.sizes[0]):
+        mine = set(documents[row * 8 : row * 8 + 9])
+        elsewhere = [n for n in range(rows.sizes[0]) if not mine & set(documents[n * 8 : n * 8 + 9])]
+        expected = {tuple(one["ids"]) for one in rows.take([0] * len(elsewhere), elsewhere)}
+        expected |= {tuple(one["ids"]) for one in rows.take([1] * rows.sizes[1], range(rows.sizes[1]))}
+        found = {tuple(rows.take_other(0, row, seed)["ids"]) for seed in range(200)}
+        assert found == expected
+
+
+def test_text_of_one_document_has_no_other():
+    rows = Rows([stream_of([100])], stride=8)
+    assert rows.find_other(0, 3, 1) is None
+    with pytest.raises(DataError, match="no text of another document"):
+        rows.take_other(0, 3, 1)

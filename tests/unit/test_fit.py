@@ -188,3 +188,36 @@ def test_numbers_that_do_not_go_together_are_the_recipes_fault() -> None:
         kind: Any = KINDS[architecture][0]
         with pytest.raises(UsageError, match=r"model\.config"):
             build_model(spec, kind, vocab_size=100, special_ids={}, seed=0)
+
+
+# --- counted ---
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("model.dropout", 0.1),
+        ("model.embeddings", "glove.txt"),
+        ("distil", {"teacher": "runs/x"}),
+        ("train.ema", 0.99),
+        ("train.label_smoothing", 0.1),
+        ("train.z_loss", 1e-4),
+        ("train.l1", 0.1),
+        ("train.gradient_noise", 0.1),
+    ],
+)
+def test_what_a_counted_model_cannot_have_is_refused(place: str, value: Any) -> None:
+    for model in ({"architecture": "ngram"}, {"config": {"model_type": "llmkit-ngram"}}):
+        made = recipe(model)
+        *blocks, name = place.split(".")
+        block = made["pretrain"]
+        for part in blocks:
+            block = block.setdefault(part, {})
+        block[name] = value
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(made)
+        [problem] = [one for one in caught.value.problems if "counted" in one]
+        assert f"`{name}`: an n-gram model is counted, not trained" in problem
+        block[name] = 0 if name in ("dropout", "l1") else None
+        if name in ("dropout", "l1", "embeddings", "distil", "ema"):
+            load_recipe(made)

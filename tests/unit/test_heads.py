@@ -70,3 +70,15 @@ def test_scores_give_the_loss_of_transformers(kind, model_type, fields, in_chunk
     likeliest = scores.logits().argmax(1)
     learned = targets.flatten() != -100
     assert int(scores.num_correct(targets.flatten())) == int((likeliest == targets.flatten())[learned].sum())
+
+
+def test_a_cap_that_small_logits_do_not_touch_is_noticed_on_a_new_model():
+    model = made(
+        "causal",
+        "gemma2",
+        {**SMALL, "num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 30.0},
+    )
+    model.eval()
+    logits = model(input_ids=torch.arange(10)[None]).logits
+    assert logits.abs().max() < 3, "so the cap of 30 changes next to nothing yet"
+    assert not choose_heads(model, "causal")

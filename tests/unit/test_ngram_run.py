@@ -186,7 +186,9 @@ def test_variants_are_run_in_turn_and_compared(folder):
     """A counted and a trained one: each a whole run; done ones are skipped; the table in order of bits per byte."""
     variants = {
         "net": {"seed": 5},
-        "counted": {"pretrain": {"model": {"architecture": "ngram", "config": {"order": 2}}}},
+        "counted": {
+            "pretrain": {"model": {"architecture": "ngram", "config": {"order": 2}, "dropout": None}}
+        },
     }
     loaded = load_recipe({**recipe(folder, "two"), "variants": variants})
     quiet = make_reporter(quiet=True)

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from llmkit.errors import UsageError
+from llmkit.errors import MissingError, UsageError
+from llmkit.evaluate.split import sum_over
 from llmkit.models.attention import tap_attention
 from llmkit.models.heads import Scores
 from llmkit.objectives import distil
@@ -16,6 +17,8 @@ from llmkit.objectives.base import LossModule
 from llmkit.objectives.clm import CausalLM
 from llmkit.objectives.distil import Distilled
 from llmkit.recipe.objectives import Distil
+from llmkit.train.places import check_teacher
+from llmkit.train.prove import prove_saving
 
 SIZES = {"num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50, "num_hidden_layers": 2}
 IDS = torch.randint(0, 50, (3, 13), generator=torch.Generator().manual_seed(1)).numpy()
@@ -160,6 +163,42 @@ def test_loader_processes_get_it_without_the_teacher():
     copy = pickle.loads(pickle.dumps(objective))
     assert len(pickle.dumps(objective)) < 2000
     assert np.array_equal(copy.encode({"ids": IDS[0]})["targets"], IDS[0][1:])
+
+
+def test_a_process_without_a_held_out_batch_knows_all_sums():
+    objective = Distilled(CausalLM(), llama(1), Distil(teacher="t", hidden=1.0), "causal")
+    core = LossModule(llama(0), objective, bf16=False)
+    assert sum_over(core, [batch_of(objective)]).keys() == sum_over(core, [None]).keys()
+
+
+def test_projections_are_proved_to_be_saved(tmp_path):
+    student, teacher = llama(0), llama(1, hidden_size=48)
+    objective = Distilled(CausalLM(), teacher, Distil(teacher="t", hidden=1.0), "causal")
+    core = LossModule(student, objective, bf16=False, parts=objective.parts(student))
+    assert "the logits are the same" in prove_saving(core, tmp_path)
+
+
+def test_a_deeper_student_begins_with_the_teachers_first_block():
+    student, teacher = llama(0, num_hidden_layers=6), llama(1, num_hidden_layers=2)
+    objective = Distilled(CausalLM(), teacher, Distil(teacher="t", hidden=1.0), "causal")
+    blocks = list(teacher.base_model.layers)
+    assert [blocks.index(theirs) for _, theirs in objective._pairs(student)] == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_teacher_with_rows_of_padding_in_its_output_layer_teaches_the_vocabulary():
+    student, teacher = llama(0).train(), llama(1, vocab_size=64)
+    objective = Distilled(CausalLM(), teacher, Distil(teacher="t", weight=1.0), "causal")
+    assert float(LossModule(student, objective, bf16=False)(batch_of(objective)).total.detach()) > 0
+
+
+def test_a_teacher_is_looked_for_before_any_text_is_read(tmp_path):
+    with pytest.raises(MissingError, match="no model, and no run"):
+        check_teacher(str(tmp_path / "nothing"), "clm")
+    AutoConfig.for_model("bert", architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match="'clm' needs a causal language model"):
+        check_teacher(str(tmp_path), "clm")
+    check_teacher(str(tmp_path), "mlm")
+    check_teacher("owner/name", "clm")
 
 
 def test_heads_that_do_not_match_are_refused():

@@ -7,9 +7,12 @@ from transformers import (
     BertForPreTraining,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.pytorch_utils import Conv1D
 
 from llmkit.errors import UsageError
 from llmkit.optim import describe_groups, make_optimizer, parameter_groups, parameter_names, set_lr
@@ -178,3 +181,51 @@ def test_muons_matrices_have_a_rate_of_their_own():
     set_lr(optimizer, 5e-4)  # half of the peak
     rates = {group["muon"]: group["lr"] for group in optimizer.param_groups}
     assert rates == {True: pytest.approx(0.01), False: 5e-4}
+
+
+def test_what_a_state_decays_by_does_not_decay_itself_and_is_not_muons():
+    config = MambaConfig(vocab_size=11, hidden_size=8, state_size=4, num_hidden_layers=1, time_step_rank=2)
+    model = MambaForCausalLM(config)
+    assert model.backbone.layers[0].mixer.A_log.ndim == 2  # it looks like a matrix
+    names = {id(p): name.removeprefix("backbone.layers.0.mixer.") for name, p in model.named_parameters()}
+    [decaying, *others] = parameter_groups(model, Optim())
+    found = {names[id(p)] for p in decaying["params"]}
+    assert found == {f"{part}.weight" for part in ("conv1d", "in_proj", "x_proj", "dt_proj", "out_proj")}
+    assert all(group["weight_decay"] == 0 for group in others)
+    matrices = {name.removeprefix("backbone.layers.0.mixer.") for name in muons(model)}
+    assert matrices == found - {"conv1d.weight"}
+
+
+def test_what_a_model_marks_does_not_decay_and_is_not_muons():
+    net = Net(tied=False)
+    net.inner.weight._no_weight_decay = True
+    [decaying] = [group for group in grouped(net) if group["weight_decay"]]
+    assert decaying["params"] == {"head.weight"}
+    [mine] = [group["params"] for group in grouped(net, name="muon") if group["muon"]]
+    assert mine == {"head.weight"}
+
+
+@pytest.mark.parametrize("scale", ["original", "rms"])
+def test_muon_moves_gpt2s_matrices_as_it_moves_the_same_linear_ones(scale):
+    """GPT-2 stores inputs by outputs: the factor is of outputs over inputs all the same."""
+
+    class Layers(torch.nn.Module):
+        def __init__(self, make):
+            super().__init__()
+            self.wide, self.narrow = make(4, 12), make(12, 4)
+
+    conv = Layers(lambda inputs, outputs: Conv1D(outputs, inputs))
+    linear = Layers(torch.nn.Linear)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("wide", "narrow"):
+        stored, usual = getattr(conv, name).weight, getattr(linear, name).weight
+        usual.data.copy_(stored.detach().T)
+        stored.grad = torch.randn(stored.shape, generator=generator)
+        usual.grad = stored.grad.T.clone()
+    for layers in (conv, linear):
+        optimizer = make_optimizer(layers, Optim(name="muon", muon_scale=scale, weight_decay=0.0))
+        set_lr(optimizer, 1e-2)
+        optimizer.step()
+    for name in ("wide", "narrow"):
+        moved = getattr(conv, name).weight.detach().T
+        torch.testing.assert_close(moved, getattr(linear, name).weight.detach(), rtol=1e-6, atol=1e-7)

@@ -1,5 +1,7 @@
 """L1, noise on gradients, the average of weights; and what the recipe says of optimizers."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from llmkit.errors import RecipeError
 from llmkit.optim import add_noise, averaged, make_optimizer, set_lr
+from llmkit.optim import average as module
 from llmkit.recipe import load_recipe
 from llmkit.recipe.optimizers import OPTIMIZERS, state_bytes_per_parameter
 from llmkit.recipe.schema import Optim
@@ -207,3 +210,26 @@ def test_the_state_is_as_large_as_the_plan_takes_it_to_be(name):
     )
     planned = state_bytes_per_parameter(name, ema=True) - (4 if name == "muon" else 0)
     assert held == pytest.approx(planned, abs=0.1)
+
+
+def test_one_copy_of_the_weights_is_made_to_put_the_average_in_their_place(monkeypatch):
+    """As many bytes as the gradients, which are free by then: the plan counts no more."""
+    alive, most = weakref.WeakSet(), []
+    average = module.schedule_free_average
+
+    def counted(*args):
+        made = average(*args)
+        alive.add(made)
+        most.append(len(alive))
+        return made
+
+    monkeypatch.setattr(module, "schedule_free_average", counted)
+    net = Net()
+    optimizer = make_optimizer(net, Optim(name="schedule_free"))
+    run(net, optimizer, 3)
+    before = copied(net)
+    with averaged(optimizer):
+        assert not same(copied(net), before)
+    assert same(copied(net), before)
+    assert len(most) == 4
+    assert max(most) <= 2  # the next one is made while the last is still named

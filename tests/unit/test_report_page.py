@@ -309,3 +309,16 @@ def test_a_sample_cannot_break_out_of_its_code_block(tmp_path: Path) -> None:
     sample = {"step": 1, "prompt": "a", "text": "```\n# heading\n````"}
     card = write_model_card(tmp_path, {"name": "x", "samples": [sample]})
     assert "`````text\na```\n# heading\n````\n`````" in card
+
+
+@pytest.mark.parametrize("model_type", ["llmkit-recurrent", "llmkit-cnn", "llmkit-ngram", "llama"])
+def test_the_cards_example_imports_llmkit_for_its_own_architectures_alone(
+    tmp_path: Path, model_type: str
+) -> None:
+    card = write_model_card(tmp_path, {"name": "x", "model": {"model_type": model_type, "num_parameters": 9}})
+    [code] = re.findall(r"```python\n(.*?)```", card, re.S)
+    own = model_type != "llama"
+    assert code.startswith("import llmkit") == own
+    assert ("only programs that import llmkit can read it" in card) == own
+    assert f'library_name: "{"llmkit" if own else "transformers"}"' in card
+    compile(code, "card", "exec")

@@ -134,7 +134,7 @@ def test_families_of_one_size_are_alike(size: str, low: float, high: float) -> N
 
 def test_an_architecture_is_its_mini_preset_under_its_config() -> None:
     fields = model_fields(Model(architecture="bert", config={"hidden_size": 64}))
-    assert fields == {**PRESETS["bert-mini"], "hidden_size": 64}
+    assert fields == {**PRESETS["bert-mini"], "hidden_size": 64, "intermediate_size": 256}
     assert architecture_fields("llama", {}) == PRESETS["gpt-mini"]
     assert architecture_fields("gru", {})["cell"] == "gru"
     assert architecture_fields("gemma", {"hidden_size": 8}) == {"hidden_size": 8, "model_type": "gemma"}

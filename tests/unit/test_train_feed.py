@@ -28,9 +28,7 @@ def feed(world_size=1, rank=0, objective=None, streams=None, held_out=(), rows=1
         context=7, vocab_size=900, rows_per_step=rows, micro_batch_size=size, world_size=world_size
     )
     accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
-    section = SimpleNamespace(
-        isolate_documents=isolate, objective="clm", model=SimpleNamespace(context=7)
-    )
+    section = SimpleNamespace(isolate_documents=isolate, objective="clm", model=SimpleNamespace(context=7))
     return Feed(data, objective or CausalLM(), plan, section, accelerator)
 
 

@@ -1,5 +1,6 @@
 """Runs of one recipe that differ in a few settings: what each of them is, and what is wrong with it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from llmkit.errors import RecipeError, UsageError
 from llmkit.recipe import Loaded, load_recipe, resolved_yaml, show_yaml
 from llmkit.report.console import make_reporter
 from llmkit.run import run_all
-from llmkit.run.folders import Options, report_of, run_folder
+from llmkit.run.folders import Options, Result, report_of, run_folder
 from llmkit.run.planning import model_shape
+from llmkit.run.variants import run_variants
 
 TEXT = """\
 llmkit: 1
@@ -170,3 +172,42 @@ def test_the_shipped_baselines_run(tmp_path):
         "transformer": "llama",
     }
     assert (result.folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("others", "command", "note"),
+    [
+        ("mlm", "llmkit fill {folder}/b", ""),
+        ("clm", "llmkit fill {folder}/a", "not ranked: the losses of different objectives (mlm, clm)"),
+    ],
+)
+def test_the_next_command_is_of_the_models_kind_and_objectives_are_not_ranked(
+    tmp_path, capsys, others, command, note
+):
+    text = f"""\
+llmkit: 1
+name: base
+tokenize: {{vocab_size: 8k}}
+pretrain:
+  data: {{files: a.txt}}
+  train: {{length: 10 steps}}
+variants:
+  a: {{pretrain: {{objective: mlm}}}}
+  b: {{pretrain: {{objective: {others}}}}}
+"""
+    loaded = load(tmp_path, text=text)
+
+    def run_one(one, options, reporter):
+        folder = tmp_path / "runs" / one.recipe.name
+        name = one.recipe.name.split("/")[1]
+        (folder / "pretrain").mkdir(parents=True)
+        bits = {"a": 2.0, "b": 1.0}[name]
+        final = {"eval/loss": bits, "eval/bits_per_byte": bits}
+        made = {"status": "done", "final": final, "headline": {}, "plan": {}, "metrics": [], "references": {}}
+        (folder / "pretrain" / "report.json").write_text(json.dumps(made))
+        return Result(folder, {"pretrain": {}}, "")
+
+    result = run_variants(loaded, Options(tmp_path / "runs"), make_reporter(), run_one)
+    assert result.next_command.startswith(command.format(folder=tmp_path / "runs/base"))
+    said = capsys.readouterr()
+    assert (note if note else "not ranked") in said.out + said.err if note else "not ranked" not in said.err

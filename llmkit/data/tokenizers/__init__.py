@@ -13,6 +13,7 @@ from llmkit.data.tokenizers.learn import (
 )
 from llmkit.data.tokenizers.load import (
     LightTokenizer,
+    end_texts,
     eos_id,
     fingerprint,
     frame_texts,
@@ -32,6 +33,7 @@ __all__ = [
     "LightTokenizer",
     "Piece",
     "encode_documents",
+    "end_texts",
     "eos_id",
     "fingerprint",
     "frame_texts",

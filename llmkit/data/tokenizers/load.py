@@ -69,6 +69,21 @@ class LightTokenizer:
         return self._id("pad_token")
 
     @property
+    def cls_token_id(self) -> int | None:
+        """The id that begins a framed text."""
+        return self._id("cls_token")
+
+    @property
+    def sep_token_id(self) -> int | None:
+        """The id that ends a framed text."""
+        return self._id("sep_token")
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """The id that stands for a gap."""
+        return self._id("mask_token")
+
+    @property
     def all_special_ids(self) -> list[int]:
         """The ids of all special tokens, ascending."""
         added = self.backend_tokenizer.get_added_tokens_decoder()
@@ -212,6 +227,30 @@ def frame_texts(tokenizer: Any) -> None:
         pair=f"{first} $A {last} $B:1 {last}:1",
         special_tokens=[(first, tokenizer.cls_token_id), (last, tokenizer.sep_token_id)],
     )
+    _put_around(backend, frame)
+
+
+def end_texts(tokenizer: Any) -> None:
+    """Make a tokenizer that puts nothing around a text end it with its end of text, as encoder-decoders read it.
+
+    That is for others who use the exported model; llmkit puts it there itself.
+
+    Args:
+        tokenizer: From `load_tokenizer`, with an `eos_token`.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.num_special_tokens_to_add(False):
+        return
+    end = tokenizer.eos_token
+    _put_around(
+        backend,
+        processors.TemplateProcessing(
+            single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+        ),
+    )
+
+
+def _put_around(backend: Tokenizer, frame: processors.TemplateProcessing) -> None:
     kept = backend.post_processor
     backend.post_processor = frame if kept is None else processors.Sequence([kept, frame])
 
@@ -232,8 +271,8 @@ def eos_id(tokenizer: Any) -> int:
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:
-    """The ids a model's configuration needs: `bos_token_id`, `eos_token_id` and `pad_token_id`, those there are."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    """The ids that a model's configuration may need: `bos_token_id` and so on, those there are."""
+    names = [f"{part}_token_id" for part in ("bos", "eos", "pad", "cls", "sep", "mask")]
     return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from llmkit.data.tokenizers.pieces import token_bytes
 from llmkit.data.tokenizers.special import STANDS_FOR
@@ -52,8 +53,9 @@ class Vocabulary:
         return cls(
             size=len(tokenizer),
             roles=roles,
-            special_ids=tuple(sorted(tokenizer.all_special_ids)),
-            backend=backend,
+            special_ids=tuple(sorted({*tokenizer.all_special_ids, *_marked_special(backend)})),
+            # Its own: others change how theirs treats special tokens, in other threads.
+            backend=Tokenizer.from_str(backend.to_str()),
             name=str(tokenizer.name_or_path),
         )
 
@@ -92,12 +94,10 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; special tokens that it spells are text."""
-        before = self.backend.encode_special_tokens
-        self.backend.encode_special_tokens = True
-        try:
-            return list(self.backend.encode(text, add_special_tokens=False).ids)
-        finally:
-            self.backend.encode_special_tokens = before
+        self.backend.encode_special_tokens = (
+            True  # not part of its file, so it is lost on the way to processes
+        )
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
@@ -125,3 +125,8 @@ class Vocabulary:
             f"tokenizer {self.name!r} has no token {token!r}, which this objective needs",
             hint="let the recipe learn its tokenizer (`tokenize`), which then gets it, or add the token to this one",
         )
+
+
+def _marked_special(backend: Tokenizer) -> set[int]:
+    """What the rules call special, whether the tokenizer's configuration gives it a part or not."""
+    return {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
