@@ -71,13 +71,15 @@ class Pace:
         self._clock = clock
         self._phase = ""
         self._first_done = 0
+        self._last_done = 0
         self._started = 0.0
 
     def eta(self, phase: str, done: int, total: int | None) -> float | None:
         """Seconds until `total`, or None while unknown."""
         now = self._clock()
-        if phase != self._phase or done < self._first_done:
+        if phase != self._phase or done < self._last_done:  # another run, such as a recipe's next variant
             self._phase, self._first_done, self._started = phase, done, now
+        self._last_done = done
         gained, spent = done - self._first_done, now - self._started
         if total is None or done >= total or gained <= 0 or spent <= 0:
             return None

@@ -211,6 +211,17 @@ def test_a_resumed_run_is_paced_by_its_own_steps() -> None:
     assert pace.eta("pretrain", 10, None) is None
 
 
+def test_the_next_variants_run_is_paced_by_its_own_steps() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    assert pace.eta("pretrain", 1, 600) is None
+    clock.now += 1000
+    assert pace.eta("pretrain", 600, 600) is None
+    assert pace.eta("pretrain", 4, 600) is None
+    clock.now += 10
+    assert pace.eta("pretrain", 14, 600) == pytest.approx(586.0)
+
+
 def test_progress_words() -> None:
     values = {"train/loss": 4.2134, "lr": 5.9e-4, "tokens_per_s": 12345.0, "eta_s": 190.0}
     assert progress_text(120, 600, values, 190.0, "step") == (
