@@ -445,7 +445,8 @@ class Recipe(Block):
     name: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")
     ] = "run"
-    """What the run and its folder under `runs/` are called: letters, digits, `.`, `_` and `-`."""
+    """What the run and its folder under `runs/` are called: letters, digits, `.`, `_` and `-`; one `/` may stand
+    between a group of runs and its member."""
     extends: str | None = None
     """Another recipe (a path, or the name of a shipped one) whose settings this one starts from."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 42

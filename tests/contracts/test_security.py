@@ -185,14 +185,15 @@ def build(folder, **settings):
 def test_code_that_comes_with_a_model_is_refused_unless_the_recipe_trusts_it(folder, model_type, monkeypatch):
     ran = add_code(folder, model_type)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
-    for load in (build, load_model, lambda f: shape_by_building(Model(name=str(f)), 64)):
+    for load in (build, load_model, lambda f: shape_by_building(Model(name=str(f)), "causal", 64)):
         with pytest.raises(UsageError, match=r"Python code that comes with the model.*evil\.Evil") as caught:
             load(folder)
         assert "trust_remote_code: true" in caught.value.hint
     assert not ran.exists()
     assert build(folder, trust_remote_code=True).num_parameters() > 0
     assert ran.exists(), "the test can fail: this code runs where it is trusted"
-    assert shape_by_building(Model(name=str(folder), trust_remote_code=True), 64).hidden_size == 16
+    trusted = Model(name=str(folder), trust_remote_code=True)
+    assert shape_by_building(trusted, "causal", 64).hidden_size == 16
 
 
 def test_a_yes_on_stdin_runs_nothing(folder, llmkit):
@@ -300,7 +301,9 @@ def test_a_recipe_cannot_keep_the_reader_busy(tmp_path, attack):
     assert len(caught.value.problems) <= 101
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "/tmp/x", "a\\b", "x" * 100])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../b", "a/..", "a/b/c", "..", ".hidden", "/tmp/x", "a\\b", "x" * 100]
+)
 def test_a_name_cannot_lead_out_of_the_folder_of_runs(name):
     with pytest.raises(RecipeError) as caught:
         load_recipe({"llmkit": 1, "name": name})

@@ -273,7 +273,8 @@ def eos_id(tokenizer: Any) -> int:
 def special_ids(tokenizer: Any) -> dict[str, int]:
     """The ids that a model's configuration may need: `bos_token_id` and so on, those there are."""
     names = [f"{part}_token_id" for part in ("bos", "eos", "pad", "cls", "sep", "mask")]
-    return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+    found = {name: getattr(tokenizer, name, None) for name in names}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def fingerprint(tokenizer: Any) -> str:
