@@ -90,7 +90,7 @@ def _fill_one(
         min(top, vocabulary.size - len(vocabulary.special_ids)), dim=1
     )
     gaps = [
-        Gap([vocabulary.decode([number]) for number in numbers], probabilities)
+        Gap([_written(vocabulary, number) for number in numbers], probabilities)
         for numbers, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     for place, number in zip(places, best.indices[:, 0].tolist(), strict=True):
@@ -123,3 +123,11 @@ def split_at_gaps(vocabulary: Vocabulary, prompt: str) -> list[str]:
     """
     own = vocabulary.backend.id_to_token(vocabulary.role("mask_token"))
     return prompt.replace(own, GAP).split(GAP)
+
+
+def _written(vocabulary: Vocabulary, number: int) -> str:
+    """A token as text; one that is a part of a character by its bytes, `<0xE6>`."""
+    text = vocabulary.decode([number])
+    if "\ufffd" not in text:
+        return text
+    return "".join(f"<0x{byte:02X}>" for byte in vocabulary.spellings[number])

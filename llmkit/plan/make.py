@@ -22,6 +22,7 @@ from llmkit.recipe.objectives import RowLayout
 from llmkit.recipe.optimizers import state_bytes_per_parameter
 from llmkit.recipe.schema import Machine, Pretrain, Recipe
 from llmkit.recipe.units import Amount
+from llmkit.registry import goal_of
 
 CPU_MICRO_BATCH_TOKENS = 2048
 """Tokens a processor handles at a time: enough for fast matrix products, not too much for its caches."""
@@ -104,6 +105,7 @@ def make_plan(
     background, memory = _choose_background_save(draft, memory, saved, world)
     epochs = steps * rows / num_rows if steps else None
     draft.notes += _remarks(data, rows, num_rows, epochs, rate)
+    draft.notes += _prompts_without_gaps(wanted)
     if wanted.distil is not None:
         draft.notes.append("the teacher's memory and time are not in these figures")
     timing = _intervals(wanted, steps, rows, context, num_rows)
@@ -394,6 +396,17 @@ def _intervals(
     }
     warm = resolve_warmup(warmup, num_steps=steps, tokens_per_step=tokens)
     return {"warmup_steps": (warm, warmup), **every}
+
+
+def _prompts_without_gaps(wanted: Pretrain) -> list[str]:
+    """A model that fills gaps has nothing to say of a text that has none."""
+    if goal_of(wanted.objective).model not in ("masked", "pairs"):
+        return []
+    return [
+        f"the prompt {prompt!r} has no [MASK], so nothing is shown for it"
+        for prompt in wanted.prompts
+        if "[MASK]" not in prompt and "<|mask|>" not in prompt
+    ]
 
 
 def _remarks(

@@ -234,6 +234,20 @@ def _measured_best(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
         yield Problem(node.spot, "`keep_best` needs evaluations, and `eval.every` is `never`", hint)
 
 
+def _one_model_to_teach(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
+    """A detector is trained with a generator beside it; a teacher knows nothing of that pair."""
+    path = ("pretrain", "distil")
+    objective = _plain(root, ("pretrain", "objective"))
+    is_pair = (
+        isinstance(objective, str) and objective in OBJECTIVES and OBJECTIVES[objective].model == "detector"
+    )
+    if is_pair and _plain(root, path) is not None:
+        hint = "leave `distil` out, or choose another objective, such as `mlm`"
+        yield Problem(
+            key_spot(root, path), f"`{objective}` trains two models, and neither can have a teacher", hint
+        )
+
+
 def _documents_apart(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
     """Only where a model reads from left to right do positions that restart keep documents apart."""
     path = ("pretrain", "isolate_documents")
@@ -330,6 +344,7 @@ _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _room_for_bytes,
     _measured_best,
     _documents_apart,
+    _one_model_to_teach,
     _settings_of_the_optimizer,
     _one_average,
     _settings_of_the_objective,

@@ -295,6 +295,10 @@ def _add_rules(blocks: Json) -> None:
     unmeasured = {"type": "object", "required": ["eval"], "properties": {"eval": never}}
     best = _given("checkpoint", "keep_best")
     blocks["Pretrain"]["allOf"].append({"not": {"allOf": [best, unmeasured]}})
+    pairs = [name for name, goal in OBJECTIVES.items() if goal.model == "detector"]
+    detects = {"type": "object", "required": ["objective"], "properties": {"objective": {"enum": pairs}}}
+    taught = {"type": "object", "required": ["distil"], "properties": {"distil": {"not": {"type": "null"}}}}
+    blocks["Pretrain"]["allOf"].append({"not": {"allOf": [detects, taught]}})
     joined = [name for name, goal in OBJECTIVES.items() if not goal.isolates]
     apart = {"isolate_documents": {"const": True}, "objective": {"enum": joined}}
     blocks["Pretrain"]["allOf"].append({"not": {"required": list(apart), "properties": apart}})

@@ -14,6 +14,7 @@ from llmkit.run.planning import outline, plan
 from llmkit.run.pretrain import pretrain
 from llmkit.run.tokenize import tokenize, tokenizer_of
 from llmkit.run.variants import run_variants
+from llmkit.train.places import check_teacher
 
 __all__ = [
     "Options",
@@ -41,6 +42,8 @@ def run_all(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     recipe = loaded.recipe
     done: dict[str, Result] = {}
     world = detect_world(os.environ)
+    if recipe.pretrain is not None and recipe.pretrain.distil is not None:
+        check_teacher(recipe.pretrain.distil.teacher, recipe.pretrain.objective)  # before any text is read
     first = (
         world is None or world.rank == 0
     )  # the others meet it in training, where shards and tokenizer are found

@@ -102,6 +102,8 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
         reporter.note(
             f"{name} {format_number(figures[name])}" if known_here else f"{name}: nothing to measure"
         )
+    if section and section.rows:
+        reporter.note(f"measured on {section.rows:,} rows at most; a run's own last evaluation takes all")
     kind = goal_of(learned.objective).model
     metrics = {name.removeprefix("eval/"): value for name, value in final.items()}
     return Result(

@@ -13,7 +13,7 @@ from llmkit.cli import main
 from llmkit.data.tokenizers import load_tokenizer
 from llmkit.data.tokenizers.vocabulary import Vocabulary
 from llmkit.errors import UsageError
-from llmkit.evaluate.fill import fill
+from llmkit.evaluate.fill import _written, fill
 from llmkit.evaluate.model import load_model
 from llmkit.models.heads import choose_heads
 from llmkit.recipe.schema import Sampling
@@ -133,3 +133,10 @@ def test_each_run_says_the_command_that_shows_its_model(runs):
     assert next_commands == {"masked": "fill", "pairs": "fill", "detector": "eval", "causal": "generate"}
     for name, words in (("masked", "AutoModelForMaskedLM"), ("detector", "AutoModelForPreTraining")):
         assert words in (runs / name / "pretrain/model/README.md").read_text()
+
+
+def test_a_part_of_a_character_is_shown_by_its_bytes(runs):
+    vocabulary = Vocabulary.of(load_tokenizer(str(runs / "masked" / "pretrain" / "model")))
+    number = next(n for n, spelt in enumerate(vocabulary.spellings) if spelt == b"\xe6")
+    assert _written(vocabulary, number) == "<0xE6>"
+    assert _written(vocabulary, vocabulary.encode("def")[0]) in "def"

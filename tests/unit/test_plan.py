@@ -75,6 +75,14 @@ def test_a_decoder_that_would_write_more_than_it_can_is_refused() -> None:
         assert plan_of(fits, preset=preset).num_steps == 100
 
 
+def test_a_prompt_without_a_gap_is_noted_where_gaps_are_filled() -> None:
+    prompts = ["no gap", "a [MASK] here"]
+    masked = recipe(objective="mlm", model={"preset": "bert-tiny", "context": 128}, prompts=prompts)
+    notes = [note for note in plan_of(masked, preset="bert-tiny").notes if "[MASK]" in note]
+    assert notes == ["the prompt 'no gap' has no [MASK], so nothing is shown for it"]
+    assert not [note for note in plan_of(recipe(prompts=prompts)).notes if "[MASK]" in note]
+
+
 # --- the model's numbers ---
 
 
