@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmkit.errors import UsageError
 from llmkit.models.attention import IMPLEMENTATIONS, choose_attention, use_attention
 
 VOCAB, LENGTH = 97, 300
@@ -146,7 +147,7 @@ def test_the_choice_is_not_written_into_the_model(tmp_path):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="there are sdpa, eager, compiled"):
+    with pytest.raises(UsageError, match="llama cannot use the attention kernel 'flash'"):
         use_attention(make_model(), "flash", isolate=False)
 
 
