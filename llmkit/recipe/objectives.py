@@ -1,5 +1,6 @@
 """The settings of each objective, and how many tokens of text its rows take: blocks of the `pretrain` section."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
@@ -136,9 +137,9 @@ class _Spans(ObjectiveSettings):
         taken = max(1, min(round(num_tokens * self.ratio), num_tokens - 1))
         return taken, max(1, min(round(taken / self.mean_length), num_tokens - taken))
 
+    @abstractmethod
     def widths(self, num_tokens: int) -> tuple[int, int]:
         """Positions that so many tokens of text become: the model's (an encoder's) input, and a decoder's."""
-        raise NotImplementedError
 
     def layout(self, context: int) -> RowLayout:
         """As many tokens of text as fill `context` positions when spans are taken out.

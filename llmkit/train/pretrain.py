@@ -229,7 +229,9 @@ def _with_attention(plan: Plan, core: LossModule, accelerator: Accelerator, sect
     if section.distil is not None and section.distil.attention:
         for model in (core.model, core.frozen["teacher"]):
             tap_attention(model, isolate=isolate)
-        return plan
+        # A kernel in plain operations that leaves its weights; in the recipe's words it is `eager`.
+        choice = ("eager", "a teacher's attention is compared with the model's")
+        return replace(plan, attention=choice[0], choices={**plan.choices, "machine.attention": choice})
     for model in core.frozen.values():
         use_attention(model, "sdpa", isolate=isolate)
     if plan.attention == "auto":
