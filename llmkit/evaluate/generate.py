@@ -171,10 +171,8 @@ def _continuation(
     stop = next((place + 1 for place, number in enumerate(row) if number in ends), None)
     row = row[:stop]
     # Marks of gaps say what belongs where; other special tokens are no text.
-    marks = {
-        tokenizer.convert_tokens_to_ids(mark) for mark in SENTINELS if mark in tokenizer.get_added_vocab()
-    }
-    special = set(tokenizer.all_special_ids) - marks
+    added = tokenizer.get_added_vocab()
+    special = set(tokenizer.all_special_ids) - {added[mark] for mark in SENTINELS if mark in added}
     text = tokenizer.decode(
         [number for number in row if number not in special],
         skip_special_tokens=False,

@@ -1,11 +1,13 @@
 """Generation: a batch gives what one by one gives, the cache is on, and afterwards the model is as before."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmkit.evaluate.generate import generate
+from llmkit.evaluate.generate import _continuation, generate
 from llmkit.models.attention import use_attention
 from llmkit.recipe.schema import Sampling
 
@@ -94,3 +96,19 @@ def test_the_model_is_as_before_and_used_its_cache(model, tokenizer, monkeypatch
     assert model.training
     assert model.config.use_cache is False
     assert model.config._attn_implementation == "compiled_documents"
+
+
+def test_marks_of_gaps_stay_and_a_models_own_end_ends():
+    """Ids: 0 end of text, 1 a mark, 2 an end of its own, 3 and 4 words."""
+    words = {0: "", 1: "<|extra_0|>", 3: "hello", 4: "world"}
+    tokenizer = SimpleNamespace(
+        eos_token_id=0,
+        all_special_ids=[0, 1, 2],
+        get_added_vocab=lambda: {"<|extra_0|>": 1, "<|eop|>": 2},
+        decode=lambda ids, **_: " ".join(words[number] for number in ids),
+    )
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[0, 2]))
+    found = _continuation(model, tokenizer, "p", [1, 3, 2, 4, 4], cut=0)
+    assert (found.text, found.num_tokens, found.finished) == ("<|extra_0|> hello", 3, True)
+    unfinished = _continuation(model, tokenizer, "p", [3, 4], cut=0)
+    assert (unfinished.text, unfinished.finished) == ("hello world", False)
