@@ -250,7 +250,9 @@ def _text_entries(
         # A word may hold blanks (GloVe has such), its numbers none: so they are taken from the end.
         parts = line.rstrip().rsplit(b" ", width)
         if len(parts) != width + 1 or not parts[0]:
-            raise _damaged(path, number, f"no word with {width} numbers: {line[:60]!r}")
+            start, count = line[:40].decode(errors="replace").rstrip(), max(0, len(line.split()) - 1)
+            expected = f"the {width} that {'its first line promises' if promised else 'its first word has'}"
+            raise _damaged(path, number, f"{count} numbers, not {expected}: {start!r}")
         word = _decoded(path, number, parts[0])
         yield word, _numbers(path, number, parts[1:]) if word in wanted else None
 
@@ -301,4 +303,7 @@ def _binary_word(path: Path, file: IO[bytes], number: int) -> bytes:
 
 
 def _damaged(path: Path, number: int, what: str, unit: str = "line") -> DataError:
-    return DataError(f"{path}: {unit} {number:,} is damaged: {what}")
+    return DataError(
+        f"pretrain.model.embeddings: {path}: {unit} {number:,} is damaged: {what}",
+        hint="give the file as word2vec, GloVe or fastText write it",
+    )

@@ -124,7 +124,16 @@ def test_special_tokens_get_no_vector(tmp_path):
 
 
 DAMAGED = [
-    ("v.txt", b"the 1 2 3\nhouse 1 2\n", r"line 2 is damaged: no word with 3 numbers: b'house 1 2"),
+    (
+        "v.txt",
+        b"the 1 2 3\nhouse 1 2\n",
+        "line 2 is damaged: 2 numbers, not the 3 that its first word has: 'house 1 2'",
+    ),
+    (
+        "v.vec",
+        b"1 3\nthe 1 2\n",
+        "line 2 is damaged: 2 numbers, not the 3 that its first line promises: 'the 1 2'",
+    ),
     ("v.vec", b"3 3\nthe 1 2 3\nhouse 1 2 3\n", "ends after 2 words, and its first line promises 3"),
     ("v.vec", b"2 3\nthe 1 2 3\nhouse 1 x 3\n", "line 3 is damaged: could not convert"),
     ("v.txt", b"the 1 2 3\nhouse 1 nan 3\n", "line 2 is damaged: a number that is not finite"),
