@@ -10,9 +10,12 @@ from llmkit.errors import UsageError
 
 T = TypeVar("T")
 
-ModelKind = Literal["causal", "masked", "pairs", "seq2seq", "detector"]
+ModelKind = Literal[
+    "causal", "masked", "pairs", "seq2seq", "detector", "sequence", "tokens", "answers", "encoder"
+]
 """What a model does: `causal` predicts the next token, `masked` fills gaps, `pairs` also says whether two texts belong
-together, `seq2seq` writes an output to an input, `detector` finds replaced tokens."""
+together, `seq2seq` writes an output to an input, `detector` finds replaced tokens; `sequence` judges a text, `tokens`
+each token of it, `answers` finds where an answer stands, `encoder` gives what its body computes."""
 
 SENTINELS = tuple(f"<|extra_{number}|>" for number in range(100))
 """Marks that stand for spans of text which were taken out, in the order of the text."""
@@ -37,6 +40,8 @@ class Goal:
         isolates: Whether documents that share a row can be kept apart.
         positions: Whether its rows say where documents begin, isolated or not.
         other: Whether its rows come with text of another document.
+        best: Of a task, the metric that tells a better model, without the `eval/` in front.
+        packs: Of a task, whether several of its rows can stand in a line without seeing each other.
     """
 
     code: str
@@ -49,6 +54,8 @@ class Goal:
     isolates: bool = False
     positions: bool = False
     other: bool = False
+    best: str = "loss"
+    packs: bool = False
 
 
 OBJECTIVES: Mapping[str, Goal] = {
@@ -109,13 +116,73 @@ OBJECTIVES: Mapping[str, Goal] = {
 }
 
 
+TASKS: Mapping[str, Goal] = {
+    "cls": Goal(
+        "llmkit.objectives.cls:build",
+        "sequence",
+        sections=("cls",),
+        metrics=("loss", "accuracy", "macro_f1", "micro_f1", "mcc", "ece"),
+        best="accuracy",
+    ),
+    "regression": Goal(
+        "llmkit.objectives.regression:build",
+        "sequence",
+        metrics=("loss", "pearson", "spearman", "mse"),
+        best="spearman",
+    ),
+    "tag": Goal(
+        "llmkit.objectives.tag:build",
+        "tokens",
+        sections=("tag",),
+        metrics=("loss", "f1", "precision", "recall", "accuracy"),
+        best="f1",
+    ),
+    "qa": Goal(
+        "llmkit.objectives.qa:build",
+        "answers",
+        sections=("qa",),
+        metrics=("loss", "f1", "exact_match"),
+        best="f1",
+    ),
+    "seq2seq": Goal(
+        "llmkit.objectives.seq2seq:build",
+        "seq2seq",
+        sections=("seq2seq",),
+        metrics=("loss", "perplexity", "bleu", "chrf", "rouge1", "rouge2", "rougeL"),
+        best="loss",
+    ),
+    "sft": Goal(
+        "llmkit.objectives.sft:build",
+        "causal",
+        sections=("sft",),
+        metrics=("loss", "perplexity", "accuracy"),
+        packs=True,
+    ),
+    "dpo": Goal(
+        "llmkit.objectives.dpo:build",
+        "causal",
+        sections=("dpo",),
+        metrics=("loss", "accuracy", "margin"),
+        best="accuracy",
+    ),
+    "embed": Goal(
+        "llmkit.objectives.embed:build",
+        "encoder",
+        sections=("embed",),
+        metrics=("loss", "recall_at_1", "recall_at_10", "mrr", "spearman"),
+        best="loss",
+    ),
+}
+"""What a model can be fine-tuned for on labelled rows; the objectives above, too, on text."""
+
+
 def goal_of(objective: str) -> Goal:
-    """What is known of an objective.
+    """What is known of an objective or a task.
 
     Raises:
         UsageError: There is none of that name.
     """
-    return find(OBJECTIVES, objective, "objective")
+    return TASKS[objective] if objective in TASKS else find(OBJECTIVES, objective, "objective")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli import fill as filling
+from llmkit.cli import finetune as finetuning
 from llmkit.cli import tokenize as tokenizing
 from llmkit.cli.options import (
     AsJson,
@@ -46,6 +47,7 @@ def register(app: typer.Typer) -> None:
     _add_verb(app, "run", **VERBS["run"])
     app.command("tokenize", help=tokenizing.HELP, short_help=tokenizing.SHORT_HELP)(tokenizing.tokenize)
     _add_verb(app, "pretrain", **VERBS["pretrain"])
+    app.command("finetune", help=finetuning.HELP, short_help=finetuning.SHORT_HELP)(finetuning.finetune)
     app.command("eval", help=EVAL_HELP, short_help="Measure a model on held-out text.")(evaluate)
     app.command("generate", help=GENERATE_HELP, short_help="Let a trained model write.")(generate)
     app.command("fill", help=filling.HELP, short_help=filling.SHORT_HELP)(filling.fill)
@@ -248,6 +250,10 @@ def _plan_of(loaded: "Loaded", settings: Settings) -> tuple[list[tuple[str, str,
     found = run.plan(loaded, options) if recipe.pretrain is not None else None
     rows = run.outline(loaded, options) if recipe.tokenize is not None else []
     rows += describe(found) if found is not None else []
+    if recipe.finetune is not None and recipe.pretrain is None:
+        with reporting(settings) as reporter:
+            found = run.plan_finetune(loaded, options, reporter)
+        rows += describe(found)
     if not rows:
         raise UsageError("the recipe has nothing to plan", hint="`llmkit init gpt` shows a whole one")
     if found is not None:

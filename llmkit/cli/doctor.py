@@ -30,6 +30,8 @@ EXTRAS = {
     "warc": "to read web archives",
     "zh": "for `algorithm: words`",
     "cluster": "for `machine.engine: slurm`",
+    "metrics": "for BLEU and chrF",
+    "adapters": "for `finetune.adapter`",
 }
 LITTLE_DISK_BYTES = 5 * 10**9
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -18,8 +18,16 @@ from llmkit.data.order import RowOrder
 from llmkit.data.rows import Ints, Row, Rows
 from llmkit.data.seeds import OTHER, held_out_seed, mix_seed, row_seed
 
-Encode = Callable[[Row], Mapping[str, Ints]]
+Encode = Callable[[Any], Mapping[str, Ints]]
 StepExamples = list[tuple[int, list[Mapping[str, Ints]]]]
+
+
+class Batches(Protocol):
+    """What `Prefetcher` prepares."""
+
+    def of_step(self, step: int) -> StepExamples:
+        """This rank's `(global micro-batch number, examples)` of a step."""
+        ...
 
 
 class MicroBatches:
@@ -186,7 +194,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        batches: MicroBatches,
+        batches: Batches,
         start: int,
         stop: int | None = None,
         *,

@@ -1,10 +1,14 @@
 """A model over a whole split: sums, then metrics. Training, `llmkit eval` and the tests use this same code."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from llmkit.objectives.base import TARGETS, Batch, LossModule
+
+ROW_NUMBERS = "row_numbers"
+"""In a batch: the number of each of its rows in their part, where what is found of them is kept."""
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -14,6 +18,7 @@ def sum_over(
     batches: Iterable[Batch | None],
     reduce: Reduce = torch.clone,
     between: Callable[[], object] = lambda: None,
+    found: dict[int, Any] | None = None,
 ) -> dict[str, float]:
     """Add up loss and targets over this process's batches, and then over all processes.
 
@@ -25,6 +30,7 @@ def sum_over(
         batches: This process's share, on the device; None where it has no batch left and others have.
         reduce: A vector of sums -> the same over all processes; by default there is one process.
         between: Called before each batch; what it raises ends the measurement.
+        found: Takes what the model says of each row that this process measures, by the row's number.
 
     Returns:
         `total` (nats, of `num_targets`), every count of the batches, and the objective's further sums.
@@ -35,7 +41,7 @@ def sum_over(
     try:
         for batch in batches:
             between()
-            for name, value in _measure(core, batch).items() if batch is not None else ():
+            for name, value in _measure(core, batch, found).items() if batch is not None else ():
                 # In float64, on the host: not every device has it.
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
     finally:
@@ -51,7 +57,9 @@ def sum_over(
 
 
 @torch.inference_mode()
-def _measure(core: LossModule, batch: Batch) -> dict[str, torch.Tensor]:
+def _measure(core: LossModule, batch: Batch, found: dict[int, Any] | None) -> dict[str, torch.Tensor]:
     loss = core.forward(batch)
+    if found is not None and loss.found:
+        found |= dict(zip(batch[ROW_NUMBERS].tolist(), loss.found, strict=True))
     counts = {name: count for name, count in batch.items() if name.startswith("num_")}
     return {**loss.sums, "total": loss.totals[TARGETS], **counts}

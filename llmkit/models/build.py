@@ -12,10 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -45,6 +49,10 @@ AUTO_CLASSES: Mapping[ModelKind, Any] = {
     "pairs": AutoModelForPreTraining,
     "seq2seq": AutoModelForSeq2SeqLM,
     "detector": AutoModelForPreTraining,
+    "sequence": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "answers": AutoModelForQuestionAnswering,
+    "encoder": AutoModel,
 }
 """By the kind of model, what transformers chooses its class by."""
 

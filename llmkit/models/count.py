@@ -61,6 +61,12 @@ def shape_by_building(spec: Model, kind: ModelKind, vocab_size: int) -> ModelSha
         config = make_config(spec, vocab_size=vocab_size, special_ids={})
     with torch.device("meta"):
         model = new_model(config, kind, trusted=spec.trust_remote_code)
+    return shape_of_model(model)
+
+
+def shape_of_model(model: PreTrainedModel) -> ModelShape:
+    """The shape of a model that is built; it may be on the meta device."""
+    config = model.config
     total, body, matrices = _weights(model)
     hidden = _field(config, "hidden_size", default=model.get_input_embeddings().embedding_dim)
     heads = _field(config, "num_attention_heads", default=0)

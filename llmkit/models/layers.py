@@ -26,13 +26,36 @@ def blocks_of(model: "PreTrainedModel") -> list[nn.Module]:
         UsageError: It has none that could be told.
     """
     body = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
-    depths = {len(module): module for module in _outermost_lists(body)}
-    if not depths:
+    blocks = _longest_list(body)
+    if not blocks:
         raise UsageError(
             f"{model.config.model_type} has no blocks whose states could be compared",
             hint="leave `hidden` and `attention` of `pretrain.distil` out",
         )
-    return list(depths[max(depths)])
+    return blocks
+
+
+def block_lists(model: "PreTrainedModel") -> list[list[nn.Module]]:
+    """The model's blocks, from the input to the output; of an encoder-decoder first the encoder's, then the decoder's.
+
+    Raises:
+        UsageError: It has none that could be told.
+    """
+    sides = [model.base_model]
+    if model.config.is_encoder_decoder:
+        sides = [model.get_encoder(), model.get_decoder()]
+    found = [blocks for side in sides if (blocks := _longest_list(side))]
+    if not found:
+        raise UsageError(
+            f"{model.config.model_type} has no layers that could be told apart",
+            hint="choose parameters by name: `freeze: {match: ...}`, or `train.optim.groups` for rates of their own",
+        )
+    return found
+
+
+def _longest_list(body: nn.Module) -> list[nn.Module]:
+    depths = {len(module): module for module in _outermost_lists(body)}
+    return list(depths[max(depths)]) if depths else []
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:

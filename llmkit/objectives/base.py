@@ -54,10 +54,13 @@ class Loss:
         totals: Scalar sums in nats by the name of their count in the batch, `num_targets` first. Each is divided by
             its count over the whole step, and the quotients are added: that is what training lowers.
         sums: Further scalar sums to add up over micro-batches, devices and steps, for `summarise`.
+        found: In an evaluation, of an objective that `Judges`: what the model says of each row of the batch, in its
+            order; small, for it is gathered from all devices.
     """
 
     totals: Mapping[str, torch.Tensor]
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    found: Sequence[Any] = ()
 
     @property
     def total(self) -> torch.Tensor:
@@ -118,6 +121,71 @@ class HasParts(Protocol):
     def parts(self, model: "PreTrainedModel") -> Mapping[str, nn.Module]:
         """These networks by name, made for `model`; torch's seed decides their weights. The objective keeps them."""
         ...
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """An objective whose model is judged by what it says of each row, not by sums alone."""
+
+    def measure(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> dict[str, float]:
+        """Metrics by name, without the `eval/` in front.
+
+        Args:
+            rows: Labelled rows, in their order; as `encode` takes them.
+            found: What `Loss.found` said of each.
+        """
+        ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A task whose model says something of a row that people can read."""
+
+    def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
+        """What the model says of a row, as JSON; `found` is what `Loss.found` has of it."""
+        ...
+
+
+@runtime_checkable
+class Expands(Protocol):
+    """A task that makes several rows of one, such as windows of a long text."""
+
+    def expand(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The rows that stand for this one; `encode` takes each."""
+        ...
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """An objective whose examples are more than one text each."""
+
+    def size(self, example: Example) -> int:
+        """Tokens that the model reads of an example."""
+        ...
+
+
+def size_of(objective: "Objective", example: Example) -> int:
+    """Tokens that the model reads of an example: its `input_ids`, unless the objective counts otherwise."""
+    return objective.size(example) if isinstance(objective, Sized) else len(example["input_ids"])
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a task is made of, besides its settings.
+
+    Attributes:
+        tokenizer: The model's, from `load_tokenizer`.
+        max_length: Tokens that the model reads at most; what is longer is cut.
+        labels: Names of classes or tags, in the order of their numbers; empty where there are none.
+        language: The recipe's.
+        facts: What is known of the rows: their form, counts.
+    """
+
+    tokenizer: Any
+    max_length: int
+    labels: tuple[str, ...] = ()
+    language: str = "en"
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LossModule(nn.Module):

@@ -1,9 +1,8 @@
 """Which parameters are treated how: weight decay, learning rates of their own, Muon's matrices, by names."""
 
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,14 +10,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmkit.errors import UsageError
+from llmkit.models.freezing import Pace, head_parameters
+from llmkit.models.names import matches, near_names
 from llmkit.recipe.schema import Group, Optim
 
-_NEAR_NAMES = 5
+_ALIKE = Pace()
 _RATES = ("A_log", "D", "dt_bias")
 """What state-space models call the rates by which their states decay and are read: shaped like a matrix in some, and
 exponents or step sizes in all of them."""
 _SPARED_MARK = "_no_weight_decay"
 """What models set on parameters that must not decay."""
+
+
+_Treatment = tuple[int | None, bool, bool, bool, Pace]
+"""An entry of `optim.groups`, whether it decays, is Muon's, is stored transposed, and its pace."""
 
 
 @dataclass(frozen=True)
@@ -38,48 +43,66 @@ class _Parameter:
         return self.value.ndim >= 2 and not self.is_embedding and not self.is_spared
 
 
-def parameter_groups(model: nn.Module, spec: Optim, *, l1: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, spec: Optim, *, l1: float = 0.0, paces: Mapping[int, Pace] | None = None
+) -> list[dict[str, Any]]:
     """Trainable parameters in groups of one treatment each: `params`, `weight_decay`, `lr_ratio`, `l1`, `muon`.
 
     Matrices decay; norms, biases and embeddings do not, nor what a state-space model decays its state by. An embedding
     tied to the output head counts as an embedding. Muon's matrices that are stored as inputs by outputs (GPT-2's) are
     `transposed`. The first entry of `optim.groups` that matches a parameter rules over it; what the entry leaves open
-    is as for all.
+    is as for all. Its rate and that of the parameter's layer are multiplied. What begins to learn later says
+    `from_step`.
 
     Args:
         model: The network; every trained part of it.
         spec: The recipe's `optim` block.
         l1: The strength of the L1 penalty, for all that decays by default.
+        paces: How parameters learn by their layers, by `id`: see `paces_of`. Those left out learn like the head.
 
     Raises:
         UsageError: A pattern matches no parameter.
     """
+    paces = paces or {}
     parameters = list(_parameters_of(model))
     entry_of = {id(p.value): _entry_of(p, spec.groups) for p in parameters}
     _check_all_used(spec.groups, set(entry_of.values()), parameters)
-    groups: dict[tuple[int | None, bool, bool, bool], list[nn.Parameter]] = {}
-    for number in (None, *range(len(spec.groups))):
-        for decays in (True, False):  # two groups at least, in this order, where nothing else is asked for
-            for muon, transposed in ((True, False), (True, True), (False, False)):
-                groups[number, decays, muon, transposed] = []
+    treatments = [  # two at least, in this order, where nothing else is asked for
+        (number, decays, muon, transposed, pace)
+        for number, decays, (muon, transposed), pace in product(
+            (None, *range(len(spec.groups))),
+            (True, False),
+            ((True, False), (True, True), (False, False)),
+            sorted({_ALIKE, *paces.values()}, reverse=True),
+        )
+    ]
+    groups: dict[_Treatment, list[nn.Parameter]] = {treatment: [] for treatment in treatments}
     for p in parameters:
         muon = spec.name == "muon" and p.is_hidden
-        groups[entry_of[id(p.value)], p.decays, muon, muon and p.is_transposed].append(p.value)
+        pace = paces.get(id(p.value), _ALIKE)
+        groups[entry_of[id(p.value)], p.decays, muon, muon and p.is_transposed, pace].append(p.value)
     return [
-        _group(params, spec, spec.groups[number] if number is not None else None, decays, muon, l1)
+        _group(params, spec, spec.groups[number] if number is not None else None, decays, muon, l1, pace)
         | ({"transposed": True} if transposed else {})
-        for (number, decays, muon, transposed), params in groups.items()
+        | ({"from_step": pace.from_step} if pace.from_step else {})
+        for (number, decays, muon, transposed, pace), params in groups.items()
         if params
     ]
 
 
 def _group(
-    params: list[nn.Parameter], spec: Optim, entry: Group | None, decays: bool, muon: bool, l1: float
+    params: list[nn.Parameter],
+    spec: Optim,
+    entry: Group | None,
+    decays: bool,
+    muon: bool,
+    l1: float,
+    pace: Pace,
 ) -> dict[str, Any]:
     weight_decay = spec.weight_decay if decays else 0.0
     if entry is not None and entry.weight_decay is not None:
         weight_decay = entry.weight_decay
-    lr_ratio = entry.lr_ratio if entry is not None else 1.0
+    lr_ratio = pace.lr_ratio * (entry.lr_ratio if entry is not None else 1.0)
     if muon and spec.muon_lr is not None:
         lr_ratio *= spec.muon_lr / spec.lr
     group = {
@@ -96,6 +119,23 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group, each with its own ratio."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
+
+
+def hold_back(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Take away the gradients of what does not learn yet, before they are clipped.
+
+    The step then leaves these parameters alone, weight decay included, and the optimizer's memory of them begins at the
+    first step that they learn in. The backward pass computes their gradients all the same: so the processes of a run
+    always exchange the same ones.
+
+    Args:
+        optimizer: As made from `parameter_groups`, wrapped or not.
+        step: Steps made so far.
+    """
+    for group in optimizer.param_groups:
+        if group.get("from_step", 0) > step:
+            for p in group["params"]:
+                p.grad = None
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -115,6 +155,8 @@ def _described(group: dict[str, Any]) -> str:
     facts = [f"weight decay {group['weight_decay']:g}"]
     if group.get("lr_ratio", 1.0) != 1.0:
         facts.insert(0, f"{group['lr_ratio']:g} x lr")
+    if group.get("from_step"):
+        facts.append(f"from step {group['from_step']:,}")
     if "muon" in group:
         facts.insert(0, "Muon" if group["muon"] else "AdamW")
     return f"{group.get('match') or 'all others'}: {size}, {', '.join(facts)}"
@@ -123,7 +165,7 @@ def _described(group: dict[str, Any]) -> str:
 def _parameters_of(model: nn.Module) -> Iterator[_Parameter]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     transposed = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
-    heads = _heads(model)
+    heads = head_parameters(model)
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
@@ -135,34 +177,9 @@ def _parameters_of(model: nn.Module) -> Iterator[_Parameter]:
             yield _Parameter(p, tuple(names[id(p)]), is_embedding, hidden, bool(spared), id(p) in transposed)
 
 
-def _heads(model: nn.Module) -> set[int]:
-    """What turns hidden states into predictions: of each transformers model all outside its body, and its output."""
-    found: set[int] = set()
-    for module in model.modules():
-        body = getattr(module, "base_model", None)
-        if not isinstance(body, nn.Module):
-            continue
-        if body is not module:
-            inside = {id(p) for p in body.parameters()}
-            found |= {id(p) for p in module.parameters()} - inside
-        head: Any = getattr(module, "get_output_embeddings", None)
-        output = head() if head is not None else None
-        found |= {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()
-    return found
-
-
 def _entry_of(parameter: _Parameter, entries: Sequence[Group]) -> int | None:
     matching = (i for i, entry in enumerate(entries) if any(matches(entry.match, n) for n in parameter.names))
     return next(matching, None)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of `optim.groups` means the parameter of this name.
-
-    `*`, `?` and `[...]` are as in file names, and `|` stands between alternatives. Each alternative must fit the whole
-    name or some of its parts, from dot to dot: `norm*` means `layers.0.norm1.weight`, but `orm1` does not.
-    """
-    return any(fnmatchcase(f".{name}.", f"*.{part.strip()}.*") for part in pattern.split("|"))
 
 
 def _check_all_used(
@@ -175,17 +192,7 @@ def _check_all_used(
             raise UsageError(
                 f"train.optim.groups: {entry.match!r} matches "
                 + ("only what entries before it have taken" if taken else "no trained parameter"),
-                hint="put it before them" if taken else f"near names: {', '.join(_near(entry.match, names))}",
+                hint="put it before them"
+                if taken
+                else f"near names: {', '.join(near_names(entry.match, names))}",
             )
-
-
-def _near(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names with the parts that are most alike, one of each kind: layers differ in their number only."""
-    word = pattern.replace("*", "").lower()
-
-    def likeness(name: str) -> float:
-        parts = [name, *name.split(".")]
-        return max(difflib.SequenceMatcher(None, word, part.lower()).ratio() for part in parts)
-
-    kinds = {"".join("#" if c.isdigit() else c for c in name): name for name in reversed(list(names))}
-    return sorted(kinds.values(), key=likeness, reverse=True)[:_NEAR_NAMES]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmkit.models.freezing import Pace
 from llmkit.optim.average import keep_average
 from llmkit.optim.each import EachParameter
 from llmkit.optim.eight_bit import adamw8bit
@@ -25,7 +26,12 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {
 
 
 def make_optimizer(
-    model: nn.Module, spec: Optim, *, l1: float = 0.0, ema: float | None = None
+    model: nn.Module,
+    spec: Optim,
+    *,
+    l1: float = 0.0,
+    ema: float | None = None,
+    paces: Mapping[int, Pace] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that the recipe asks for; its learning rate is set by the loop at every step.
 
@@ -34,6 +40,7 @@ def make_optimizer(
         spec: The recipe's `optim` block.
         l1: The recipe's `train.l1`.
         ema: The recipe's `train.ema`.
+        paces: How parameters learn by their layers, as `paces_of` gives it; None: all alike.
 
     Raises:
         UsageError: A pattern of `optim.groups` matches no parameter.
@@ -43,7 +50,7 @@ def make_optimizer(
     """
     settings = {name: getattr(spec, name) for name in _SETTINGS.get(spec.name, _ADAM_SETTINGS)}
     own = {"l1": 0.0, "ema": ema}
-    groups = [{**own, **settings, **group} for group in parameter_groups(model, spec, l1=l1)]
+    groups = [{**own, **settings, **group} for group in parameter_groups(model, spec, l1=l1, paces=paces)]
     return with_hooks(_OPTIMIZERS[spec.name](groups))
 
 

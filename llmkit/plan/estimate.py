@@ -86,6 +86,12 @@ class Memory:
     total: int
     copy: int = 0
 
+    def learning(self, share: float) -> "Memory":
+        """The same where only a share of the weights learns: the others have neither gradient nor moments."""
+        gradients, optimizer = int(self.gradients * share), int(self.optimizer * share)
+        spared = self.gradients - gradients + self.optimizer - optimizer
+        return replace(self, gradients=gradients, optimizer=optimizer, total=self.total - spared)
+
     def with_copy(self, size: int) -> "Memory":
         """The same with a copy of `size` bytes."""
         return replace(self, total=self.total + size, copy=size)

@@ -1,10 +1,18 @@
 """`make_plan`: every `auto` of a recipe decided for this hardware, each with its reason."""
 
-from dataclasses import dataclass, field
-from typing import Any
-
 from llmkit.hardware import Hardware
 from llmkit.plan.batch import PlanError, Share, divisors, largest_divisor, rows_of_batch, share_rows
+from llmkit.plan.choices import (
+    MEMORY_SHARE,
+    Draft,
+    assumed_attention,
+    choose_background_save,
+    choose_precision,
+    choose_world,
+    intervals,
+    likely_seconds,
+    state_bytes_of,
+)
 from llmkit.plan.estimate import (
     COMPILE_COST_S,
     CPU_PROCESS_BYTES,
@@ -14,41 +22,22 @@ from llmkit.plan.estimate import (
     training_memory,
     training_rate,
 )
-from llmkit.plan.length import resolve_every, resolve_length, resolve_warmup
+from llmkit.plan.length import resolve_length
 from llmkit.plan.plan import DataFacts, Plan
 from llmkit.plan.rows import layout_of
 from llmkit.plan.shape import ModelShape
 from llmkit.recipe.objectives import RowLayout
-from llmkit.recipe.optimizers import state_bytes_per_parameter
-from llmkit.recipe.schema import Machine, Pretrain, Recipe
-from llmkit.recipe.units import Amount
+from llmkit.recipe.schema import Pretrain, Recipe
 from llmkit.registry import goal_of
 
 CPU_MICRO_BATCH_TOKENS = 2048
 """Tokens a processor handles at a time: enough for fast matrix products, not too much for its caches."""
-
-MEMORY_SHARE = 0.85
-"""Share of a device's memory that the estimate may fill; the rest is for workspaces and for its errors."""
 
 FEW_STEPS = 50
 """Optimizer steps below which a run is most likely a mistake."""
 
 MANY_EPOCHS = 4
 """Passes over the data from which repetition starts to cost (Source: Muennighoff et al. 2023)."""
-
-
-@dataclass
-class _Draft:
-    """What is known so far; `choose` records a decision with its reason."""
-
-    machine: Machine
-    hardware: Hardware
-    state_bytes: float
-    choices: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def choose(self, setting: str, value: Any, why: str) -> None:
-        self.choices[f"machine.{setting}"] = (value, why)
 
 
 def make_plan(
@@ -82,13 +71,13 @@ def make_plan(
     layout = layout_of(wanted)
     _check_model(model, vocab_size, context, layout.decoder)
     num_rows = rows_of_data(data, layout, context)
-    draft = _Draft(recipe.machine, hardware, _state_bytes(wanted), notes=list(hardware.notes))
+    draft = Draft(recipe.machine, hardware, state_bytes_of(wanted), notes=list(hardware.notes))
     if recipe.machine.device == "auto":
         draft.choose("device", hardware.device, hardware.device_name)
     rows, note = rows_of_batch(wanted.train.batch, context)
     draft.notes += [note] if note else []
-    world = _choose_world(draft, rows, world_size)
-    precision = _choose_precision(draft)
+    world = choose_world(draft, rows, world_size)
+    precision = choose_precision(draft)
     attention = recipe.machine.attention
     share, memory = _choose_micro_batch(
         draft, model, context, layout.decoder, rows, world, precision, attention
@@ -99,16 +88,16 @@ def make_plan(
     flops = flops_per_token(model, context, layout.decoder)
     rate = training_rate(hardware, model, world_size=world, precision=precision)
     limit_s = float(wanted.train.length.value) if steps is None else None
-    low, high = _seconds(rate, flops * rows * context * (steps or 0), limit_s)
+    low, high = likely_seconds(rate, flops * rows * context * (steps or 0), limit_s)
     compiled = _choose_compile(draft, model, precision, low, high) and not _reads_layers(draft, wanted)
     saved = int((4 + draft.state_bytes) * model.num_parameters)
-    background, memory = _choose_background_save(draft, memory, saved, world)
+    background, memory = choose_background_save(draft, memory, saved, world)
     epochs = steps * rows / num_rows if steps else None
     draft.notes += _remarks(data, rows, num_rows, epochs, rate)
     draft.notes += _prompts_without_gaps(wanted)
     if wanted.distil is not None:
         draft.notes.append("the teacher's memory and time are not in these figures")
-    timing = _intervals(wanted, steps, rows, context, num_rows)
+    timing = intervals(wanted, steps, rows, context, num_rows)
     deferred = {key: amount for key, (resolved, amount) in timing.items() if resolved is None}
     return Plan(
         device=hardware.device,
@@ -143,11 +132,6 @@ def make_plan(
     )
 
 
-def _state_bytes(wanted: Pretrain) -> float:
-    optim = wanted.train.optim
-    return state_bytes_per_parameter(optim.name, optim.momentum, ema=wanted.train.ema is not None)
-
-
 def _check_model(model: ModelShape, vocab_size: int, context: int, decoder: int) -> None:
     if model.max_length is not None and context > model.max_length:
         raise PlanError(
@@ -179,64 +163,8 @@ def rows_of_data(data: DataFacts, layout: RowLayout, context: int) -> int:
     )
 
 
-def _choose_world(draft: _Draft, rows: int, fixed: int | None) -> int:
-    """Processes: fixed from outside, else pinned by the recipe, else all devices that can share the batch."""
-    pinned = draft.machine.processes
-    if fixed is not None:
-        if pinned != fixed:
-            draft.choose("processes", fixed, "set by the launcher or by --processes")
-        world = fixed
-    elif pinned != "auto":
-        world = pinned
-    else:
-        return _choose_auto_world(draft, rows)
-    if draft.hardware.device != "cpu" and world > draft.hardware.num_devices and fixed is None:
-        raise PlanError(
-            f"machine.processes is {world}, but this machine has {draft.hardware.num_devices} "
-            f"{draft.hardware.device} device(s)",
-            hint=f"machine.processes={draft.hardware.num_devices}",
-        )
-    share_rows(rows, world, 1)
-    return world
-
-
-def _choose_auto_world(draft: _Draft, rows: int) -> int:
-    devices = draft.hardware.num_devices
-    world = largest_divisor(rows, devices)
-    if draft.hardware.device == "cpu":
-        why = "one process uses every core"
-    elif world == devices:
-        why = f"one per {draft.hardware.device} device"
-    else:
-        below, above = rows - rows % devices, rows - rows % devices + devices
-        fits = " or ".join(f"{n} samples" for n in (below, above) if n)
-        why = f"{rows} rows a step cannot be shared equally by {devices} devices"
-        draft.notes.append(
-            f"{devices - world} of {devices} devices stay idle: {why}; a batch of {fits} would use all"
-        )
-    draft.choose("processes", world, why)
-    return world
-
-
-def _choose_precision(draft: _Draft) -> str:
-    pinned, bf16 = draft.machine.precision, draft.hardware.bf16
-    if pinned == "auto":
-        has = "has bf16 in hardware" if bf16 else "has no bf16 in hardware"
-        draft.choose("precision", "bf16" if bf16 else "fp32", f"this {_noun(draft.hardware)} {has}")
-        return "bf16" if bf16 else "fp32"
-    if pinned == "bf16" and not bf16:
-        draft.notes.append(
-            f"bf16 is pinned, but this {_noun(draft.hardware)} only emulates it: fp32 is usually faster"
-        )
-    return pinned
-
-
-def _noun(hardware: Hardware) -> str:
-    return "processor" if hardware.device == "cpu" else "GPU"
-
-
 def _choose_micro_batch(
-    draft: _Draft,
+    draft: Draft,
     model: ModelShape,
     context: int,
     decoder: int,
@@ -250,7 +178,7 @@ def _choose_micro_batch(
     available = hardware.memory_bytes // (world if hardware.device == "cpu" else 1)
 
     def memory_of(micro_batch: int) -> Memory:
-        kind = _assumed_attention(hardware, attention)
+        kind = assumed_attention(hardware, attention)
         return training_memory(
             model,
             context=context,
@@ -294,24 +222,8 @@ def _micro_batch_limit(hardware: Hardware, fits: int, context: int) -> tuple[int
     return good, f"about {CPU_MICRO_BATCH_TOKENS:,} tokens at a time are fast on a processor"
 
 
-def _assumed_attention(hardware: Hardware, attention: str) -> str:
-    """What `auto` costs at most: on a processor the probe may choose the form that keeps the scores."""
-    if attention != "auto":
-        return attention
-    return "compiled" if hardware.device == "cpu" else "sdpa"
-
-
-def _seconds(
-    rate: tuple[float, float] | None, flops: float, limit_s: float | None
-) -> tuple[float | None, float | None]:
-    """Estimated shortest and longest duration; a length that is a time is both."""
-    if limit_s is not None:
-        return limit_s, limit_s
-    return (flops / rate[1], flops / rate[0]) if rate else (None, None)
-
-
 def _choose_compile(
-    draft: _Draft, model: ModelShape, precision: str, low: float | None, high: float | None
+    draft: Draft, model: ModelShape, precision: str, low: float | None, high: float | None
 ) -> bool:
     """Whether to compile: where it works, and the run is long enough to win back what compiling costs."""
     pinned = draft.machine.compile
@@ -336,7 +248,7 @@ def _choose_compile(
     return compiled
 
 
-def _reads_layers(draft: _Draft, wanted: Pretrain) -> bool:
+def _reads_layers(draft: Draft, wanted: Pretrain) -> bool:
     """Whether a teacher's layers are compared with the model's, which a compiled model does not show.
 
     Raises:
@@ -352,50 +264,6 @@ def _reads_layers(draft: _Draft, wanted: Pretrain) -> bool:
         )
     draft.choose("compile", False, "a teacher's layers are compared with the model's")
     return True
-
-
-def _choose_background_save(
-    draft: _Draft, memory: Memory, checkpoint_bytes: int, world: int
-) -> tuple[bool, Memory]:
-    """Whether checkpoints are written from a copy while training goes on; the memory with that copy in it."""
-    on_cpu = draft.hardware.device == "cpu"
-    copied = memory.with_copy(checkpoint_bytes) if on_cpu else memory
-    pinned = draft.machine.background_save
-    if pinned != "auto":
-        return pinned, copied if pinned else memory
-    # Of the processes on a processor the first alone keeps a copy, but each may use its share only.
-    fits = copied.total <= MEMORY_SHARE * draft.hardware.memory_bytes // (world if on_cpu else 1)
-    size = f"{checkpoint_bytes / 1e9:.2g} GB"
-    why = f"a copy of {size} fits into memory" if fits else f"there is no memory for a copy of {size}"
-    draft.choose("background_save", fits, why)
-    return fits, copied if fits else memory
-
-
-def _intervals(
-    wanted: Pretrain, steps: int | None, rows: int, context: int, num_rows: int
-) -> dict[str, tuple[int | None, Amount]]:
-    """Warm-up and intervals in steps (None where that must wait), each with what the recipe says."""
-    warmup = wanted.train.optim.warmup
-    tokens = rows * context
-    every = {
-        key: (
-            resolve_every(
-                amount,
-                num_steps=steps,
-                tokens_per_step=tokens,
-                rows_per_step=rows,
-                num_rows_per_epoch=num_rows,
-            ),
-            amount,
-        )
-        for key, amount in (
-            ("checkpoint_every", wanted.checkpoint.every),
-            ("keep_every", wanted.checkpoint.keep_every),
-            ("eval_every", wanted.eval.every),
-        )
-    }
-    warm = resolve_warmup(warmup, num_steps=steps, tokens_per_step=tokens)
-    return {"warmup_steps": (warm, warmup), **every}
 
 
 def _prompts_without_gaps(wanted: Pretrain) -> list[str]:

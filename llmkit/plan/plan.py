@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from llmkit.plan.estimate import Memory
@@ -76,6 +76,10 @@ class Plan:
         checkpoint_bytes: Size of one checkpoint.
         choices: Each `auto` by dotted key: what was chosen and why.
         notes: Remarks a person should see.
+        micro_batch_tokens: For labelled rows: tokens a device holds at a time; 0 where a number of rows says it.
+        packed: For labelled rows: whether those of a micro-batch stand in one line.
+        num_trained: Of the weights, those that learn; None: all.
+        rows: For labelled rows: what is known of them, as preparation found it.
     """
 
     device: str
@@ -107,6 +111,10 @@ class Plan:
     checkpoint_bytes: int
     choices: Mapping[str, tuple[Any, str]]
     notes: tuple[str, ...]
+    micro_batch_tokens: int = 0
+    packed: bool = False
+    num_trained: int | None = None
+    rows: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -123,7 +131,8 @@ class Plan:
             ValueError: Fields are missing or unknown, as after a change of version; the message names them.
         """
         known = {f.name for f in fields(cls)}
-        if set(plain) != known:
+        needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        if not needed <= set(plain) <= known:
             raise ValueError(
                 f"not a plan of this version; fields that differ: {', '.join(sorted(set(plain) ^ known))}"
             )

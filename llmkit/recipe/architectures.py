@@ -65,7 +65,19 @@ _IN_WORDS: Mapping[ModelKind, str] = {
     "pairs": "a masked language model with a next-sentence head",
     "seq2seq": "an encoder-decoder",
     "detector": "a detector of replaced tokens",
+    "sequence": "a classifier of texts",
+    "tokens": "a tagger of tokens",
+    "answers": "a model that finds answers",
+    "encoder": "an encoder of texts",
 }
+
+
+_HEADS: Mapping[str, ModelKind] = {
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "tokens",
+    "ForQuestionAnswering": "answers",
+}
+"""How classes of transformers end that have a head for a task."""
 
 
 def in_words(kind: ModelKind) -> str:
@@ -82,6 +94,11 @@ def kind_of_config(fields: Mapping[str, Any]) -> ModelKind:
         return "masked"
     if "ForPreTraining" in architecture:
         return "detector" if fields.get("model_type") == "electra" else "pairs"
+    for ending, kind in _HEADS.items():
+        if architecture.endswith(ending):
+            return kind
+    if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
+        return "encoder"
     return "causal"
 
 

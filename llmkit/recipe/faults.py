@@ -13,7 +13,7 @@ from llmkit.recipe.translate import FOREIGN
 from llmkit.recipe.units import shown
 from llmkit.registry import nearest
 
-LATER_SECTIONS = ("finetune", "compress")
+LATER_SECTIONS = ("compress",)
 
 
 def problems_of(error: ValidationError, root: Node) -> list[Problem]:

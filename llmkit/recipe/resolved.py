@@ -1,6 +1,6 @@
 """A loaded recipe written out: `resolved.yaml`, `llmkit recipe show`, and the difference of two recipes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ from llmkit.recipe.block import Block
 from llmkit.recipe.emit import Expression, to_yaml
 from llmkit.recipe.load import Loaded, leaves
 from llmkit.recipe.objectives import other_sections
-from llmkit.recipe.schema import Pretrain
+from llmkit.recipe.schema import Finetune, Pretrain
+from llmkit.recipe.tasks import other_task_sections
 from llmkit.recipe.units import Amount
 
 _HEAD = """\
@@ -101,7 +102,11 @@ def _written(
 ) -> dict[str, Any]:
     """A block as a nested mapping, without what is null by default and the settings of other objectives."""
     tree: dict[str, Any] = {}
-    idle = other_sections(block.objective) if isinstance(block, Pretrain) else ()
+    idle: Collection[str] = ()
+    if isinstance(block, Pretrain):
+        idle = other_sections(block.objective)
+    elif isinstance(block, Finetune):
+        idle = other_task_sections(block.task)
     for name, info in type(block).model_fields.items():
         if name in idle:
             continue

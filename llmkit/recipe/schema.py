@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from llmkit.recipe.architectures import with_default_model
 from llmkit.recipe.block import Block, Files, as_list
+from llmkit.recipe.labelled import Labelled
 from llmkit.recipe.objectives import (
     Denoise,
     Distil,
@@ -23,7 +24,18 @@ from llmkit.recipe.objectives import (
     tokens_for,
 )
 from llmkit.recipe.optimizers import with_defaults
+from llmkit.recipe.parts import Adapter, Freeze, LayerDecay, Unfreeze
 from llmkit.recipe.preparation import Prepare
+from llmkit.recipe.tasks import (
+    Answers,
+    Classes,
+    Conversations,
+    Embeddings,
+    Preferences,
+    Tags,
+    Written,
+    with_task_defaults,
+)
 from llmkit.recipe.units import (
     Amount,
     Batch,
@@ -374,6 +386,110 @@ class Pretrain(Block):
         return with_default_model(data) if isinstance(data, dict) else data
 
 
+class Tuning(Train):
+    """How long, how much at once, and how the weights move; the task has its own defaults."""
+
+    length: Length = Amount(3, "epochs")
+    """When training ends: `3 epochs`, `500 steps`, or a time, `20m`; by default 3 epochs, for `qa` 2, for `dpo` and
+    `embed` 1."""
+    batch: Batch = Amount(32, "samples")
+    """What one optimizer step sees over all devices, in rows of the data: `32 samples`; by default 32, for `embed`
+    64."""
+
+
+class StopEarly(Block):
+    """End when a metric has not become better for some evaluations; the best checkpoint is what is exported."""
+
+    metric: str | None = None
+    """The metric, such as `eval/accuracy`; by default the task's own."""
+    patience: Count = 3
+    """So many evaluations in a row without a better one end the run."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """By how much a value must be better than the best to count."""
+
+
+class Finetune(Block):
+    """Train a model for a task, on labelled rows."""
+
+    task: Literal[
+        "cls", "regression", "tag", "qa", "seq2seq", "sft", "dpo", "embed",
+        "mlm", "mlm+nsp", "electra", "span", "denoise", "infill", "fim", "clm",
+    ]  # fmt: skip
+    """What the model learns: `cls` classes of texts, `regression` a number for a text, `tag` a tag for each word, `qa`
+    where a text answers a question, `seq2seq` to write a text for a text, `sft` to answer in conversations, `dpo` to
+    prefer the better of two answers, `embed` vectors that are near where texts belong together. An objective of
+    `pretrain`, such as `clm` or `mlm`, goes on with pre-training on text."""
+    cls: Classes = Classes()
+    """With `cls`: the classes."""
+    tag: Tags = Tags()
+    """With `tag`: the tags."""
+    qa: Answers = Answers()
+    """With `qa`: how long texts are read."""
+    seq2seq: Written = Written()
+    """With `seq2seq`: what is read and written."""
+    sft: Conversations = Conversations()
+    """With `sft`: what of a conversation is learned."""
+    dpo: Preferences = Preferences()
+    """With `dpo`: the loss."""
+    embed: Embeddings = Embeddings()
+    """With `embed`: the loss."""
+    model: Model = Model()
+    """The model to start from: a `name` (a folder, a run or a Hub name); by default what `pretrain` made."""
+    tokenizer: str | None = None
+    """A tokenizer by folder or Hub name; by default the model's own."""
+    chat_template: str | None = None
+    """How a conversation becomes text, where the model's tokenizer does not say or says it otherwise: `chatml`, or a
+    file with a Jinja template; kept with the model."""
+    adapter: Adapter | None = None
+    """Learn an adapter instead of the whole model: `{method: lora}`."""
+    freeze: Freeze | None = None
+    """What of the model does not learn: `{layers: 6}`, `{all_but: head}`."""
+    unfreeze: Unfreeze | None = None
+    """Let layers begin to learn one after the other, from the top."""
+    lr_decay: LayerDecay | None = None
+    """The learning rate of each layer as a share of that of the layer above: 0.9 is common."""
+    data: Labelled
+    """The rows to learn from."""
+    validation: Labelled | None = None
+    """Rows to measure on; by default a part of `data` is held out."""
+    held_out: Part = 0.1
+    """Without `validation`: the share of rows kept out of training, of each class alike."""
+    too_long: Literal["cut", "drop", "stop"] = "cut"
+    """What to do with a row that is longer than `model.context`: `cut` its end, `drop` it, or `stop`. What is cut or
+    dropped is counted and shown before training."""
+    train: Tuning = Tuning()
+    """How long and how."""
+    stop_early: StopEarly | None = None
+    """End when the model no longer becomes better."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving."""
+    eval: EvalDuring = EvalDuring(rows=None)
+    """Evaluation on the held-out rows; by default on all of them each time."""
+    prompts: list[str] = []
+    """Inputs that the model answers at each evaluation, so that progress can be read."""
+    sampling: Sampling = Sampling()
+    """How those answers are drawn."""
+
+    @property
+    def objective(self) -> str:
+        """The task, by the name that other sections have for it."""
+        return self.task
+
+    @property
+    def distil(self) -> None:
+        """There is no teacher."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, data: Any) -> Any:
+        """What is not said is as the task has it."""
+        return with_task_defaults(data) if isinstance(data, dict) else data
+
+
+Section = Pretrain | Finetune
+"""What trains a model."""
+
+
 class Eval(Block):
     """Measure a model on held-out text."""
 
@@ -457,6 +573,8 @@ class Recipe(Block):
     """The tokenizer and the shards."""
     pretrain: Pretrain | None = None
     """Training from raw text."""
+    finetune: Finetune | None = None
+    """Training for a task."""
     eval: Eval | None = None
     """Measuring."""
     machine: Machine = Machine()

@@ -154,12 +154,50 @@ def _detecting(folder: str, prompt: str) -> tuple[str, ...]:
     )
 
 
+def _judging(pipeline: str, auto_class: str) -> Callable[[str, str], tuple[str, ...]]:
+    """Code that loads a model with a head for a task into transformers' pipeline for it."""
+
+    def lines(folder: str, prompt: str) -> tuple[str, ...]:
+        asks = pipeline == "question-answering"
+        call = f'question="Who?", context={prompt!r}' if asks else repr(prompt)
+        return (
+            f"from transformers import {auto_class}, AutoTokenizer, pipeline",
+            "",
+            f"folder = {folder!r}",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            f"model = {auto_class}.from_pretrained(folder)",
+            f'judge = pipeline("{pipeline}", model=model, tokenizer=tokenizer)',
+            f"print(judge({call}))",
+        )
+
+    return lines
+
+
+def _embedding(folder: str, prompt: str) -> tuple[str, ...]:
+    return (
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        f"folder = {folder!r}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModel.from_pretrained(folder)",
+        f'inputs = tokenizer([{prompt!r}, "another"], padding=True, return_tensors="pt")',
+        'seen = inputs["attention_mask"].unsqueeze(-1)',
+        "vectors = (model(**inputs).last_hidden_state * seen).sum(1) / seen.sum(1)",
+        "vectors = vectors / vectors.norm(dim=1, keepdim=True)",
+        "print(vectors @ vectors.T)",
+    )
+
+
 _PYTHON: Mapping[str, Callable[[str, str], tuple[str, ...]]] = {
     "causal": _writing,
     "seq2seq": _answering,
     "masked": _filling,
     "pairs": _filling,
     "detector": _detecting,
+    "sequence": _judging("text-classification", "AutoModelForSequenceClassification"),
+    "tokens": _judging("token-classification", "AutoModelForTokenClassification"),
+    "answers": _judging("question-answering", "AutoModelForQuestionAnswering"),
+    "encoder": _embedding,
 }
 _PIPELINES = {
     "causal": "text-generation",
@@ -167,6 +205,10 @@ _PIPELINES = {
     "masked": "fill-mask",
     "pairs": "fill-mask",
     "detector": "",
+    "sequence": "text-classification",
+    "tokens": "token-classification",
+    "answers": "question-answering",
+    "encoder": "sentence-similarity",
 }
 _DOES = {
     "causal": "It continues text.",
@@ -174,6 +216,10 @@ _DOES = {
     "masked": "It fills the gaps of a text.",
     "pairs": "It fills the gaps of a text, and says whether one text goes on from another.",
     "detector": "It finds the tokens of a text that were replaced.",
+    "sequence": "It judges a text, or a pair of texts.",
+    "tokens": "It gives each word of a text a tag.",
+    "answers": "It finds where a text answers a question.",
+    "encoder": "It turns texts into vectors that are near where the texts belong together.",
 }
 """By the kind of model."""
 

@@ -16,7 +16,9 @@ def try_command(kind: ModelKind, word: str, prompts: Sequence[str] = ()) -> str:
         word: The run or model folder.
         prompts: The recipe's.
     """
-    if kind == "detector":
+    if kind in ("sequence", "tokens"):
+        return shlex.join(["llmkit", "predict", word, *(prompts or ["a text of yours"])[:1]])
+    if kind in ("detector", "encoder", "answers"):
         return shlex.join(["llmkit", "eval", word])
     if kind in ("masked", "pairs"):
         text = next((prompt for prompt in prompts if GAP in prompt), f"the {GAP} of")

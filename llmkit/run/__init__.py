@@ -8,6 +8,7 @@ from llmkit.launch.world import detect_world
 from llmkit.recipe import Loaded
 from llmkit.report.console import Reporter
 from llmkit.run.evaluate import evaluate
+from llmkit.run.finetune import finetune, plan_finetune
 from llmkit.run.folders import Options, Result, find_model
 from llmkit.run.generate import generate
 from llmkit.run.planning import outline, plan
@@ -21,9 +22,11 @@ __all__ = [
     "Result",
     "evaluate",
     "find_model",
+    "finetune",
     "generate",
     "outline",
     "plan",
+    "plan_finetune",
     "pretrain",
     "run_all",
     "tokenize",
@@ -51,10 +54,12 @@ def run_all(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
         done["tokenize"] = tokenize(loaded, options, reporter)
     if recipe.pretrain is not None:
         done["pretrain"] = pretrain(loaded, options, reporter)
+    if recipe.finetune is not None:
+        done["finetune"] = finetune(loaded, options, reporter)
     if recipe.eval is not None and first:
         done["eval"] = evaluate(None, loaded, options, reporter)
     if not done and first:
         raise UsageError("the recipe has no section to run", hint="`llmkit init gpt` shows a whole one")
     summary: dict[str, Any] = {verb: result.summary for verb, result in done.items()}
-    last = done.get("pretrain") or next(reversed(done.values()), None)
+    last = done.get("finetune") or done.get("pretrain") or next(reversed(done.values()), None)
     return Result(options.runs / recipe.name, summary, last.next_command if last else "")

@@ -14,7 +14,8 @@ from llmkit.recipe import Loaded
 from llmkit.report.environment import write_environment
 
 CACHE = ".cache"
-_MAKES_MODELS = ("pretrain",)
+_MAKES_MODELS = ("finetune", "pretrain")
+"""The verbs that leave a model, the last of a run's life first."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +127,22 @@ def anchored(loaded: Loaded) -> Loaded:
         here = any(Path().glob(pattern)) or Path(pattern).exists()
         return str((Path.cwd() if here else base) / pattern)
 
+    def placed(source: Any) -> Any:
+        if source is None or not source.files:
+            return source
+        return source.model_copy(update={"files": [absolute(pattern) for pattern in source.files]})
+
     def anchor(section: Any) -> Any:
         if section is None or section.data is None:
             return section
-        data = [
-            source.model_copy(update={"files": [absolute(pattern) for pattern in source.files]})
-            if source.files
-            else source
-            for source in section.data
-        ]
-        return section.model_copy(update={"data": data})
+        return section.model_copy(update={"data": [placed(source) for source in section.data]})
 
     recipe = loaded.recipe
     sections = {name: anchor(getattr(recipe, name)) for name in ("tokenize", "pretrain", "eval")}
+    if recipe.finetune is not None:
+        tuned = recipe.finetune
+        rows = {name: placed(getattr(tuned, name)) for name in ("data", "validation")}
+        sections["finetune"] = tuned.model_copy(update=rows)
     return replace(loaded, recipe=recipe.model_copy(update=sections))
 
 

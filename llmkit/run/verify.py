@@ -28,7 +28,7 @@ from llmkit.report.run_log import read_metrics
 from llmkit.run.compare import Finding, compare_runs, distance_moved
 from llmkit.run.folders import CACHE, Options
 from llmkit.run.planning import plan as plan_ahead
-from llmkit.run.pretrain import KILL_AT
+from llmkit.run.training import KILL_AT
 from llmkit.train.steps import checkpoint_path, saved_steps
 
 FEWEST_STEPS = 8

@@ -20,15 +20,19 @@ from llmkit.data.tokenizers.vocabulary import Vocabulary
 from llmkit.models.attention import choose_attention, kernels_of
 from llmkit.models.build import build_model
 from llmkit.models.heads import choose_heads
+from llmkit.models.tasks import build_task_model
 from llmkit.objectives.base import Batch, Example, HasParts, LossModule, Objective, smoothed_cross_entropy
 from llmkit.objectives.distil import Distilled
-from llmkit.objectives.make import make_objective
+from llmkit.objectives.make import make_objective, make_task
+from llmkit.objectives.texts import pad_id
 from llmkit.optim import describe_groups, lr_at, make_optimizer
 from llmkit.plan import Plan, layout_of
-from llmkit.recipe.schema import Pretrain, Train
+from llmkit.recipe.schema import Finetune, Pretrain, Section, Train
 from llmkit.registry import goal_of
 from llmkit.train.job import Job
 from llmkit.train.loop import MicroBatch, Schedule
+from llmkit.train.places import model_folder
+from llmkit.train.samples import SampleData
 from llmkit.train.state import mix_seed
 from llmkit.train.teacher import load_teacher
 
@@ -58,7 +62,7 @@ class Data:
 def open_data(job: Job) -> Data:
     """Open tokenizer and shards."""
     shards = [TokenShards.open(Path(folder)) for folder in job.shards]
-    layout = layout_of(job.section())
+    layout = layout_of(text_section(job))
     held_out = [shard.split("held_out") for shard in shards]
     tokens = sum(stream.num_tokens for stream in held_out)
     return Data(
@@ -69,9 +73,16 @@ def open_data(job: Job) -> Data:
     )
 
 
+def text_section(job: Job) -> Pretrain:
+    """The section of a job on text."""
+    section = job.section()
+    assert isinstance(section, Pretrain)
+    return section
+
+
 def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LossModule:
     """The model with the weights it starts from, and its objective."""
-    section = job.section()
+    section = text_section(job)
     kind = goal_of(section.objective).model
     model = build_model(
         section.model,
@@ -104,6 +115,30 @@ def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Loss
     )
 
 
+def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule, tuple[str, ...]]:
+    """A pretrained model with a head for the task, and the task; and the names of the head's weights that are new."""
+    section = job.section()
+    assert isinstance(section, Finetune)
+    goal, spec = goal_of(section.task), section.model
+    model, new = build_task_model(
+        model_folder(str(spec.name)),
+        goal.model,
+        labels=data.material.labels,
+        pad_token_id=pad_id(data.tokenizer),
+        dropout=spec.dropout,
+        trusted=spec.trust_remote_code,
+        seed=job.seed,
+    )
+    choose_heads(model, goal.model)
+    core = LossModule(
+        model,
+        make_task(section, data.material),
+        bf16=plan.precision == "bf16",
+        criterion=smoothed_cross_entropy(section.train.label_smoothing, section.train.z_loss),
+    )
+    return core, new
+
+
 def build_optimizer(core: LossModule, spec: Train, note: Callable[[str], None]) -> torch.optim.Optimizer:
     """The optimizer of all that is trained; where parameters are treated differently, `note` is told how."""
     optimizer = make_optimizer(core.trained, spec.optim, l1=spec.l1, ema=spec.ema)
@@ -133,12 +168,13 @@ def pick_attention(plan: Plan, core: LossModule, *, isolate: bool) -> tuple[str,
     return name, why
 
 
-def make_order(job: Job, data: Data) -> RowOrder:
+def make_order(job: Job, data: Data | SampleData) -> RowOrder:
     """Which training row comes when."""
-    return RowOrder(data.train.sizes, job.weights, job.seed)
+    sizes = data.train.sizes if isinstance(data, Data) else [len(data.train)]
+    return RowOrder(sizes, job.weights, job.seed)
 
 
-def make_schedule(section: Pretrain, plan: Plan) -> Schedule:
+def make_schedule(section: Section, plan: Plan) -> Schedule:
     """When things happen in a run whose length is known."""
     optim, num_steps = section.train.optim, plan.num_steps
     assert num_steps is not None

@@ -52,21 +52,23 @@ class ConsoleCallback:
     """Shows figures and samples to the person who waits."""
 
     reporter: Reporter
+    verb: str = "pretrain"
+    told: Sequence[str] = ("perplexity",)
     shown: Sequence[str] = ("train/loss", "train/lr", "tokens_per_s")
 
     def on_record(self, record: Record, *, num_steps: int) -> None:
         """A progress line for training figures, a note for an evaluation."""
         step = int(record["step"])
         if "eval/loss" in record:
-            self.reporter.note(
-                f"step {step}: held-out loss {record['eval/loss']:.4f}, "
-                f"perplexity {record['eval/perplexity']:.5g}"
-            )
+            figures = [
+                f"{name} {record[f'eval/{name}']:.5g}" for name in self.told if f"eval/{name}" in record
+            ]
+            self.reporter.note(", ".join([f"step {step}: held-out loss {record['eval/loss']:.4f}", *figures]))
             return
         if "train/loss" not in record:
             return
         values = {key: record[key] for key in self.shown if key in record}
-        self.reporter.progress("pretrain", step, num_steps, values)
+        self.reporter.progress(self.verb, step, num_steps, values)
 
     def on_sample(self, step: int, prompt: str, text: str) -> None:
         """Show the sample."""

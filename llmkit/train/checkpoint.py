@@ -1,8 +1,9 @@
 """Checkpoints: complete, hashed, verified when loaded, and never the last good one removed.
 
-A checkpoint is a folder `step_00001000` with `model.safetensors` (weights and buffers by name),
+A checkpoint is a folder `step_00001000` with `model.safetensors` (the weights that learn and the buffers, by name),
 `optimizer.safetensors` (the optimizer's tensors by parameter name) and `state.json` (the `TrainState` and the
-run's identity). No generator state: everything random is a function of (seed, step, micro-batch).
+run's identity). No generator state: everything random is a function of (seed, step, micro-batch). Weights that do not
+learn are built anew; the identity holds their hash (`frozen_hash`), so that another base is refused.
 """
 
 import errno
@@ -263,14 +264,15 @@ def saved_record(folder: Path) -> Mapping[str, Any]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers by name, each once: a tied weight has one name."""
+    """Parameters that learn and saved buffers by name, each once: a tied weight has one name."""
     return {name: place.contiguous() for name, place in _places(model).items()}
 
 
 def _places(model: nn.Module) -> dict[str, torch.Tensor]:
     """The same as they lie in the model: what is written to them reaches it."""
     saved = set(model.state_dict())
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {**learning, **dict(model.named_buffers())}
     return {name: tensor.detach() for name, tensor in tensors.items() if name in saved}
 
 
@@ -320,7 +322,8 @@ def check_moments(
         saved: Shape and type of each, as `optimizer_tensors` names them.
         model: The model.
         optimizer: Its optimizer, fresh or used.
-        state: The state they belong to. Before the first update an optimizer holds nothing.
+        state: The state they belong to. Before the first update an optimizer holds nothing, and of a parameter that
+            begins to learn later nothing before that step.
         path: The checkpoint, for the error.
 
     Raises:
@@ -328,22 +331,31 @@ def check_moments(
     """
     if not saved and state.step == state.skipped:
         return
-    wanted = _moment_forms(model, optimizer)
-    _check_names("optimizer.*safetensors", set(saved), set(wanted), path)
+    wanted = _moment_forms(model, optimizer, state.step)
+    # Steps that were skipped leave no trace, and which they were is not known: what began to learn since may lack it.
+    spared = _late_names(model, optimizer) if state.skipped else set()
+    needed = {name for name in wanted if name in saved or name.partition(".")[2] not in spared}
+    _check_names("optimizer.*safetensors", set(saved), needed, path)
     for name, form in wanted.items():
-        if saved[name] != form:
+        if name in saved and saved[name] != form:
             raise RunError(
                 f"{path}: {name} is {_shown_form(saved[name])}, the optimizer makes {_shown_form(form)}"
             )
 
 
-def _moment_forms(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Form]:
-    """What the optimizer holds from its first update on: one of its kind makes it, of tensors without content."""
+def _late_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
+    """The parameters that do not learn from the first step on."""
+    late = {id(p) for group in optimizer.param_groups if group.get("from_step") for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in late}
+
+
+def _moment_forms(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Form]:
+    """What the optimizer holds after `step` updates: one of its kind makes it, of tensors without content."""
     groups = [
         {
             **group,
             **dict.fromkeys(group.keys() & set(_AS_FAST), False),  # those forms need a real device
-            "params": [_stand_in(parameter) for parameter in group["params"]],
+            "params": [_stand_in(p, learns=group.get("from_step", 0) < step) for p in group["params"]],
         }
         for group in optimizer.param_groups
     ]
@@ -357,10 +369,10 @@ def _moment_forms(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     }
 
 
-def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter of this shape, whole if this one is a shard, on the meta device; with a gradient."""
+def _stand_in(parameter: nn.Parameter, *, learns: bool) -> nn.Parameter:
+    """A parameter of this shape, whole if this one is a shard, on the meta device; with a gradient if it learns."""
     made = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
-    made.grad = torch.empty_like(made)
+    made.grad = torch.empty_like(made) if learns else None
     return made
 
 

@@ -33,20 +33,24 @@ def finish(
     """
     folder, model = Path(job.folder), core.model
     recipe = job.checked_recipe()
-    kind = goal_of(job.section().objective).model
+    section = job.section()
+    kind = goal_of(section.objective).model
     facts: dict[str, Any] = {
         "name": recipe.name,
-        "kind": "pretrain",
+        "kind": Path(job.folder).name,
+        **({"task": section.objective, "base": str(section.model.name)} if job.rows else {}),
         "language": recipe.language,
         "command": job.command,
-        "next_command": try_command(kind, str(folder.parent), job.section().prompts),
+        "next_command": try_command(kind, str(folder.parent), section.prompts),
         "model": {"model_type": model.config.model_type, "num_parameters": model.num_parameters()},
         "tokenizer": job.tokenizer_figures,
         "final": dict(figures),
     }
     card = {**collect(folder, {**facts, "status": "done"}), "run": str(folder), "model_kind": kind}
     tokenizer.model_max_length = plan.context
-    if kind in ("masked", "pairs", "detector"):
+    if job.rows:
+        pass  # a pretrained model's own tokenizer frames texts as the model knows it
+    elif kind in ("masked", "pairs", "detector"):
         frame_texts(tokenizer)
     elif kind == "seq2seq":
         end_texts(tokenizer)

@@ -1,7 +1,7 @@
 """What a worker process is told: everything is decided, nothing is left to look up."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from typing import Any
 from llmkit.durable import write_json
 from llmkit.plan import Plan
 from llmkit.recipe import load_recipe
-from llmkit.recipe.schema import Pretrain, Recipe
+from llmkit.recipe.schema import Recipe, Section
 
 
 @dataclass(frozen=True)
 class Job:
-    """One pre-training run, decided.
+    """One training run, decided.
 
     Attributes:
         recipe: The checked recipe, as JSON.
@@ -30,6 +30,9 @@ class Job:
         deadline: When (`time.monotonic()`, which the processes of one machine share) the run must have saved and
             ended; None for never.
         self_check: Whether the run proves itself before its first step.
+        verb: Which section of the recipe it is: `pretrain` or `finetune`.
+        rows: For a task on labelled rows, their folder (see `data.samples`); else empty.
+        labels: For a task that has them, the names of classes or tags in the order of their numbers.
         kill_at: End the first process by SIGKILL once it has recorded this step, to prove what a crash does; None
             for never.
     """
@@ -47,6 +50,9 @@ class Job:
     deadline: float | None = None
     self_check: bool = True
     kill_at: int | None = None
+    verb: str = "pretrain"
+    rows: str = ""
+    labels: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write it for other processes to load."""
@@ -70,9 +76,9 @@ class Job:
         """The recipe's seed."""
         return int(self.recipe["seed"])
 
-    def section(self) -> Pretrain:
-        """The recipe's `pretrain` section, which a job always has."""
-        section = self.checked_recipe().pretrain
+    def section(self) -> Section:
+        """The recipe's section that this job carries out."""
+        section: Section | None = getattr(self.checked_recipe(), self.verb)
         assert section is not None
         return section
 

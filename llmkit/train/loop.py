@@ -29,6 +29,8 @@ from llmkit.train.state import TrainState, mix_seed
 
 _MEET_S = 5.0
 _REASONS = (*STOP_SIGNALS, TIME_IS_UP)
+POSITIONS = "num_positions"
+"""In a batch of rows that have many lengths: the positions that the model reads."""
 MicroBatch = tuple[int, Batch]
 """A micro-batch and its number within the step, counted over all devices."""
 
@@ -39,7 +41,7 @@ class Schedule:
 
     Attributes:
         num_steps: The run's length.
-        tokens_per_step: Positions that one step computes, over all devices.
+        tokens_per_step: Positions that one step computes, over all devices; of rows of many lengths, about.
         log_every: Figures are recorded after every so many steps.
         eval_every: Held-out loss and samples, likewise.
         eval_rows: Held-out rows that such an evaluation takes, or None for all; the last one takes all.
@@ -172,8 +174,8 @@ def advance(run: Training, state: TrainState, clock: "Clock") -> TrainState:
     if schedule.logs(step + 1) or schedule.saves(step + 1):
         run.numbers.look()  # a sync, where the device works on its own
     # After the sync, if there was one: before it, a GPU has only been given the work.
-    seconds = clock.lap(schedule.tokens_per_step)
-    state = state.after(tokens=schedule.tokens_per_step, seconds=seconds, skipped=outcome.skipped)
+    tokens = counts.get(POSITIONS, schedule.tokens_per_step)
+    state = state.after(tokens=tokens, seconds=clock.lap(tokens), skipped=outcome.skipped)
     if outcome.skipped:
         run.numbers.count(state.skipped)
     if clock.num_steps == 1:
@@ -238,6 +240,8 @@ def train_step(
     accelerator = run.accelerator
     # accelerate divides by the micro-batches, DDP by the processes: both take means, the loss here is a sum.
     scale = len(micro_batches) * accelerator.num_processes
+    # Every process has as many, and gradients meet at the last of them.
+    accelerator.gradient_accumulation_steps, accelerator.step = len(micro_batches), 0
     losses, firsts = {}, []
     for index, batch in micro_batches:
         torch.manual_seed(mix_seed(run.seed, step, index))  # dropout: the same on any number of devices

@@ -31,7 +31,7 @@ from llmkit.plan import Plan
 from llmkit.plan.counted import order_of
 from llmkit.report.console import Reporter
 from llmkit.report.run_log import RunLog
-from llmkit.train.build import Data, make_order, open_data
+from llmkit.train.build import Data, make_order, open_data, text_section
 from llmkit.train.callbacks import Callback, ConsoleCallback, LogCallback
 from llmkit.train.finish import finish
 from llmkit.train.job import Job
@@ -49,7 +49,7 @@ def count(job: Job, reporter: Reporter) -> None:
     """
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal(job.deadline))
-        section, plan, folder = job.section(), job.checked_plan(), Path(job.folder)
+        section, plan, folder = text_section(job), job.checked_plan(), Path(job.folder)
         data, order = open_data(job), order_of(section.model)
         reporter.phase("pretrain", f"counting n-grams of up to {order} tokens")
         started = time.perf_counter()
@@ -186,7 +186,7 @@ def _record(
     callbacks: list[Callback],
 ) -> Mapping[str, float]:
     """Measure on all held-out rows and draw samples; everything is recorded as of a network's last step."""
-    section = job.section()
+    section = text_section(job)
     record = {
         "step": state.step,
         "tokens": state.tokens,

@@ -9,10 +9,10 @@ from llmkit.recipe.architectures import in_words, kind_of_config
 from llmkit.registry import goal_of
 
 
-def teacher_folder(name: str) -> str:
-    """Where a teacher's files are: of a run the model that it trained; a name on the Hub stays as it is."""
+def model_folder(name: str) -> str:
+    """Where a model's files are: of a run the model that it trained; a name on the Hub stays as it is."""
     path = Path(name).expanduser()
-    for folder in (path, path / "model", path / "pretrain" / "model"):
+    for folder in (path, path / "model", path / "finetune" / "model", path / "pretrain" / "model"):
         if (folder / "config.json").is_file():
             return str(folder)
     return name
@@ -27,7 +27,7 @@ def check_teacher(name: str, objective: str) -> None:
         MissingError: It is a folder that holds no model.
         UsageError: It is another kind of model.
     """
-    folder = Path(teacher_folder(name))
+    folder = Path(model_folder(name))
     path = folder / "config.json"
     if not path.is_file():
         if folder.exists() or name.count("/") != 1 or name.startswith((".", "~", "/", "runs/")):
@@ -47,5 +47,5 @@ def check_teacher(name: str, objective: str) -> None:
 
 def teacher_weights(name: str) -> str:
     """The SHA-256 of a teacher's weights, or its name where they are not here: what a resumed run must share."""
-    weights = Path(teacher_folder(name)) / "model.safetensors"
+    weights = Path(model_folder(name)) / "model.safetensors"
     return hash_file(weights) if weights.is_file() else name

@@ -1,32 +1,35 @@
-"""One process's part in a pre-training run: build the parts, try the largest batch, train, finish."""
+"""One process's part in a training run: build the parts, try the largest batch, train, finish."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from llmkit.data.order import RowOrder
 from llmkit.durable import write_file, write_json
 from llmkit.errors import RunError
 from llmkit.evaluate.complete import complete
+from llmkit.evaluate.judge import judge
+from llmkit.evaluate.predict import predict
 from llmkit.evaluate.split import sum_over
 from llmkit.launch.crew import RESTART
 from llmkit.launch.signals import StopSignal
 from llmkit.models.attention import tap_attention, use_attention
 from llmkit.models.build import left_out
 from llmkit.models.peak import measure_peak_flops
-from llmkit.objectives.base import LossModule
+from llmkit.objectives.base import Judges, LossModule
 from llmkit.optim import averaged
 from llmkit.plan import Plan
 from llmkit.recipe import load_recipe, resolved_yaml
-from llmkit.recipe.schema import Pretrain
+from llmkit.recipe.schema import Finetune, Pretrain, Section
 from llmkit.registry import goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.run_log import RunLog, read_metrics
@@ -36,6 +39,7 @@ from llmkit.train.build import (
     Feed,
     build_core,
     build_optimizer,
+    build_task_core,
     make_order,
     make_schedule,
     open_data,
@@ -48,7 +52,8 @@ from llmkit.train.finish import finish
 from llmkit.train.job import Job
 from llmkit.train.loop import Schedule, Training, counts_of, train
 from llmkit.train.numbers import Numbers
-from llmkit.train.prove import ROWS_LOOKED_AT, first_rows, self_check
+from llmkit.train.prove import ROWS_LOOKED_AT, check_task, first_rows, self_check
+from llmkit.train.samples import SampleData, SampleFeed, open_samples
 from llmkit.train.saving import Keep, Saver
 from llmkit.train.sharded import ShardedWriter, is_sharded, load_checkpoint
 from llmkit.train.state import TrainState, mix_seed
@@ -76,20 +81,13 @@ def pretrain(job: Job, reporter: Reporter) -> None:
 def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) -> None:
     section, plan = job.section(), job.checked_plan()
     accelerator = start_accelerator(plan)
-    data = open_data(job)
-    core = build_core(job, plan, data.tokenizer)
-    spare = left_out(core.model)
-    if spare:
-        reporter.note(
-            f"{section.model.name}: heads that {section.objective} does without are left out: {', '.join(spare)}"
-        )
-    for line in begin_as_recipe_says(core.model, section.model.embeddings, data.tokenizer, job.shards):
-        reporter.note(line)
-    plan = _with_attention(plan, core, accelerator, section)
+    data = open_samples(job) if job.rows else open_data(job)
+    core = _build_core(job, plan, data, reporter)
+    plan = _with_attention(plan, core, accelerator, section, isolate=_isolates(section, plan))
     if plan.compile:
         core.compile(dynamic=False)
     module, optimizer = accelerator.prepare(core, build_optimizer(core, section.train, reporter.note))
-    feed, order = Feed(data, core.objective, plan, section, accelerator), make_order(job, data)
+    feed, order = _feed(data, core, plan, section, accelerator), make_order(job, data)
 
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.identity)
     saved = _from_first(accelerator, lambda: checkpoints.newest(reporter.warn))
@@ -97,7 +95,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     reporter.phase("prove", "one step of the largest shape" + (", compiling" if plan.compile else ""))
     plan = _with_length(plan, _try_largest_batch(accelerator, module, feed, plan), accelerator)
     if job.self_check:
-        _check_itself(job, plan, module, core, data, order, accelerator, reporter)
+        _check_itself(job, plan, module, core, data, order, feed, accelerator, reporter)
     schedule = make_schedule(section, plan)
     callbacks = _callbacks(job, plan, state, accelerator, reporter, stack)
     checkpoints = replace(checkpoints, plan=plan.to_dict())
@@ -108,7 +106,6 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     )
     workers = job.checked_recipe().machine.loader_workers
     steps = stack.enter_context(feed.steps(order, state.step, schedule.num_steps, workers=workers))
-    measures_bytes = "bits_per_byte" in goal_of(section.objective).metrics
     in_average = averaged(optimizer)  # if one is kept, it is what is measured, read and exported
     run = Training(
         accelerator=accelerator,
@@ -127,9 +124,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         ),
         saver=stack.enter_context(saver),
         evaluate=in_average(
-            lambda rows, between: evaluate(
-                core, feed, data, accelerator, rows, between, measures_bytes=measures_bytes
-            )
+            lambda rows, between: evaluate(core, feed, data, accelerator, rows, between, section)
         ),
         sample=in_average(lambda step: _sample(core, data, job, step)),
         stop=stop.asked,
@@ -137,7 +132,8 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         callbacks=callbacks,
     )
     start = f"from {saved.name}, " if saved else ""
-    reporter.phase("pretrain", f"{start}{schedule.num_steps:,} steps of {plan.tokens_per_step:,} tokens")
+    each = f"{plan.rows_per_step:,} rows" if job.rows else f"{plan.tokens_per_step:,} tokens"
+    reporter.phase(job.verb, f"{start}{schedule.num_steps:,} steps of {each}")
     state, figures = train(run, state)
     if shards is not None:
         shards.close()
@@ -146,13 +142,48 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         in_average(finish)(job, plan, core, data.tokenizer, state, figures)
 
 
+def _build_core(job: Job, plan: Plan, data: Data | SampleData, reporter: Reporter) -> LossModule:
+    """Model and objective; what is new or left out of a model that was loaded is told."""
+    section = job.section()
+    if isinstance(data, SampleData):
+        core, new = build_task_core(job, plan, data)
+        if new:
+            reporter.note(f"{section.model.name}: a new head for {section.objective}: {', '.join(new)}")
+        return core
+    core = build_core(job, plan, data.tokenizer)
+    spare = left_out(core.model)
+    if spare:
+        reporter.note(
+            f"{section.model.name}: heads that {section.objective} does without are left out: {', '.join(spare)}"
+        )
+    for line in begin_as_recipe_says(core.model, section.model.embeddings, data.tokenizer, job.shards):
+        reporter.note(line)
+    return core
+
+
+def _feed(
+    data: Data | SampleData, core: LossModule, plan: Plan, section: Section, accelerator: Accelerator
+) -> Feed | SampleFeed:
+    if isinstance(data, SampleData):
+        assert isinstance(section, Finetune)
+        return SampleFeed(data, core.objective, plan, section, accelerator)
+    assert isinstance(section, Pretrain)
+    return Feed(data, core.objective, plan, section, accelerator)
+
+
+def _isolates(section: Section, plan: Plan) -> bool:
+    """Whether what stands in one line is kept apart: documents where the recipe says so, packed rows always."""
+    return section.isolate_documents if isinstance(section, Pretrain) else plan.packed
+
+
 def _check_itself(
     job: Job,
     plan: Plan,
     module: torch.nn.Module,
     core: LossModule,
-    data: Data,
+    data: Data | SampleData,
     order: RowOrder,
+    feed: Feed | SampleFeed,
     accelerator: Accelerator,
     reporter: Reporter,
 ) -> None:
@@ -160,21 +191,27 @@ def _check_itself(
     # A sharded model is not whole on any one process, so it is not tried on disk here.
     folder = Path(job.folder) if accelerator.is_main_process and not is_sharded(core.model) else None
     goal = goal_of(job.section().objective)
-    for line in self_check(
-        module,
-        core,
-        first_rows(data.train, order, min(ROWS_LOOKED_AT, 2 * plan.rows_per_step), other=goal.other),
-        data.tokenizer,
-        goal=goal,
-        isolate=job.section().isolate_documents,
-        compiled_rows=plan.micro_batch_size if plan.compile else None,
-        folder=folder,
-    ):
+    if isinstance(data, SampleData):
+        assert isinstance(feed, SampleFeed)
+        _, examples = feed.batches(order).of_step(0)[0]
+        lines = check_task(core, examples, isolate=plan.packed, folder=folder)
+    else:
+        lines = self_check(
+            module,
+            core,
+            first_rows(data.train, order, min(ROWS_LOOKED_AT, 2 * plan.rows_per_step), other=goal.other),
+            data.tokenizer,
+            goal=goal,
+            isolate=_isolates(job.section(), plan),
+            compiled_rows=plan.micro_batch_size if plan.compile else None,
+            folder=folder,
+        )
+    for line in lines:
         reporter.note(f"checked: {line}")
 
 
 def _saver(
-    section: Pretrain,
+    section: Section,
     plan: Plan,
     schedule: Schedule,
     checkpoints: Checkpoints,
@@ -206,26 +243,37 @@ def _on_save(callbacks: Sequence[Callback], step: int) -> None:
 
 def evaluate(
     core: LossModule,
-    feed: Feed,
-    data: Data,
+    feed: Feed | SampleFeed,
+    data: Data | SampleData,
     accelerator: Accelerator,
     rows: int | None,
     between: Callable[[], object],
-    *,
-    measures_bytes: bool,
+    section: Section,
 ) -> dict[str, float]:
     """Figures on `rows` held-out rows (None: all), named `eval/...`; every process calls it."""
-    sums = sum_over(core, feed.held_out(rows), lambda sums: accelerator.reduce(sums, "sum"), between)
+    found: dict[int, Any] = {}
+    sums = sum_over(core, feed.held_out(rows), lambda sums: accelerator.reduce(sums, "sum"), between, found)
     if not sums["num_targets"]:
         return {}  # `held_out: 0`
-    if measures_bytes:
+    if isinstance(data, Data) and "bits_per_byte" in goal_of(section.objective).metrics:
         sums["num_bytes"] = sums["num_targets"] * data.bytes_per_token
-    return {f"eval/{name}": value for name, value in core.objective.summarise(sums).items()}
+    figures = core.objective.summarise(sums)
+    if isinstance(data, SampleData) and isinstance(core.objective, Judges):
+        figures |= judge(core.objective, data.held_out, _from_all(accelerator, found))
+    return {f"eval/{name}": value for name, value in figures.items()}
 
 
-def _with_attention(plan: Plan, core: LossModule, accelerator: Accelerator, section: Pretrain) -> Plan:
+def _from_all(accelerator: Accelerator, found: dict[int, Any]) -> dict[int, Any]:
+    """What was found of rows by any process."""
+    if accelerator.num_processes == 1:
+        return found
+    return dict(gather_object(list(found.items())))
+
+
+def _with_attention(
+    plan: Plan, core: LossModule, accelerator: Accelerator, section: Section, *, isolate: bool
+) -> Plan:
     """Set the model's attention kernel; where the plan leaves it open, the first process probes for all."""
-    isolate = section.isolate_documents
     if section.distil is not None and section.distil.attention:
         for model in (core.model, core.frozen["teacher"]):
             tap_attention(model, isolate=isolate)
@@ -250,7 +298,9 @@ def _with_length(plan: Plan, seconds_per_step: float, accelerator: Accelerator) 
     return plan.with_steps(num_steps, seconds_per_step=seconds)
 
 
-def _try_largest_batch(accelerator: Accelerator, module: torch.nn.Module, feed: Feed, plan: Plan) -> float:
+def _try_largest_batch(
+    accelerator: Accelerator, module: torch.nn.Module, feed: Feed | SampleFeed, plan: Plan
+) -> float:
     """Forward and backward on the largest shape, so that out-of-memory and the compiler come first.
 
     Weights do not change. Returns the seconds of a step, measured only where the plan needs to know.
@@ -303,16 +353,29 @@ def _callbacks(
     resolved = folder / "resolved.yaml"
     write_file(resolved, resolved_yaml(load_recipe(resolved), plan.choices))
     spikes = SpikeWatch(reporter.warn, before=read_metrics(folder))  # what the log kept of an earlier session
-    watching: list[Callback] = [LogCallback(stack.enter_context(log)), ConsoleCallback(reporter), spikes]
+    console = ConsoleCallback(reporter, job.verb, _told(job))
+    watching: list[Callback] = [LogCallback(stack.enter_context(log)), console, spikes]
     if job.kill_at is not None and os.environ.get(RESTART, "0") == "0":  # once is enough
         watching.append(KillAt(job.kill_at))
     return watching
 
 
-def _sample(core: LossModule, data: Data, job: Job, step: int) -> list[tuple[str, str]]:
+def _told(job: Job) -> tuple[str, ...]:
+    """The metrics that the console shows of an evaluation, beside the loss."""
+    known = goal_of(job.section().objective).metrics
+    return known[1:4] if job.rows else known[1:2]
+
+
+def _sample(core: LossModule, data: Data | SampleData, job: Job, step: int) -> list[tuple[str, str]]:
     section = job.section()
     seed = mix_seed(job.seed, _SAMPLING, step)
     kind = goal_of(section.objective).model
+    if isinstance(data, SampleData) and kind not in ("causal", "seq2seq"):
+        said = predict(core, [{"text": prompt} for prompt in section.prompts])
+        return [
+            (prompt, json.dumps(one, ensure_ascii=False))
+            for prompt, one in zip(section.prompts, said, strict=False)
+        ]
     return complete(core.model, kind, data.tokenizer, section.prompts, section.sampling, seed=seed)
 
 

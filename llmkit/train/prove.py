@@ -39,6 +39,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ROWS_LOOKED_AT = 256
 """Rows of the first steps, over all devices, that are looked at for targets and document ends."""
 _ISOLATED_ROWS = 2
+_PACKED_ROWS = 4
 _TOKENS = 24
 _TOLERANCE = 1e-3
 _VISIBLE = 1e-6
@@ -94,6 +95,61 @@ def self_check(
     if folder is not None:
         found.append(prove_saving(core, folder))
     return found
+
+
+def check_task(
+    core: LossModule, examples: Sequence[Example], *, isolate: bool, folder: Path | None
+) -> list[str]:
+    """Every proof that a task on labelled rows allows; weights, gradients and modes are afterwards what they were.
+
+    Args:
+        core: Model and task.
+        examples: Of the run's first micro-batch.
+        isolate: Whether rows stand in one line, and must not see each other.
+        folder: As `self_check` takes it.
+
+    Raises:
+        DataError: These rows teach nothing.
+        UsageError: Rows in one line see each other.
+        RunError: The model does not come back from disk as it was.
+    """
+    found = []
+    learned = int(core.objective.collate(examples)["num_targets"])
+    if not learned:
+        raise DataError(
+            f"the first {len(examples):,} rows have not one target: the model would learn nothing from them",
+            hint="look at what is learned: llmkit show RECIPE --sample 3",
+        )
+    found.append(f"{learned:,} targets in the first {len(examples):,} rows")
+    if isolate:
+        found.append(prove_packing(core, examples))
+    if folder is not None:
+        found.append(prove_saving(core, folder))
+    return found
+
+
+def prove_packing(core: LossModule, examples: Sequence[Example]) -> str:
+    """Rows in one line have the losses that each of them has alone.
+
+    Raises:
+        UsageError: They do not: the architecture lets them see each other.
+    """
+    some = list(examples[:_PACKED_ROWS])
+    device = core.model.device
+    with torch.no_grad(), _evaluating(core.model):
+        packed = float(core.objective.loss(core.model, _on(device, core.objective.collate(some))).total)
+        alone = sum(
+            float(core.objective.loss(core.model, _on(device, core.objective.collate([one]))).total)
+            for one in some
+        )
+    off = abs(packed - alone) / max(abs(alone), 1e-30)
+    if off > _TOLERANCE:
+        raise UsageError(
+            f"{core.model.config.model_type}: rows in one line have another loss ({packed:.5g}) than each alone "
+            f"({alone:.5g}): they see each other",
+            hint="finetune.sft.pack=false, or another architecture, such as llama or qwen3",
+        )
+    return f"{len(some)} rows in one line have the loss that each has alone, to {max(off, 1e-8):.0e}"
 
 
 def first_rows(rows: Rows, order: RowOrder, num_rows: int, *, other: bool = False) -> list[Row]:
@@ -261,8 +317,8 @@ class _Looks:
         more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         with torch.no_grad(), _evaluating(model):
             output = model(input_ids=ids, **more)
-        logits = output.logits if "logits" in output else output.prediction_logits
-        return cls(model_tensors(model), logits)
+        names = ("logits", "prediction_logits", "start_logits", "last_hidden_state")
+        return cls(model_tensors(model), next(output[name] for name in names if name in output))
 
     def compare(self, other: "_Looks", what: str) -> None:
         _compare_tensors(self.tensors, other.tensors, what)

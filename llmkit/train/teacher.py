@@ -9,7 +9,7 @@ from llmkit.errors import MissingError, UsageError
 from llmkit.models.build import load_weights, max_length
 from llmkit.models.heads import choose_heads
 from llmkit.registry import ModelKind
-from llmkit.train.places import teacher_folder
+from llmkit.train.places import model_folder
 
 
 def load_teacher(name: str, kind: ModelKind, tokenizer: Any, *, context: int) -> PreTrainedModel:
@@ -25,7 +25,7 @@ def load_teacher(name: str, kind: ModelKind, tokenizer: Any, *, context: int) ->
         MissingError: There is no such model.
         UsageError: Its tokenizer is another one, so its probabilities are of other tokens; or it reads less.
     """
-    folder = teacher_folder(name)
+    folder = model_folder(name)
     try:
         model = load_weights(folder, kind, trusted=False)
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ COMMANDS = [
     "tokenize",
     "pretrain",
     "eval",
+    "finetune",
     "generate",
     "fill",
     "plan",

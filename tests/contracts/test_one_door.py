@@ -30,6 +30,8 @@ ALLOWED = {
     "data/tokenizers/special.py write_tokenizer tokenizer.save": FILLS,
     "data/tokenizers/special.py write_tokenizer write_text": FILLS,
     "models/save.py save_model model.save_pretrained": FILLS,
+    "models/adapter_files.py save_adapter config.save_pretrained": FILLS,
+    "models/adapter_files.py save_adapter save_file": FILLS,
     "train/checkpoint.py Checkpoints.write save_file": FILLS,
     "train/sharded.py _PieceWriter._write_part save_file": FILLS,
     # Never read by a later run.

@@ -13,7 +13,7 @@ from llmkit.durable import manifest, verify_folder, write_folder
 from llmkit.errors import CorruptError, RunError, UsageError
 from llmkit.optim import make_optimizer
 from llmkit.recipe.schema import Optim
-from llmkit.run.pretrain import _newest_step
+from llmkit.run.training import _newest_step
 from llmkit.train.checkpoint import (
     Checkpoints,
     check_identity,

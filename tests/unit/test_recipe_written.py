@@ -136,7 +136,7 @@ def test_explain_tells_type_range_default_and_text() -> None:
     assert (length.kind, length.required) == ("`50M tokens` or `3 epochs` or `20k steps` or `1h30m`", True)
     assert explain("machine.precision").kind == "one of auto, fp32, bf16"
     assert explain("pretrain.data.0.files").key == "pretrain.data.files"
-    assert explain("grad_clip").key == "pretrain.train.grad_clip"
+    assert explain("min_delta").key == "finetune.stop_early.min_delta"
     assert explain("pretrain.checkpoint.every").default == "10%"
 
 
@@ -166,10 +166,14 @@ def test_every_setting_has_a_text_and_can_be_explained(key: str) -> None:
         ("pretrain.traain", "did you mean `pretrain.train`?"),
         (
             "zzzz",
-            "known keys: llmkit, name, extends, seed, language, tokenize, pretrain, eval, machine, "
+            "known keys: llmkit, name, extends, seed, language, tokenize, pretrain, finetune, eval, machine, "
             "variants, variant",
         ),
-        ("every", "say which: pretrain.checkpoint.every, pretrain.eval.every"),
+        (
+            "every",
+            "say which: pretrain.checkpoint.every, pretrain.eval.every, finetune.unfreeze.every, "
+            "finetune.checkpoint.every, finetune.eval.every",
+        ),
     ],
 )
 def test_a_near_miss_is_answered_with_the_key(key: str, hint: str) -> None:

@@ -1,0 +1,117 @@
+"""Labelled rows, kept once: each a line of JSON, with what is known of it before training: its length, what is learned.
+
+Shapes: N rows.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from llmkit.data.npy import NpyWriter
+from llmkit.data.rows import Ints
+from llmkit.durable import read_manifest, write_file, write_folder
+from llmkit.errors import DataError
+
+LabelledRow = dict[str, Any]
+"""One row in its task's canonical form, with its `place`; from the loader also `seed`."""
+
+Part = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows with what encoding them showed.
+
+    Attributes:
+        rows: The rows.
+        lengths: Tokens of each, as the model reads it.
+        targets: Targets of each.
+        cut: Tokens of each that did not fit and were cut off.
+    """
+
+    rows: Sequence[LabelledRow]
+    lengths: Sequence[int]
+    targets: Sequence[int]
+    cut: Sequence[int]
+
+    def facts(self) -> dict[str, Any]:
+        """Counts for plan and report."""
+        lengths = np.asarray(self.lengths, dtype=np.int64)
+        return {
+            "num_rows": len(self.rows),
+            "num_tokens": int(lengths.sum()),
+            "num_targets": int(sum(self.targets)),
+            "longest": int(lengths.max(initial=0)),
+            "num_cut": int(sum(cut > 0 for cut in self.cut)),
+            "tokens_cut": int(sum(self.cut)),
+        }
+
+
+class Samples:
+    """The rows of one part, read when they are asked for.
+
+    Args:
+        folder: What `write_samples` made.
+        part: Which part of it.
+
+    Attributes:
+        lengths: Tokens of each row [N].
+        targets: Targets of each row [N].
+        facts: As of `Measured.facts`.
+    """
+
+    def __init__(self, folder: Path, part: Part) -> None:
+        self.folder = folder
+        self.part = part
+        self.lengths: Ints = np.load(folder / f"{part}-lengths.npy")
+        self.targets: Ints = np.load(folder / f"{part}-targets.npy")
+        self.facts: Mapping[str, Any] = read_manifest(folder)["parts"][part]
+        self._ends: Ints = np.load(folder / f"{part}-ends.npy")
+        self._text: Any = None
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> LabelledRow:
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        start = int(self._ends[number - 1]) if number else 0
+        row: LabelledRow = json.loads(bytes(self._bytes()[start : int(self._ends[number])]))
+        return row
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_text": None}  # each process maps the file itself
+
+    def _bytes(self) -> Any:
+        if self._text is None:
+            path = self.folder / f"{self.part}.jsonl"
+            self._text = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        return self._text
+
+
+def write_samples(folder: Path, parts: Mapping[Part, Measured], facts: Mapping[str, Any]) -> None:
+    """Keep rows in a folder, with a manifest of `facts` and the counts of each part.
+
+    Raises:
+        DataError: There is no row to train on.
+    """
+    if not parts["train"].rows:
+        raise DataError("no row is left to train on", hint="look at what was left out, above")
+    manifest = {**facts, "parts": {name: part.facts() for name, part in parts.items()}}
+    with write_folder(folder, facts=manifest) as temporary:
+        for name, part in parts.items():
+            lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in part.rows]
+            write_file(temporary / f"{name}.jsonl", b"".join(lines))
+            ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
+            for what, values in (("ends", ends), ("lengths", part.lengths), ("targets", part.targets)):
+                _write_array(temporary / f"{name}-{what}.npy", np.asarray(values, dtype=np.int64))
+
+
+def _write_array(path: Path, values: Ints) -> None:
+    writer = NpyWriter(path, np.dtype(np.int64))
+    writer.append(values)
+    writer.close()

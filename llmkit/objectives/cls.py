@@ -1,0 +1,140 @@
+"""Classification: which of some classes a text, or a pair of texts, belongs to; or, each by itself, whether it does.
+
+Shape suffixes: B rows, T positions, C classes, L labels of a row in bits.
+
+**Source**: Devlin et al., "BERT", 2019, section 4.1; for decoders Radford et al. 2018, section 3.2.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from llmkit.metrics.classification import classification_metrics, multilabel_metrics
+from llmkit.models.heads import Scores
+from llmkit.objectives.base import (
+    NOT_LEARNED,
+    TARGETS,
+    Batch,
+    Criterion,
+    Example,
+    Loss,
+    Material,
+    cross_entropy,
+)
+from llmkit.objectives.texts import encode_texts, stack_texts
+from llmkit.recipe.schema import Finetune
+
+if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
+    from transformers import PreTrainedModel
+
+
+def build(section: Finetune, material: Material) -> "Classification | MultiLabel":
+    """The task as the recipe wants it."""
+    return (MultiLabel if section.cls.multiple else Classification)(material)
+
+
+class Classification:
+    """The mean over rows of -log p(class | text)."""
+
+    sums = ()
+
+    def __init__(self, material: Material) -> None:
+        self._tokenizer = material.tokenizer
+        self._max_length = material.max_length
+        self._labels = material.labels
+        self._number = {label: number for number, label in enumerate(material.labels)}
+
+    def encode(self, row: Mapping[str, Any]) -> Example:
+        """`input_ids` [T], `token_type_ids` [T] where the model knows them, and `targets`, the class.
+
+        Args:
+            row: `text`, `other` where there are two texts, and `label`, if it is known.
+        """
+        example = encode_texts(self._tokenizer, row["text"], row.get("other"), self._max_length)
+        target = self._number[row["label"]] if "label" in row else NOT_LEARNED
+        return {**example, "targets": np.asarray([target])}
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Stack to [B, T]; `targets` [B]."""
+        batch = stack_texts(self._tokenizer, examples)
+        batch["targets"] = torch.from_numpy(np.concatenate([example["targets"] for example in examples]))
+        batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
+        return batch
+
+    def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
+        """Sum of the rows' negative log-likelihood."""
+        logits_BC = class_logits(model, batch)
+        total = criterion(Scores(logits_BC), batch["targets"])
+        if model.training:
+            return Loss({TARGETS: total})
+        return Loss({TARGETS: total}, found=list(logits_BC.softmax(1).cpu().numpy()))
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Loss in nats a row."""
+        return {"loss": sums["total"] / sums[TARGETS], TARGETS: sums[TARGETS]}
+
+    def measure(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> dict[str, float]:
+        """Accuracy, F1, Matthews' correlation and calibration; see `metrics.classification`."""
+        targets_N = np.array([self._number[row["label"]] for row in rows])
+        return classification_metrics(targets_N, np.stack(found), self._labels)
+
+    def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
+        """What the model says of a row, for people: the likeliest class, and the probability of each."""
+        probabilities = dict(zip(self._labels, map(float, found), strict=True))
+        return {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
+
+
+class MultiLabel(Classification):
+    """The mean over rows and labels of -log p(label applies or not | text)."""
+
+    def encode(self, row: Mapping[str, Any]) -> Example:
+        """As `Classification`; `targets` [L] are 0 or 1 for each label."""
+        example = encode_texts(self._tokenizer, row["text"], row.get("other"), self._max_length)
+        unknown = np.full(len(self._labels), NOT_LEARNED)
+        return {**example, "targets": self._bits(row["label"]) if "label" in row else unknown}
+
+    def _bits(self, labels: str | Sequence[str]) -> Any:
+        given = {labels} if isinstance(labels, str) else set(labels)
+        return np.array([int(label in given) for label in self._labels], dtype=np.int64)
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Stack to [B, T]; `targets` [B, L]."""
+        batch = stack_texts(self._tokenizer, examples)
+        batch["targets"] = torch.from_numpy(np.stack([example["targets"] for example in examples]))
+        batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
+        return batch
+
+    def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
+        """Sum of the binary negative log-likelihood of each label of each row."""
+        logits_BL, targets_BL = class_logits(model, batch).float(), batch["targets"]
+        each_BL = functional.binary_cross_entropy_with_logits(
+            logits_BL, targets_BL.clamp(min=0).float(), reduction="none"
+        )
+        total = each_BL[targets_BL != NOT_LEARNED].sum()
+        if model.training:
+            return Loss({TARGETS: total})
+        return Loss({TARGETS: total}, found=list(logits_BL.sigmoid().cpu().numpy()))
+
+    def measure(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> dict[str, float]:
+        """F1 by labels, rows and in all, and the share of rows with every label right."""
+        targets_NL = np.stack([self._bits(row["label"]) for row in rows]).astype(bool)
+        return multilabel_metrics(targets_NL, np.stack(found) >= 0.5, self._labels)
+
+    def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
+        """What the model says of a row, for people: the labels that apply, and the probability of each."""
+        probabilities = dict(zip(self._labels, map(float, found), strict=True))
+        return {
+            "label": [name for name, p in probabilities.items() if p >= 0.5],
+            "probabilities": probabilities,
+        }
+
+
+def class_logits(model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
+    """[B, C]: what a model of the kind `sequence` says of each row."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    more = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    logits_BC: torch.Tensor = model(**{name: batch[name] for name in names if name in batch}, **more).logits
+    return logits_BC

@@ -1,0 +1,204 @@
+"""The plan of fine-tuning on labelled rows, whose lengths are known when it is made."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llmkit.hardware import Hardware
+from llmkit.plan.batch import PlanError
+from llmkit.plan.choices import (
+    MEMORY_SHARE,
+    Draft,
+    choose_background_save,
+    choose_precision,
+    choose_world,
+    intervals,
+    likely_seconds,
+    state_bytes_of,
+)
+from llmkit.plan.estimate import CPU_PROCESS_BYTES, Memory, flops_per_token, training_memory, training_rate
+from llmkit.plan.length import resolve_length
+from llmkit.plan.plan import Plan
+from llmkit.plan.shape import ModelShape
+from llmkit.recipe.schema import Finetune, Recipe
+
+CPU_TOKENS = 2048
+"""Tokens that a processor handles at a time: enough for fast matrix products, not too much for its caches."""
+
+GPU_TOKENS = 32768
+"""The same for a GPU at most, which is full by then."""
+
+
+def plan_tuning(
+    recipe: Recipe,
+    hardware: Hardware,
+    rows: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    model: ModelShape,
+    packed: bool,
+    num_trained: int,
+    world_size: int | None = None,
+) -> Plan:
+    """Turn what the recipe asks for into numbers for this machine.
+
+    Args:
+        recipe: The recipe; it must have a `finetune` section.
+        hardware: What there is to compute with.
+        rows: What preparation found: `train` and `held_out`, each as of `data.samples.Measured.facts`, and more.
+        vocab_size: Entries of the tokenizer.
+        model: The model's shape.
+        packed: Whether rows stand in one line.
+        num_trained: Weights that learn.
+        world_size: Processes where something else has fixed them.
+
+    Raises:
+        PlanError: The batch cannot be shared, or the model cannot hold the rows.
+    """
+    wanted = recipe.finetune
+    assert wanted is not None
+    train = rows["train"]
+    _check_model(model, vocab_size, wanted.model.context)
+    draft = Draft(recipe.machine, hardware, state_bytes_of(wanted), notes=list(hardware.notes))
+    if recipe.machine.device == "auto":
+        draft.choose("device", hardware.device, hardware.device_name)
+    per_step = rows_of_step(wanted, int(train["num_rows"]), draft)
+    world = choose_world(draft, per_step, world_size)
+    precision = choose_precision(draft)
+    if recipe.machine.attention == "auto":
+        draft.choose("attention", "sdpa", "rows have many lengths")
+    if recipe.machine.compile == "auto":
+        draft.choose("compile", False, "rows have many lengths, and each would be compiled anew")
+    mean = max(1, math.ceil(train["num_tokens"] / train["num_rows"]))
+    tokens, memory = _choose_micro_batch(
+        draft, model, wanted.model.context, mean, world, precision, num_trained
+    )
+    tokens_per_step = per_step * mean
+    steps = resolve_length(
+        wanted.train.length,
+        tokens_per_step=tokens_per_step,
+        rows_per_step=per_step,
+        num_rows_per_epoch=train["num_rows"],
+    )
+    flops = flops_per_token(model, mean, mean if model.num_encoder_layers else 0)
+    rate = training_rate(hardware, model, world_size=world, precision=precision)
+    limit_s = float(wanted.train.length.value) if steps is None else None
+    low, high = likely_seconds(rate, flops * tokens_per_step * (steps or 0), limit_s)
+    saved = int((4 + draft.state_bytes) * num_trained)
+    background, memory = choose_background_save(draft, memory, saved, world)
+    timing = intervals(wanted, steps, per_step, mean, train["num_rows"])
+    pinned = recipe.machine
+    return Plan(
+        device=hardware.device,
+        world_size=world,
+        precision=precision,
+        compile=False if pinned.compile == "auto" else pinned.compile,
+        attention="sdpa" if pinned.attention == "auto" else pinned.attention,
+        context=wanted.model.context,
+        rows_per_step=per_step,
+        micro_batch_size=max(1, min(per_step, tokens // mean)),
+        gradient_accumulation_steps=max(1, math.ceil(tokens_per_step / tokens / world)),
+        tokens_per_step=tokens_per_step,
+        num_steps=steps,
+        length_seconds=limit_s,
+        warmup_steps=timing["warmup_steps"][0],
+        checkpoint_every=timing["checkpoint_every"][0],
+        keep_every=timing["keep_every"][0],
+        eval_every=timing["eval_every"][0],
+        background_save=background,
+        deferred={key: amount for key, (resolved, amount) in timing.items() if resolved is None},
+        num_rows_per_epoch=train["num_rows"],
+        num_epochs=steps * per_step / train["num_rows"] if steps else None,
+        vocab_size=vocab_size,
+        num_parameters=model.num_parameters,
+        flops_per_token=flops,
+        memory=memory,
+        seconds_low=low,
+        seconds_high=high,
+        checkpoint_bytes=saved,
+        choices=draft.choices,
+        notes=tuple(draft.notes),
+        micro_batch_tokens=tokens,
+        packed=packed,
+        num_trained=num_trained,
+        rows=rows,
+    )
+
+
+def rows_of_step(wanted: Finetune, num_rows: int, draft: Draft) -> int:
+    """Rows of one optimizer step.
+
+    Raises:
+        PlanError: The batch is given in tokens, or is no whole number.
+    """
+    batch = wanted.train.batch
+    if batch.unit != "samples" or batch.value < 1 or batch.value != int(batch.value):
+        raise PlanError(
+            f"finetune.train.batch is {batch}: rows have many lengths, so a step is a whole number of them",
+            hint="finetune.train.batch=32 samples",
+        )
+    if batch.value > num_rows:
+        draft.notes.append(
+            f"one step holds {batch.value:g} rows, but the data only {num_rows:,}: rows repeat"
+        )
+    return int(batch.value)
+
+
+def _check_model(model: ModelShape, vocab_size: int, context: int) -> None:
+    if model.max_length is not None and context > model.max_length:
+        raise PlanError(
+            f"model.context is {context} tokens, but this model reads at most {model.max_length}",
+            hint=f"finetune.model.context={model.max_length}",
+        )
+    if vocab_size > model.vocab_size:
+        raise PlanError(
+            f"the tokenizer has {vocab_size:,} entries, but the model's embedding only {model.vocab_size:,}",
+            hint="use the model's own tokenizer: leave `tokenizer` out",
+        )
+
+
+def _choose_micro_batch(
+    draft: Draft,
+    model: ModelShape,
+    context: int,
+    mean: int,
+    world: int,
+    precision: str,
+    num_trained: int,
+) -> tuple[int, Memory]:
+    """Tokens of a micro-batch, those of some rows of full length, and its memory."""
+    hardware, pinned = draft.hardware, draft.machine.micro_batch
+    available = hardware.memory_bytes // (world if hardware.device == "cpu" else 1)
+
+    def memory_of(tokens: int) -> Memory:
+        full = training_memory(
+            model,
+            context=mean,
+            decoder=mean if model.num_encoder_layers else 0,
+            micro_batch=max(1, tokens // mean),
+            precision=precision,
+            attention="sdpa",
+            process=CPU_PROCESS_BYTES if hardware.device == "cpu" else 0,
+            state_bytes=draft.state_bytes,
+        )
+        return full.learning(num_trained / model.num_parameters)
+
+    if pinned != "auto":
+        tokens = pinned * context
+    else:
+        most = CPU_TOKENS if hardware.device == "cpu" else GPU_TOKENS
+        full_rows = max(1, most // context)
+        while full_rows > 1 and memory_of(full_rows * context).total > MEMORY_SHARE * available:
+            full_rows //= 2
+        tokens = full_rows * context
+        draft.choose(
+            "micro_batch",
+            full_rows,
+            f"{tokens:,} tokens at a time, and more rows of them where they are short",
+        )
+    memory = memory_of(tokens)
+    if memory.total > MEMORY_SHARE * available:
+        draft.notes.append(
+            f"memory may not suffice: about {memory.total / 1e9:.1f} GB needed of {available / 1e9:.1f} GB"
+        )
+    return tokens, memory

@@ -1,0 +1,261 @@
+"""`llmkit finetune`: read the rows once, plan, then train here or in worker processes."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.durable import write_file, write_json
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.hardware import detect_hardware
+from llmkit.launch.world import World, check_world, detect_world
+from llmkit.plan import Plan
+from llmkit.recipe import Loaded, resolved_yaml
+from llmkit.recipe.resolved import without_secrets
+from llmkit.recipe.schema import Finetune, Pretrain, Recipe, Source, Train
+from llmkit.recipe.tasks import other_task_sections
+from llmkit.registry import OBJECTIVES, TASKS, goal_of
+from llmkit.report.console import Reporter
+from llmkit.report.trying import try_command
+from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
+from llmkit.run.pretrain import pretrain
+from llmkit.run.training import (
+    KILL_AT,
+    as_begun,
+    clear,
+    flat,
+    is_trained,
+    refuse_another_run,
+    report_end,
+    train_job,
+    warn_of_full_disk,
+)
+from llmkit.train.places import model_folder, teacher_weights
+
+if TYPE_CHECKING:
+    from llmkit.run.rows import Prepared
+    from llmkit.train.job import Job
+
+_NOT_THE_MODEL = ("data", "validation", "tokenizer", "checkpoint", "eval", "prompts", "sampling")
+
+
+def finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
+    """Train a model for a task, going on from the newest checkpoint; when it is trained already, say so.
+
+    Raises:
+        UsageError: The recipe has no `finetune` section, or its parts do not fit together.
+        InterruptedRunError: A signal stopped it; the same command goes on.
+        RunError: It failed; the newest checkpoint is whole.
+    """
+    section = loaded.recipe.finetune
+    if section is None:
+        raise UsageError(
+            "the recipe has no `finetune` section",
+            hint="llmkit finetune --task cls --model MODEL --data reviews.csv",
+        )
+    loaded = with_base(loaded, options)
+    if section.task in OBJECTIVES:
+        return pretrain(continued(loaded), options, reporter, verb="finetune")
+    folder = run_folder(loaded, options, "finetune")
+    world = detect_world(os.environ)
+    first = world is None or world.rank == 0
+    with locked(folder, world):
+        if options.fresh and first:
+            clear(folder)
+        job = _prepare(loaded, options, reporter, folder, world)
+        if is_trained(folder, job):
+            reporter.note(f"{folder} is trained already; --fresh trains it anew")
+        else:
+            refuse_another_run(folder, job)
+            if first:
+                _leave_plan(folder, replace(loaded, recipe=job.checked_recipe()), job, reporter)
+            try:
+                train_job(job, reporter, world, options.restarts)
+            except LlmkitError as error:
+                if first:
+                    report_end(folder, options, error)
+                raise
+    report = report_of(folder)
+    summary = {
+        "model": str(folder / "model"),
+        "task": section.task,
+        "metrics": report["final"],
+        "headline": report["headline"],
+        "report": str(folder / "report.html"),
+    }
+    return Result(
+        folder, summary, try_command(goal_of(section.task).model, str(folder.parent), section.prompts)
+    )
+
+
+def plan_finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Plan:
+    """The plan of fine-tuning: the rows are read and encoded, for their lengths decide it; nothing is written.
+
+    Raises:
+        UsageError: The recipe's parts do not fit together.
+    """
+    from llmkit.run.rows import read_and_measure
+
+    loaded = with_base(loaded, options)
+    rows = read_and_measure(loaded, options, reporter.note)
+    return _plan(replace(loaded, recipe=with_context(loaded.recipe, rows.context)), options, rows, None)
+
+
+def with_base(loaded: Loaded, options: Options) -> Loaded:
+    """The recipe with the model to start from filled in: what `pretrain` made, where it names none.
+
+    Raises:
+        UsageError: It names none, and there is no `pretrain` section.
+    """
+    section = loaded.recipe.finetune
+    assert section is not None
+    if section.model.name is not None:
+        return loaded
+    if loaded.recipe.pretrain is None:
+        raise UsageError(
+            "finetune.model: no model to start from",
+            hint="finetune.model.name=FOLDER, RUN or a name on the Hub",
+        )
+    made = str(options.runs / loaded.recipe.name / "pretrain" / "model")
+    model = section.model.model_copy(update={"name": made})
+    recipe = loaded.recipe.model_copy(update={"finetune": section.model_copy(update={"model": model})})
+    return replace(loaded, recipe=recipe)
+
+
+def continued(loaded: Loaded) -> Loaded:
+    """A recipe whose task is an objective on text, as pre-training that goes on from a model."""
+    section = loaded.recipe.finetune
+    assert section is not None
+    given = section.data
+    source = Source(
+        name=given.name,
+        files=given.files,
+        dataset=given.dataset,
+        split=given.split,
+        encoding=given.encoding,
+        on_error=given.on_error,
+    )
+    if "text" in given.columns:
+        source = source.model_copy(
+            update={"columns": source.columns.model_copy(update={"text": given.columns["text"]})}
+        )
+    train = Train.model_validate({name: getattr(section.train, name) for name in Train.model_fields})
+    goes_on = Pretrain(
+        objective=section.task,  # type: ignore[arg-type]
+        model=section.model.model_copy(update={"name": model_folder(str(section.model.name))}),
+        tokenizer=section.tokenizer,
+        data=[source],
+        held_out=section.held_out,
+        train=train,
+        checkpoint=section.checkpoint,
+        eval=section.eval,
+        prompts=section.prompts,
+        sampling=section.sampling,
+    )
+    recipe = loaded.recipe.model_copy(update={"pretrain": goes_on, "tokenize": None, "finetune": None})
+    return replace(loaded, recipe=recipe)
+
+
+def _prepare(
+    loaded: Loaded, options: Options, reporter: Reporter, folder: Path, world: World | None
+) -> "Job":
+    """Everything decided: rows, tokenizer, plan, identity. Nothing in the run folder is touched."""
+    from llmkit.run.rows import prepare_rows
+    from llmkit.train.job import Job
+
+    rows = prepare_rows(loaded, options, reporter)
+    loaded = replace(loaded, recipe=with_context(loaded.recipe, rows.context))
+    plan = as_begun(_plan(loaded, options, rows, world), folder, loaded)
+    if world is not None:
+        check_world(world, plan.world_size)
+    return Job(
+        recipe=without_secrets(loaded),
+        plan=plan.to_dict(),
+        folder=str(folder),
+        tokenizer=rows.tokenizer,
+        tokenizer_figures={"vocab_size": rows.vocab_size, "taken_from": rows.tokenizer},
+        shards=[],
+        weights=None,
+        identity=_identity(loaded, plan, rows),
+        command=options.command,
+        face={"json": options.json, "quiet": options.quiet},
+        deadline=options.deadline,
+        self_check=options.self_check,
+        kill_at=int(os.environ[KILL_AT]) if KILL_AT in os.environ else None,
+        verb="finetune",
+        rows=str(rows.folder),
+        labels=list(rows.labels),
+    )
+
+
+def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | None) -> Plan:
+    from llmkit.models.count import shape_of_model
+    from llmkit.models.tasks import empty_task_model
+    from llmkit.plan.tuning import plan_tuning
+
+    recipe = loaded.recipe
+    assert recipe.finetune is not None
+    section = recipe.finetune
+    goal = TASKS[section.task]
+    model = empty_task_model(
+        model_folder(str(section.model.name)),
+        goal.model,
+        labels=rows.labels,
+        trusted=section.model.trust_remote_code,
+    )
+    shape = shape_of_model(model)
+    return plan_tuning(
+        recipe,
+        detect_hardware(recipe.machine),
+        rows.facts,
+        vocab_size=rows.vocab_size,
+        model=shape,
+        packed=goal.packs,
+        num_trained=shape.num_parameters,
+        world_size=world.world_size if world else options.processes,
+    )
+
+
+def with_context(recipe: Recipe, context: int) -> Recipe:
+    """The recipe with the tokens that its model reads at most."""
+    section = recipe.finetune
+    assert section is not None
+    model = section.model.model_copy(update={"context": context})
+    return recipe.model_copy(update={"finetune": section.model_copy(update={"model": model})})
+
+
+def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
+    """What a resumed run must share with the saved one, by the recipe's own keys."""
+    section = loaded.recipe.finetune
+    assert isinstance(section, Finetune)
+    settings = section.model_dump(
+        mode="json",
+        exclude={
+            **dict.fromkeys((*_NOT_THE_MODEL, *other_task_sections(section.task)), True),
+            "train": {"bad_numbers", "max_skipped"},
+        },
+    )
+    named = flat(settings, "finetune")
+    expressions: Mapping[str, str] = loaded.expressions
+    return {
+        "seed": loaded.recipe.seed,
+        **{key: expressions.get(key, value) for key, value in named.items()},
+        "finetune.model.context": rows.context,
+        "rows per step": plan.rows_per_step,
+        "rows": rows.folder.name,
+        "labels": list(rows.labels),
+        "weights of the model": teacher_weights(str(section.model.name)),
+    }
+
+
+def _leave_plan(folder: Path, loaded: Loaded, job: "Job", reporter: Reporter) -> None:
+    """Leave what was decided in the run folder: only now, when it is known to be this run's."""
+    plan = job.checked_plan()
+    leave_record(folder, loaded)
+    write_json(folder / "data.json", {**plan.rows, "address": Path(job.rows).name})
+    write_json(folder / "plan.json", plan.to_dict())
+    write_file(folder / "resolved.yaml", resolved_yaml(anchored(loaded), plan.choices))
+    for note in plan.notes:
+        reporter.note(note)
+    warn_of_full_disk(folder, job, plan, reporter)

@@ -1,0 +1,267 @@
+"""A recipe's labelled rows, read, checked, divided and encoded once; kept by what made them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmkit.data.records import Found, fingerprint, num_shared, read_rows, split_rows
+from llmkit.data.samples import LabelledRow, Measured, write_samples
+from llmkit.data.tokenizers import fingerprint as tokenizer_fingerprint
+from llmkit.data.tokenizers import load_tokenizer
+from llmkit.durable import naming_full_disks, one_at_a_time, sweep_beside, verify_folder
+from llmkit.errors import CorruptError, DataError
+from llmkit.models.tasks import longest_input
+from llmkit.objectives.base import Expands, Material, Objective, size_of
+from llmkit.objectives.make import make_task
+from llmkit.objectives.texts import CUT
+from llmkit.plan import PlanError
+from llmkit.recipe import Loaded
+from llmkit.recipe.schema import Finetune
+from llmkit.registry import TASKS
+from llmkit.report.console import Reporter
+from llmkit.run.folders import CACHE, Options, base_of
+from llmkit.train.places import model_folder
+
+_VERSION = 1
+"""Part of every address: raised when the same rows come to be encoded otherwise."""
+_MOST_CLASSES_SHOWN = 20
+_ENCODED = ("labels", "multiple")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows as training takes them.
+
+    Attributes:
+        folder: Where they are kept; an empty path where nothing was written.
+        facts: What is known of them: `train`, `held_out` (as of `Measured.facts`), `said`, `classes`, ...
+        labels: Names of classes or tags, in the order of their numbers.
+        context: Tokens that the model reads at most.
+        tokenizer: Its folder or name.
+        vocab_size: Its entries.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+    labels: tuple[str, ...]
+    context: int
+    tokenizer: str
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What rows are encoded with."""
+
+    section: Finetune
+    tokenizer_name: str
+    tokenizer: Any
+    context: int
+    language: str
+
+    def objective(self, labels: Sequence[str], facts: Mapping[str, Any]) -> Objective:
+        material = Material(self.tokenizer, self.context, tuple(labels), self.language, facts)
+        return make_task(self.section, material)
+
+    def prepared(self, folder: Path, facts: Mapping[str, Any]) -> Prepared:
+        return Prepared(
+            folder, facts, tuple(facts["labels"]), self.context, self.tokenizer_name, len(self.tokenizer)
+        )
+
+
+def prepare_rows(loaded: Loaded, options: Options, reporter: Reporter) -> Prepared:
+    """The rows in the cache, made where the same files and settings have not made them yet.
+
+    Raises:
+        DataError: A row is wrong, or there is nothing to learn.
+        UsageError: Model, tokenizer and task do not fit together.
+    """
+    task = _task(loaded)
+    folder = options.runs / CACHE / "rows" / _address(loaded, options, task)
+    with naming_full_disks(folder), one_at_a_time(folder.with_name(f".{folder.name}.lock")):
+        sweep_beside(folder)
+        try:
+            facts = verify_folder(folder)["facts"]
+        except CorruptError:
+            reporter.phase("rows", f"reading for {task.section.task}")
+            parts, facts = _read(loaded, options, task, reporter.note)
+            write_samples(folder, parts, {"kind": "rows", "facts": facts})
+        else:
+            for line in _words(facts):
+                reporter.note(line)
+    return task.prepared(folder, facts)
+
+
+def read_and_measure(loaded: Loaded, options: Options, note: Callable[[str], None]) -> Prepared:
+    """The same without writing anything, for a plan."""
+    task = _task(loaded)
+    _, facts = _read(loaded, options, task, note)
+    return task.prepared(Path(), facts)
+
+
+def _task(loaded: Loaded) -> _Task:
+    section = loaded.recipe.finetune
+    assert section is not None
+    folder = model_folder(str(section.model.name))
+    longest = longest_input(folder, trusted=section.model.trust_remote_code)
+    context = section.model.context
+    if longest is not None and longest < context:
+        if loaded.origins["finetune.model.context"].kind != "default":
+            raise PlanError(
+                f"model.context is {context} tokens, but this model reads at most {longest}",
+                hint=f"finetune.model.context={longest}",
+            )
+        context = longest
+    name = section.tokenizer or folder
+    return _Task(section, name, load_tokenizer(name), context, loaded.recipe.language)
+
+
+def _address(loaded: Loaded, options: Options, task: _Task) -> str:
+    """Where the rows are kept: a hash of all that decides what is in them."""
+    section, cache = task.section, options.runs / CACHE
+    sources = {"data": section.data, "validation": section.validation}
+    content = {
+        "version": _VERSION,
+        "task": section.task,
+        "settings": {
+            name: getattr(section, name).model_dump(mode="json") for name in TASKS[section.task].sections
+        },
+        "sources": {
+            name: fingerprint(source, base_of(loaded), cache=cache)
+            for name, source in sources.items()
+            if source is not None
+        },
+        "held_out": section.held_out,
+        "too_long": section.too_long,
+        "context": task.context,
+        "language": task.language,
+        "tokenizer": tokenizer_fingerprint(task.tokenizer),
+        "chat_template": getattr(task.tokenizer, "chat_template", None),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(
+    loaded: Loaded, options: Options, task: _Task, note: Callable[[str], None]
+) -> tuple[dict[Any, Measured], dict[str, Any]]:
+    """Both parts, encoded and measured, and what is known of them."""
+    section = task.section
+    found = _found(loaded, options, section, note)
+    if section.validation is None:
+        train, held_out = split_rows(found.rows, section.task, section.held_out)
+    else:
+        train = found.rows
+        held_out = read_rows(
+            section.validation,
+            section.task,
+            base=base_of(loaded),
+            cache=options.runs / CACHE,
+            note=lambda text: note(f"validation: {text}"),
+            training=False,
+        ).rows
+    own = getattr(section, TASKS[section.task].sections[0]) if TASKS[section.task].sections else None
+    labels = tuple(getattr(own, "labels", ()) or found.labels)
+    facts: dict[str, Any] = {
+        "task": section.task,
+        "form": found.form,
+        "said": found.said,
+        "labels": list(labels),
+        "classes": dict(found.classes),
+        "counts": dict(found.counts),
+    }
+    _check_labels([*train, *held_out], labels, section.task)
+    objective = task.objective(labels, facts)
+    parts = {
+        "train": _measured(objective, train, section.too_long),
+        "held_out": _measured(objective, held_out, section.too_long),
+    }
+    facts |= {name: part.facts() for name, part in parts.items()}
+    facts["dropped"] = sum(map(len, (train, held_out))) - sum(len(part.rows) for part in parts.values())
+    facts["shared"] = num_shared(train, held_out, section.task)
+    if parts["train"].rows and not facts["train"]["num_targets"]:
+        raise DataError(
+            f"not one of {len(parts['train'].rows):,} rows has anything to learn",
+            hint="look at the rows and what is learned of them: llmkit show RECIPE --sample 3",
+        )
+    for line in _words(facts)[1:]:
+        note(line)
+    return parts, facts
+
+
+def _found(loaded: Loaded, options: Options, section: Finetune, note: Callable[[str], None]) -> Found:
+    return read_rows(section.data, section.task, base=base_of(loaded), cache=options.runs / CACHE, note=note)
+
+
+def _check_labels(rows: Sequence[LabelledRow], labels: Sequence[str], task: str) -> None:
+    """Every label is one that the model can say.
+
+    Raises:
+        DataError: One is not, because the training rows or the recipe do not have it.
+    """
+    known, key = set(labels), {"cls": "label", "tag": "tags"}.get(task)
+    for row in rows if known and key else ():
+        value = row[key or ""]
+        wrong = next(
+            (one for one in ([value] if isinstance(value, str) else value) if one not in known), None
+        )
+        if wrong is not None:
+            shown = ", ".join(list(labels)[:_MOST_CLASSES_SHOWN]) + (
+                ", ..." if len(labels) > _MOST_CLASSES_SHOWN else ""
+            )
+            raise DataError(
+                f"{row['place']}: the label {wrong!r} is not among those to learn: {shown}",
+                hint=f"mend the row, or name all labels: finetune.{task}.labels=[...]",
+            )
+
+
+def _measured(objective: Objective, rows: Sequence[LabelledRow], too_long: str) -> Measured:
+    """Each row encoded once: how long it is, what of it is learned, what did not fit.
+
+    Raises:
+        DataError: A row is too long, and the recipe says to stop then.
+    """
+    kept: list[LabelledRow] = []
+    lengths, targets, cuts = list[int](), list[int](), list[int]()
+    for row in rows:
+        for one in objective.expand(row) if isinstance(objective, Expands) else [row]:
+            example = objective.encode({**one, "seed": 0})
+            cut = int(example.get(CUT, 0))
+            if cut and too_long == "stop":
+                raise DataError(
+                    f"{one['place']}: the row is {cut:,} tokens longer than the model reads",
+                    hint="set `too_long: cut` or `too_long: drop`, or a larger `model.context`",
+                )
+            if cut and too_long == "drop":
+                continue
+            kept.append(one)
+            lengths.append(size_of(objective, example))
+            targets.append(int(objective.collate([example])["num_targets"]))
+            cuts.append(cut)
+    return Measured(kept, lengths, targets, cuts)
+
+
+def _words(facts: Mapping[str, Any]) -> list[str]:
+    """What a person should know of the rows, a sentence a line."""
+    train, held_out = facts["train"], facts["held_out"]
+    lines = [str(facts["said"])]
+    mean = train["num_tokens"] / max(1, train["num_rows"])
+    lines.append(
+        f"{train['num_rows']:,} rows to learn from, {held_out['num_rows']:,} held out; "
+        f"{mean:.0f} tokens on average, {train['longest']:,} at most"
+    )
+    if facts["classes"]:
+        shown = list(facts["classes"].items())
+        words = ", ".join(f"{name} {count:,}" for name, count in shown[:_MOST_CLASSES_SHOWN])
+        lines.append(f"{len(shown)} labels: {words}" + (", ..." if len(shown) > _MOST_CLASSES_SHOWN else ""))
+    cut = train["num_cut"] + held_out["num_cut"]
+    if cut:
+        lost = train["tokens_cut"] + held_out["tokens_cut"]
+        lines.append(f"{cut:,} rows are longer than the model reads: {lost:,} tokens are cut off")
+    if facts["dropped"] > 0:
+        lines.append(f"{facts['dropped']:,} rows are longer than the model reads and are left out")
+    if facts["shared"]:
+        lines.append(f"{facts['shared']:,} held-out rows are also among those to learn from")
+    return lines

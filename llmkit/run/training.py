@@ -1,0 +1,250 @@
+"""What the verbs that train share: go on or begin anew, here or in worker processes, and say how it ended."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.durable import remove_file, remove_folder, verify_folder
+from llmkit.errors import (
+    CorruptError,
+    CtrlCError,
+    ExitCode,
+    InterruptedRunError,
+    LlmkitError,
+    RunError,
+    UsageError,
+)
+from llmkit.hardware import usable_cores
+from llmkit.launch.local import run_local_workers
+from llmkit.launch.world import World
+from llmkit.plan import Plan
+from llmkit.plan.counted import is_counted
+from llmkit.recipe import Loaded
+from llmkit.report.console import Reporter
+from llmkit.report.report import write_report
+from llmkit.run.folders import Options, report_of
+from llmkit.train.steps import saved_steps
+
+if TYPE_CHECKING:
+    from llmkit.train.job import Job
+
+KILL_AT = "LLMKIT_KILL_AT"
+"""The environment's word for `Job.kill_at`: a crash on purpose, for `llmkit verify-resume`."""
+
+_MADE_BY_TRAINING = ("checkpoints", "model", "metrics.jsonl", "samples.jsonl", "plan.json", "report.json")
+
+
+def train_job(job: "Job", reporter: Reporter, world: World | None, restarts: int) -> None:
+    """Train here when this process is a worker or the only one; else start the workers and watch them."""
+    if is_counted(job.section().model):
+        from llmkit.train.ngram import count
+
+        count(job, reporter)
+        return
+    world_size = job.plan["world_size"]
+    if world is not None and restarts:
+        raise UsageError(
+            f"--restarts is for processes that llmkit starts, and these were started by {world.source}",
+            hint="let that start them again; the same command goes on from the newest checkpoint",
+        )
+    if world is not None or (world_size == 1 and not restarts):
+        from llmkit.train.pretrain import pretrain as train_here
+
+        if world is not None:
+            os.environ.update(world.environment())
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // world.local_world_size)))
+            if world.source != "llmkit" and world.rank == 0:
+                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                reporter.note(f"meeting {world.world_size - 1} other processes at {place}")
+        train_here(job, reporter)
+        return
+    path = Path(job.folder) / "job.json"
+    job.save(path)
+    reporter.note(f"starting {world_size} process{'es' if world_size > 1 else ''}")
+    said: list[str] = []
+
+    def tell(line: str) -> None:
+        said.append(line)
+        sys.stderr.write(line + "\n")
+
+    code = run_local_workers(
+        world_size,
+        [str(path)],
+        logs=Path(job.folder) / "logs",
+        program=[sys.executable, "-P", "-m", "llmkit.train.worker"],
+        on_line=tell,
+        restarts=restarts,
+        progress=lambda: _newest_step(Path(job.folder)),
+    )
+    _raise_for(code, job.folder, [line for line in said if line.startswith("worker ")])
+
+
+def _newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    return max(saved_steps(folder / "checkpoints"), default=0)
+
+
+def report_end(folder: Path, options: Options, error: LlmkitError) -> None:
+    """A report of a run that did not reach its end: what there is up to now, and why it stopped."""
+    status = "interrupted" if isinstance(error, InterruptedRunError) else "failed"
+    facts = {"kind": folder.name, "status": status, "command": options.command, "error": error.message}
+    with suppress(RunError):  # such as a full disk: the error that ended the run is the one to tell
+        write_report(folder, facts)
+
+
+def _raise_for(code: int, folder: str, deaths: Sequence[str]) -> None:
+    """Turn the workers' exit code, and what was seen of their deaths, into the error that ends this process so."""
+    if code == ExitCode.DONE:
+        return
+    if code in (ExitCode.INTERRUPTED, ExitCode.CTRL_C):
+        kind = CtrlCError if code == ExitCode.CTRL_C else InterruptedRunError
+        raise kind(f"{folder}: stopped; everything is saved", hint="The same command goes on from there.")
+    reason = deaths[-1] if deaths else f"a worker failed with exit code {code}"
+    newest = _newest_step(Path(folder))
+    goes_on = f"the same command goes on from step {newest}" if newest else "nothing was saved yet"
+    error = RunError(f"{folder}: {reason}", hint=f"{goes_on}; what the others said is in {folder}/logs")
+    error.exit_code = ExitCode(code) if code in list(ExitCode) else ExitCode.FAILED
+    raise error
+
+
+def as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
+    """The plan with what a run in this folder was begun with, so that going on gives the same numbers.
+
+    That stands in its checkpoints, which are verified; a run that has none yet begins anew with today's numbers.
+    What the recipe pins wins. The number of processes may change.
+    """
+    from llmkit.train.checkpoint import saved_record
+
+    saved = saved_record(folder).get("plan")
+    if not saved:
+        return plan
+    try:
+        begun = Plan.from_dict(saved)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{folder}/checkpoints: not of this version of llmkit ({error})",
+            hint="go on with the version that began the run, or start over with --fresh",
+        ) from error
+    machine = loaded.recipe.machine
+    kept: dict[str, Any] = {
+        key: getattr(begun, key)
+        for key in ("precision", "compile", "attention")
+        if getattr(machine, key) == "auto"
+    }
+    if (plan.num_steps is None or plan.deferred) and begun.length_seconds == plan.length_seconds:
+        kept |= {
+            key: getattr(begun, key)
+            for key in (
+                "num_steps",
+                "num_epochs",
+                "warmup_steps",
+                "checkpoint_every",
+                "keep_every",
+                "eval_every",
+                "deferred",
+            )
+        }
+    share = plan.world_size * begun.micro_batch_size
+    if (
+        plan.micro_batch_tokens
+    ):  # rows of many lengths: how many are computed at a time follows from their tokens
+        if machine.micro_batch == "auto" and begun.micro_batch_tokens:
+            kept["micro_batch_tokens"] = begun.micro_batch_tokens
+    elif machine.micro_batch == "auto" and plan.rows_per_step % share == 0:
+        kept["micro_batch_size"] = begun.micro_batch_size
+        kept["gradient_accumulation_steps"] = plan.rows_per_step // share
+    elif plan.micro_batch_size != begun.micro_batch_size:
+        kept["notes"] = (*plan.notes, _other_micro_batches(begun, plan))
+    choices = {
+        key: begun.choices.get(key, choice) if key.removeprefix("machine.") in kept else choice
+        for key, choice in {**plan.choices, **begun.choices}.items()
+    }
+    return replace(plan, **kept, choices=choices)
+
+
+def _other_micro_batches(begun: Plan, plan: Plan) -> str:
+    return (
+        f"micro-batches of {plan.micro_batch_size} rows, where this run began with {begun.micro_batch_size}: a model "
+        "with dropout draws other masks from here on; without dropout nothing but rounding changes"
+    )
+
+
+def begun_identity(folder: Path) -> Mapping[str, Any]:
+    """The identity of the run in this folder, by its checkpoints, else by its model; empty where there is none."""
+    from llmkit.train.checkpoint import saved_record
+
+    saved: Mapping[str, Any] = saved_record(folder).get("identity", {})
+    if saved:
+        return saved
+    try:
+        found: Mapping[str, Any] = verify_folder(folder / "model", only=()).get("identity", {})
+    except CorruptError:
+        return {}
+    return found
+
+
+def flat(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}.{key}")
+        else:
+            found[f"{prefix}.{key}"] = value
+    return found
+
+
+def is_trained(folder: Path, job: "Job") -> bool:
+    """Whether the model in the folder is what this job would make.
+
+    Raises:
+        RunError: It is another one: the recipe has changed.
+    """
+    try:
+        manifest = verify_folder(folder / "model")
+    except CorruptError:
+        return False
+    from llmkit.train.checkpoint import check_identity
+
+    check_identity(folder, manifest.get("identity", {}), job.identity)
+    return report_of(folder).get("status") == "done"
+
+
+def refuse_another_run(folder: Path, job: "Job") -> None:
+    """Refuse to go on from checkpoints of another recipe, before anything is written over its record.
+
+    Raises:
+        RunError: Shows what has changed.
+    """
+    from llmkit.train.checkpoint import check_identity, saved_record
+
+    saved = saved_record(folder)
+    if saved:
+        check_identity(folder, saved["identity"], job.identity)
+
+
+def clear(folder: Path) -> None:
+    """Remove what training made; a kill midway leaves nothing that looks whole."""
+    for name in _MADE_BY_TRAINING:
+        path = folder / name
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            remove_file(path)
+
+
+def warn_of_full_disk(folder: Path, job: "Job", plan: Plan, reporter: Reporter) -> None:
+    """Say before the first step when the checkpoints to keep, the next one and the model will not fit."""
+    more = max(0, job.section().checkpoint.keep + 1 - len(saved_steps(folder / "checkpoints")))
+    needed = more * plan.checkpoint_bytes + 4 * plan.num_parameters
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        reporter.warn(
+            f"{folder}: {free / 1e6:,.0f} MB are free on this disk, and checkpoints and model will take about "
+            f"{needed / 1e6:,.0f} MB: free some space, or choose another place with --runs"
+        )

@@ -1,0 +1,168 @@
+"""A run on labelled rows: what it reads, and its batches for this process."""
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from llmkit.data.loader import Prefetcher
+from llmkit.data.order import RowOrder
+from llmkit.data.sample_batches import SampleBatches, held_out_batches
+from llmkit.data.samples import Samples
+from llmkit.data.tokenizers import load_tokenizer
+from llmkit.evaluate.split import ROW_NUMBERS
+from llmkit.objectives.base import Batch, Example, Material, Objective, size_of
+from llmkit.plan import Plan
+from llmkit.recipe.schema import Finetune
+from llmkit.registry import goal_of
+from llmkit.train.job import Job
+from llmkit.train.loop import POSITIONS, MicroBatch
+
+_MOST_DESCRIBED, _DESCRIBED_LETTERS = 4, 80
+_SHOWN = ("text", "source", "question", "tokens", "messages", "prompt", "anchor")
+
+
+@dataclass(frozen=True)
+class SampleData:
+    """What a run on labelled rows reads.
+
+    Attributes:
+        tokenizer: The model's.
+        train: Rows to learn from.
+        held_out: Rows to measure on.
+        material: What the task is made of.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Samples
+    held_out: Samples
+    material: Material
+
+
+def open_samples(job: Job) -> SampleData:
+    """Open tokenizer and rows."""
+    section = job.section()
+    assert isinstance(section, Finetune)
+    tokenizer = load_tokenizer(job.tokenizer)
+    material = Material(
+        tokenizer=tokenizer,
+        max_length=section.model.context,
+        labels=tuple(job.labels),
+        language=job.checked_recipe().language,
+        facts=job.plan["rows"],
+    )
+    folder = Path(job.rows)
+    return SampleData(tokenizer, Samples(folder, "train"), Samples(folder, "held_out"), material)
+
+
+class SampleFeed:
+    """Batches for this process: training steps one after the other, and the held-out rows."""
+
+    def __init__(
+        self, data: SampleData, objective: Objective, plan: Plan, section: Finetune, accelerator: Accelerator
+    ) -> None:
+        self._data = data
+        self._objective = objective
+        self._plan = plan
+        self._packed = goal_of(section.task).packs and plan.packed
+        self._accelerator = accelerator
+        self._batches: SampleBatches | None = None
+
+    def steps(self, order: RowOrder, start: int, stop: int, *, workers: int = 0) -> Prefetcher:
+        """This process's examples of steps `start` to `stop`, prepared ahead; to be closed. See `Feed.steps`."""
+        self._batches = self.batches(order)
+        return Prefetcher(self._batches, start, stop, workers=workers)
+
+    def batches(self, order: RowOrder) -> SampleBatches:
+        """The steps' rows, for this process."""
+        return SampleBatches(
+            self._data.train,
+            order,
+            rows_per_step=self._plan.rows_per_step,
+            tokens=self._plan.micro_batch_tokens,
+            packed=self._packed,
+            world_size=self._plan.world_size,
+            rank=self._accelerator.process_index,
+            encode=self._objective.encode,
+            draws=getattr(self._objective, "draws", False),
+        )
+
+    def in_order(self, steps: Prefetcher) -> Callable[[int], list[MicroBatch]]:
+        """A step -> its micro-batches on the device, for steps asked for in the order they are prepared in."""
+        prepared = iter(steps)
+
+        def of_step(step: int) -> list[MicroBatch]:
+            number, micro = next(prepared)
+            assert number == step
+            return [(index, self._counted(examples)) for index, examples in micro]
+
+        return of_step
+
+    def describe(self, step: int, micro: Sequence[int] | None = None) -> list[str]:
+        """Which rows `step` (counted from 0) learns from, a line each: where it is from, and its beginning.
+
+        Args:
+            step: Any step once `steps` has been called.
+            micro: Only these micro-batches of it, by their numbers over all processes; None: all.
+        """
+        assert self._batches is not None
+        places = self._batches.places(step, micro)
+        lines = [
+            f"micro-batch {number}: {row['place']}: {_beginning(row)}"
+            for number, row in ((number, self._data.train[at]) for number, at in places[:_MOST_DESCRIBED])
+        ]
+        left = len(places) - len(lines)
+        return [*lines, f"and {left:,} more rows"] if left else lines
+
+    def held_out(self, max_rows: int | None) -> Iterator[Batch | None]:
+        """This process's share of the held-out rows; `max_rows` of them over all processes, or all.
+
+        Every process gets the same number of rounds: None stands for a batch that this one does not have.
+        """
+        for rows in held_out_batches(
+            self._data.held_out,
+            tokens=self._plan.micro_batch_tokens,
+            max_rows=max_rows,
+            world_size=self._plan.world_size,
+            rank=self._accelerator.process_index,
+        ):
+            yield None if rows is None else self._measured(rows)
+
+    def _measured(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
+        batch = self._batch([self._objective.encode(row) for _, row in rows])
+        return {**batch, ROW_NUMBERS: torch.tensor([number for number, _ in rows])}
+
+    def largest(self) -> Batch:
+        """A batch of the largest shape: the longest row, as often as a micro-batch holds it."""
+        lengths = self._data.train.lengths
+        row = {**self._data.train[int(np.argmax(lengths))], "seed": 0}
+        times = max(1, self._plan.micro_batch_tokens // max(1, int(lengths.max())))
+        example = self._objective.encode(row)
+        return self._batch([example] * min(times, self._plan.rows_per_step))
+
+    def _counted(self, examples: Sequence[Example]) -> Batch:
+        """A batch with the number of its positions, for the speed."""
+        positions = sum(size_of(self._objective, example) for example in examples)
+        return {**self._batch(examples), POSITIONS: torch.tensor(positions)}
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        batch = self._objective.collate(examples)
+        device = self._accelerator.device
+        # Counts stay on the host: they are added up there, without a device sync.
+        return {
+            name: tensor if name.startswith("num_") else tensor.to(device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
+
+
+def _beginning(row: Mapping[str, Any]) -> str:
+    """A row's first words, on one line and without control characters."""
+    found = next((row[name] for name in _SHOWN if name in row), "")
+    line = "".join(letter if letter.isprintable() else " " for letter in str(found))
+    return '"' + textwrap.shorten(line, _DESCRIBED_LETTERS, placeholder="…") + '"'
