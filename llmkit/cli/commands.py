@@ -11,6 +11,7 @@ import typer
 
 from llmkit.cli import fill as filling
 from llmkit.cli import finetune as finetuning
+from llmkit.cli import predict as predicting
 from llmkit.cli import tokenize as tokenizing
 from llmkit.cli.options import (
     AsJson,
@@ -51,6 +52,7 @@ def register(app: typer.Typer) -> None:
     app.command("eval", help=EVAL_HELP, short_help="Measure a model on held-out text.")(evaluate)
     app.command("generate", help=GENERATE_HELP, short_help="Let a trained model write.")(generate)
     app.command("fill", help=filling.HELP, short_help=filling.SHORT_HELP)(filling.fill)
+    app.command("predict", help=predicting.HELP, short_help=predicting.SHORT_HELP)(predicting.predict)
     app.command("plan", help=PLAN_HELP, short_help="Show what a recipe will take here: steps, memory, time.")(
         plan
     )

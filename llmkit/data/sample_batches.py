@@ -12,7 +12,7 @@ from llmkit.data.loader import Encode, StepExamples, evenly_spaced
 from llmkit.data.order import RowOrder
 from llmkit.data.packing import micro_batches
 from llmkit.data.rows import Ints
-from llmkit.data.samples import LabelledRow, Samples
+from llmkit.data.samples import LabelledRow, RowStore, Samples
 from llmkit.data.seeds import held_out_seed, row_seed
 
 _UNLEARNED = -100
@@ -122,7 +122,7 @@ def _unlearned(example: Mapping[str, Ints]) -> Mapping[str, Ints]:
 
 
 def held_out_batches(
-    rows: Samples, *, tokens: int, max_rows: int | None, world_size: int, rank: int
+    rows: RowStore, *, tokens: int, max_rows: int | None, world_size: int, rank: int
 ) -> Iterator[list[tuple[int, LabelledRow]] | None]:
     """This rank's share of the held-out rows with their numbers: long ones first, rows of like length together.
 

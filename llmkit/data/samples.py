@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -49,6 +49,32 @@ class Measured:
             "num_cut": int(sum(cut > 0 for cut in self.cut)),
             "tokens_cut": int(sum(self.cut)),
         }
+
+
+class RowStore(Protocol):
+    """Rows by number, with their lengths."""
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of each row [N]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> LabelledRow: ...
+
+
+class RowsHeld:
+    """Rows that are in memory."""
+
+    def __init__(self, measured: Measured) -> None:
+        self.lengths: Ints = np.asarray(measured.lengths, dtype=np.int64)
+        self._rows = measured.rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> LabelledRow:
+        return self._rows[number]
 
 
 class Samples:

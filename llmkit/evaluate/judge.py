@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llmkit.data.samples import Samples
+from llmkit.data.samples import RowStore
 from llmkit.objectives.base import Judges
 
 
-def judge(objective: Judges, rows: Samples, found: Mapping[int, Any]) -> dict[str, float]:
+def judge(objective: Judges, rows: RowStore, found: Mapping[int, Any]) -> dict[str, float]:
     """Metrics of the rows that were measured, taken in their order whatever process measured which.
 
     Args:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llmkit.registry import TASKS
 from llmkit.report import html_text, html_tokenizer
 from llmkit.report.formatting import (
     format_bytes,
@@ -99,7 +100,7 @@ def _headline(report: Facts) -> str:
     first, planned = top.get("eval_loss_first"), (report["plan"].get("memory") or {}).get("total")
     cards: list[Card] = [
         ("eval_loss", "held-out loss", format_number,
-         f"nats a token, at first {format_number(first)}" if first else "nats a token"),
+         f"nats each, at first {format_number(first)}" if first else "nats each"),
         ("perplexity", "perplexity", format_number, "like a pick among so many"),
         ("bits_per_byte", "bits per byte", format_number, "8 would be no compression"),
         ("num_tokens", "tokens seen", format_count, f"{top.get('num_steps', 0):,} steps"),
@@ -110,6 +111,9 @@ def _headline(report: Facts) -> str:
         ("peak_memory_bytes", "peak memory", format_bytes,
          f"planned {format_bytes(planned)}" if planned else ""),
     ]  # fmt: skip
+    measured = {key: report["final"][f"eval/{key}"] for key in _task_metrics(report)}
+    top = {**top, **measured}
+    cards[1:1] = [(key, words(f"eval/{key}"), format_number, "of the held-out rows") for key in measured]
     shown = "".join(
         f'<div class="card"><p class="what">{escape(name)}</p><p class="value">{escape(form(top[key]))}</p>'
         f'<p class="why">{escape(why)}</p></div>'
@@ -117,6 +121,13 @@ def _headline(report: Facts) -> str:
         if key in top
     )
     return f'<section class="cards">{shown}</section>' if shown else ""
+
+
+def _task_metrics(report: Facts) -> list[str]:
+    """Of a run that trained for a task, what its model is judged by, and what was measured of it."""
+    goal, final = TASKS.get(str(report.get("task"))), report.get("final") or {}
+    known = [name for name in (goal.metrics if goal else ()) if name not in ("loss", "perplexity")]
+    return [name for name in known if isinstance(final.get(f"eval/{name}"), int | float)][:_MOST_METRICS]
 
 
 # --- learning
@@ -138,17 +149,27 @@ def _learning(report: Facts) -> str:
     references = [
         Reference(label, value) for label, value in report["references"].items() if value is not None
     ]
-    loss = chart("Loss by step, nats per token", lines, references=references, tall=True)
+    per = "target" if report.get("task") else "token"
+    loss = chart(f"Loss by step, nats per {per}", lines, references=references, tall=True)
+    judged = _task_metrics(report)
+    shown = ["eval/loss", *(f"eval/{name}" for name in judged)] if judged else list(_EVAL)
     rows = [
         [
             f"{int(r.get('step') or 0):,}",
-            *(format_value(k, r[k]) if r.get(k) is not None else "–" for k in _EVAL),
+            *(format_value(k, r[k]) if r.get(k) is not None else "–" for k in shown),
         ]
         for r in metrics
         if "eval/loss" in r
     ]
-    every = table(["step", *(words(k) for k in _EVAL)], rows, numeric=range(len(_EVAL) + 1))
-    return section("How it learned", loss, _spikes(report), details(f"All {len(rows)} evaluations", every))
+    every = table(["step", *(words(k) for k in shown)], rows, numeric=range(len(shown) + 1))
+    drawn = [
+        Series(words(f"eval/{name}"), _series(metrics, f"eval/{name}"), "dots", number % 6 + 1)
+        for number, name in enumerate(judged)
+    ]
+    metric = chart("Metrics of the held-out rows", drawn) if drawn else ""
+    return section(
+        "How it learned", loss, metric, _spikes(report), details(f"All {len(rows)} evaluations", every)
+    )
 
 
 def _spikes(report: Facts) -> str:
@@ -169,6 +190,7 @@ def _spikes(report: Facts) -> str:
 
 
 _MOST_SPIKES = 12
+_MOST_METRICS = 4
 _EVAL = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
 
 
@@ -221,6 +243,8 @@ def _speed(report: Facts) -> str:
 
 
 def _data(data: Facts) -> str:
+    if data.get("task"):
+        return _rows(data)
     sources = objects(data.get("sources") or data.get("per_source"))
     total = {k: v for k, v in data.items() if k not in ("unigram_entropy", "exact", "tokenizer")}
     tokens = [(str(s.get("name", "")), float(s.get("num_tokens") or 0)) for s in sources]
@@ -238,13 +262,39 @@ def _data(data: Facts) -> str:
     )
 
 
+def _rows(data: Facts) -> str:
+    """Labelled rows: what they were taken for, how many and how long they are, and their classes."""
+    parts = {"to learn from": data.get("train") or {}, "held out": data.get("held_out") or {}}
+    head = ["", *(words(key) for key in parts["to learn from"])]
+    rows = [
+        [name, *(format_value(key, value) for key, value in part.items())] for name, part in parts.items()
+    ]
+    classes = [[str(name), f"{count:,}"] for name, count in (data.get("classes") or {}).items()]
+    counts = {
+        **(data.get("counts") or {}),
+        "in both parts": data.get("shared"),
+        "left out": data.get("dropped"),
+    }
+    return section(
+        "The rows",
+        table(head, rows, numeric=range(1, len(head))),
+        pairs({key: value for key, value in counts.items() if value}),
+        details(
+            f"{len(classes)} labels",
+            table(["label", "rows"], classes, numeric=[1]),
+            opened=len(classes) <= 12,
+        ),
+        lead=str(data.get("said") or ""),
+    )
+
+
 def _plan(plan: Facts) -> str:
     choices = plan.get("choices") or {}
     rows = [[key, _plain(value), str(why)] for key, (value, why) in sorted(choices.items())]
     memory = [(k, float(v)) for k, v in (plan.get("memory") or {}).items() if k != "total" and v]
     bar = f"<h3>Memory, as planned</h3>{stacked_bar(memory, format_bytes)}" if memory else ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in plan.get("notes") or [])
-    facts = {k: v for k, v in plan.items() if k not in ("seconds_low", "seconds_high")}
+    facts = {k: v for k, v in plan.items() if k not in ("seconds_low", "seconds_high", "rows")}
     low, high = plan.get("seconds_low"), plan.get("seconds_high")
     if low and high:
         facts["expected time"] = f"{format_duration(low)} to {format_duration(high)}"

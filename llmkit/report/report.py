@@ -122,6 +122,8 @@ def text_headline(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_references(plan: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, float]:
     """Losses to compare with, in nats: guessing among the whole vocabulary, or by each token's frequency."""
+    if data.get("task"):
+        return _class_references(data.get("classes") or {})
     lines: dict[str, float] = {}
     vocab_size, entropy = plan.get("vocab_size"), data.get("unigram_entropy")
     if isinstance(vocab_size, int) and vocab_size > 1:
@@ -129,6 +131,15 @@ def default_references(plan: Mapping[str, Any], data: Mapping[str, Any]) -> dict
     if isinstance(entropy, int | float):
         lines["guessing by token frequency (unigram)"] = float(entropy)
     return lines
+
+
+def _class_references(classes: Mapping[str, int]) -> dict[str, float]:
+    """The loss of guessing by how common each class is; nothing where there are no classes."""
+    total = sum(classes.values())
+    if len(classes) < 2 or not total:
+        return {}
+    entropy = -sum(count / total * math.log(count / total) for count in classes.values() if count)
+    return {"guessing by how common each label is": entropy}
 
 
 def _rest(facts: Mapping[str, Any]) -> dict[str, Any]:

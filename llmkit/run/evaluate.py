@@ -30,6 +30,7 @@ from llmkit.run.folders import (
     refuse_variants,
     run_folder,
 )
+from llmkit.run.tasks import data_for, evaluate_run, task_run
 
 if TYPE_CHECKING:
     from llmkit.data.shards import TokenShards, TokenStream
@@ -71,6 +72,11 @@ def evaluate(target: str | None, loaded: Loaded | None, options: Options, report
     section = loaded.recipe.eval if loaded else None
     word = target or (section.model if section else None) or (loaded.recipe.name if loaded else "")
     place = find_model(word, options.runs)
+    tuned = task_run(place)
+    if tuned is not None:
+        reporter.phase("eval", str(place))
+        data, base = data_for(tuned, loaded)
+        return evaluate_run(tuned, data, base, options, reporter, section.rows if section else None)
     run = _trained_by(place)
     trained = run.recipe.pretrain if run else None
     if loaded is None and run is None:

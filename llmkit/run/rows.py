@@ -14,7 +14,7 @@ from llmkit.data.tokenizers import load_tokenizer
 from llmkit.durable import naming_full_disks, one_at_a_time, sweep_beside, verify_folder
 from llmkit.errors import CorruptError, DataError
 from llmkit.models.tasks import longest_input
-from llmkit.objectives.base import Expands, Material, Objective, size_of
+from llmkit.objectives.base import Example, Expands, Material, Objective, size_of
 from llmkit.objectives.make import make_task
 from llmkit.objectives.texts import CUT
 from llmkit.plan import PlanError
@@ -172,11 +172,11 @@ def _read(
         "classes": dict(found.classes),
         "counts": dict(found.counts),
     }
-    _check_labels([*train, *held_out], labels, section.task)
+    check_labels([*train, *held_out], labels, section.task)
     objective = task.objective(labels, facts)
     parts = {
-        "train": _measured(objective, train, section.too_long),
-        "held_out": _measured(objective, held_out, section.too_long),
+        "train": measured(objective, train, section.too_long),
+        "held_out": measured(objective, held_out, section.too_long),
     }
     facts |= {name: part.facts() for name, part in parts.items()}
     facts["dropped"] = sum(map(len, (train, held_out))) - sum(len(part.rows) for part in parts.values())
@@ -195,7 +195,7 @@ def _found(loaded: Loaded, options: Options, section: Finetune, note: Callable[[
     return read_rows(section.data, section.task, base=base_of(loaded), cache=options.runs / CACHE, note=note)
 
 
-def _check_labels(rows: Sequence[LabelledRow], labels: Sequence[str], task: str) -> None:
+def check_labels(rows: Sequence[LabelledRow], labels: Sequence[str], task: str) -> None:
     """Every label is one that the model can say.
 
     Raises:
@@ -217,7 +217,7 @@ def _check_labels(rows: Sequence[LabelledRow], labels: Sequence[str], task: str)
             )
 
 
-def _measured(objective: Objective, rows: Sequence[LabelledRow], too_long: str) -> Measured:
+def measured(objective: Objective, rows: Sequence[LabelledRow], too_long: str) -> Measured:
     """Each row encoded once: how long it is, what of it is learned, what did not fit.
 
     Raises:
@@ -227,7 +227,7 @@ def _measured(objective: Objective, rows: Sequence[LabelledRow], too_long: str) 
     lengths, targets, cuts = list[int](), list[int](), list[int]()
     for row in rows:
         for one in objective.expand(row) if isinstance(objective, Expands) else [row]:
-            example = objective.encode({**one, "seed": 0})
+            example = _encoded(objective, one)
             cut = int(example.get(CUT, 0))
             if cut and too_long == "stop":
                 raise DataError(
@@ -241,6 +241,18 @@ def _measured(objective: Objective, rows: Sequence[LabelledRow], too_long: str) 
             targets.append(int(objective.collate([example])["num_targets"]))
             cuts.append(cut)
     return Measured(kept, lengths, targets, cuts)
+
+
+def _encoded(objective: Objective, row: LabelledRow) -> Example:
+    """What the task makes of a row.
+
+    Raises:
+        DataError: It cannot be used; says where it is.
+    """
+    try:
+        return objective.encode({**row, "seed": 0})
+    except DataError as error:
+        raise type(error)(f"{row['place']}: {error.message}", hint=error.hint) from error
 
 
 def _words(facts: Mapping[str, Any]) -> list[str]:

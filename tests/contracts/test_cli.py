@@ -17,6 +17,7 @@ COMMANDS = [
     "generate",
     "fill",
     "plan",
+    "predict",
     "demo",
     "init",
     "doctor",
