@@ -42,6 +42,7 @@ class Goal:
         other: Whether its rows come with text of another document.
         best: Of a task, the metric that tells a better model, without the `eval/` in front.
         packs: Of a task, whether several of its rows can stand in a line without seeing each other.
+        chats: Of a task, whether its rows are conversations, written by a chat template.
     """
 
     code: str
@@ -56,6 +57,7 @@ class Goal:
     other: bool = False
     best: str = "loss"
     packs: bool = False
+    chats: bool = False
 
 
 OBJECTIVES: Mapping[str, Goal] = {
@@ -141,14 +143,14 @@ TASKS: Mapping[str, Goal] = {
         "llmkit.objectives.qa:build",
         "answers",
         sections=("qa",),
-        metrics=("loss", "f1", "exact_match"),
+        metrics=("loss", "f1", "exact_match", "best_f1", "best_exact_match", "has_answer_f1", "no_answer_f1"),
         best="f1",
     ),
     "seq2seq": Goal(
         "llmkit.objectives.seq2seq:build",
         "seq2seq",
         sections=("seq2seq",),
-        metrics=("loss", "perplexity", "bleu", "chrf", "rouge1", "rouge2", "rougeL"),
+        metrics=("loss", "perplexity", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum"),
         best="loss",
     ),
     "sft": Goal(
@@ -157,6 +159,7 @@ TASKS: Mapping[str, Goal] = {
         sections=("sft",),
         metrics=("loss", "perplexity", "accuracy"),
         packs=True,
+        chats=True,
     ),
     "dpo": Goal(
         "llmkit.objectives.dpo:build",
@@ -164,16 +167,30 @@ TASKS: Mapping[str, Goal] = {
         sections=("dpo",),
         metrics=("loss", "accuracy", "margin"),
         best="accuracy",
+        chats=True,
     ),
     "embed": Goal(
         "llmkit.objectives.embed:build",
         "encoder",
         sections=("embed",),
-        metrics=("loss", "recall_at_1", "recall_at_10", "mrr", "spearman"),
+        metrics=("loss", "recall_at_1", "recall_at_10", "mrr", "recall_at_5", "ndcg_at_10", "spearman"),
         best="loss",
     ),
 }
 """What a model can be fine-tuned for on labelled rows; the objectives above, too, on text."""
+
+
+_LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "detector_loss", "mse", "mae", "ece"})
+
+MEASURED = tuple(
+    sorted({f"eval/{name}" for goal in (*OBJECTIVES.values(), *TASKS.values()) for name in goal.metrics})
+)
+"""What evaluations while training measure; not each of every objective."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a model gets better as this metric falls; else as it rises."""
+    return metric.removeprefix("eval/") in _LOWER_IS_BETTER
 
 
 def goal_of(objective: str) -> Goal:

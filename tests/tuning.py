@@ -1,4 +1,4 @@
-"""Small runs of fine-tuning for tests: tiny saved models, a file of rows for each task, in this process or as a command.
+"""Small runs of fine-tuning for tests: tiny saved models, a file of rows for each task, in a process or as a command.
 
 Whatever is registered as a task, and is there, is in `TASKS`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from training import options
 from transformers import (
     AutoTokenizer,
@@ -95,7 +95,9 @@ def _bert_tokenizer():
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=list(marks), show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=list(marks), show_progress=False
+    )
     made.train_from_iterator(_texts(), trainer)
     ids = [(mark, made.token_to_id(mark)) for mark in ("[CLS]", "[SEP]")]
     made.post_processor = processors.TemplateProcessing(
@@ -107,9 +109,8 @@ def _bert_tokenizer():
 def _bytes_tokenizer(marks, **more):
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers.decoders import ByteLevel
 
-    made.decoder = ByteLevel()
+    made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=list(marks),
@@ -129,7 +130,9 @@ def _decoder_tokenizer():
 
 
 def _t5_tokenizer():
-    made = _bytes_tokenizer(("<pad>", "</s>", "<unk>"), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    made = _bytes_tokenizer(
+        ("<pad>", "</s>", "<unk>"), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", made.eos_token_id)]
     )
@@ -273,7 +276,11 @@ def _tag(count):
     sentences = []
     for number in range(count):
         _, animal, city, sentence = _words(number)
-        entities = {animal: "B-animal", city.split()[0]: "B-place", **dict.fromkeys(city.split()[1:], "I-place")}
+        entities = {
+            animal: "B-animal",
+            city.split()[0]: "B-place",
+            **dict.fromkeys(city.split()[1:], "I-place"),
+        }
         sentences.append("\n".join(f"{word} {entities.get(word, 'O')}" for word in sentence.split()))
     return "\n\n".join(sentences) + "\n"
 
@@ -302,7 +309,9 @@ def _sft(count):
     rows = []
     for number in range(count):
         turns = [_chat(number + extra) for extra in range(1 + number % 2)]
-        pairs = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+        pairs = [
+            (role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
         rows.append({"messages": [{"role": role, "content": text} for role, text in pairs]})
     return _lines(rows)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from llmkit import __version__
-from llmkit.cli import commands, doctor, recipe, verify
+from llmkit.cli import commands, doctor, recipe, sweep, verify
 from llmkit.cli.options import described
 from llmkit.cli.output import give, say
 from llmkit.errors import ExitCode
@@ -21,8 +21,9 @@ app = typer.Typer(
         llmkit run my.yaml                      all that the recipe holds, in order
         llmkit plan my.yaml                     what that will take: steps, memory, time
         llmkit generate runs/my "Once upon"     text from the model
+    llmkit finetune --task cls --model MODEL --data reviews.csv
         """,
-        "A language model's whole life from one recipe file: text, tokenizer, training, evaluation.",
+        "A language model's whole life from one recipe file: text, tokenizer, training, fine-tuning, evaluation.",
     ),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -52,5 +53,6 @@ def start(
 
 commands.register(app)
 verify.register(app)
+sweep.register(app)
 recipe.register(app)
 doctor.register(app)

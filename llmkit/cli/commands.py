@@ -11,7 +11,9 @@ import typer
 
 from llmkit.cli import fill as filling
 from llmkit.cli import finetune as finetuning
+from llmkit.cli import generate as generating
 from llmkit.cli import predict as predicting
+from llmkit.cli import show_rows as showing
 from llmkit.cli import tokenize as tokenizing
 from llmkit.cli.options import (
     AsJson,
@@ -50,9 +52,10 @@ def register(app: typer.Typer) -> None:
     _add_verb(app, "pretrain", **VERBS["pretrain"])
     app.command("finetune", help=finetuning.HELP, short_help=finetuning.SHORT_HELP)(finetuning.finetune)
     app.command("eval", help=EVAL_HELP, short_help="Measure a model on held-out text.")(evaluate)
-    app.command("generate", help=GENERATE_HELP, short_help="Let a trained model write.")(generate)
+    app.command("generate", help=generating.HELP, short_help=generating.SHORT_HELP)(generating.generate)
     app.command("fill", help=filling.HELP, short_help=filling.SHORT_HELP)(filling.fill)
     app.command("predict", help=predicting.HELP, short_help=predicting.SHORT_HELP)(predicting.predict)
+    app.command("show", help=showing.HELP, short_help=showing.SHORT_HELP)(showing.show)
     app.command("plan", help=PLAN_HELP, short_help="Show what a recipe will take here: steps, memory, time.")(
         plan
     )
@@ -328,67 +331,6 @@ def choose_target(
     if overrides:
         raise UsageError(f"{overrides[0]!r} changes a recipe, but {target} is a model")
     return target, None
-
-
-GENERATE_HELP = described(
-    """
-    llmkit generate runs/my "Once upon a time"
-    llmkit generate runs/my "Once" "Twice" -n 3 --temperature 0.7
-    cat prompts.txt | llmkit generate runs/my --json
-    """,
-    "Let a trained model write. Without prompts, each line of stdin is one.",
-)
-
-
-def generate(
-    model: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run, its folder, or a model folder.", show_default=False)
-    ],
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="PROMPT", help="How the text begins.", show_default=False),
-    ] = None,
-    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Texts for each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token each time; higher is more varied.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest tokens; 0: all.")] = 50,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens with this share in sum."),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same texts.")] = 42,
-    as_json: AsJson = False,
-    runs: Runs = Path("runs"),
-    debug: Debug = False,
-) -> None:
-    """`llmkit generate`."""
-    from llmkit import run
-    from llmkit.recipe.schema import Sampling
-    from llmkit.report.formatting import visible
-
-    if not prompts and sys.stdin.isatty():
-        say("one prompt a line; Ctrl-D ends")
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p
-    )
-    texts = list(prompts or ()) or [line.rstrip("\r\n") for line in sys.stdin]
-    if not texts:
-        raise UsageError("no prompt: stdin is empty", hint=f'llmkit generate {shlex.quote(model)} "Once"')
-    with reporting(Settings(runs, as_json=as_json)) as reporter:
-        written = run.generate(
-            model, texts, sampling, samples=samples, seed=seed, runs=runs, reporter=reporter
-        )
-    if as_json:
-        give_json({"samples": written})
-        return
-    # A young model writes control bytes too; only --json gives them back as they are.
-    give("\n---\n".join(visible(f"{sample['prompt']}{sample['text']}") for sample in written))
-    say(
-        "next: "
-        + as_typed(f"llmkit generate {shlex.quote(model)} {shlex.quote(texts[0])} -n 3 --seed {seed + 1}")
-    )
 
 
 DEMO_HELP = described(

@@ -133,8 +133,32 @@ def choose(
             f"no recipe, and no {' and no '.join(f'--{option}' for option in missing)}",
             hint="llmkit finetune --task cls --model MODEL --data reviews.csv, or llmkit finetune my.yaml",
         )
-    made = made_recipe(given, name)
-    return load_recipe(made, overrides=words, smoke=smoke), [*said, *words]
+    made, left = with_words(made_recipe(given, name), words)
+    return load_recipe(made, overrides=left, smoke=smoke), [*said, *words]
+
+
+def with_words(made: dict[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The recipe with the settings that words change, so that the file which is kept does the same run again.
+
+    Returns:
+        The recipe, and the words that cannot be read: loading says what is wrong with them.
+    """
+    from llmkit.recipe.overrides import layer
+
+    left = []
+    for word in words:
+        node, problems = layer(word)
+        if node is None or problems or "${" in word:  # what stands for a secret is not written out
+            left.append(word)
+        else:
+            made = _laid_over(made, node.plain())
+    return made, left
+
+
+def _laid_over(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
 
 
 def made_recipe(given: dict[str, str | None], name: str | None) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def heading(row: ShownRow) -> str:
     targets = sum(piece.learned for piece in row.pieces)
     share = f" ({targets / len(row.pieces):.0%})" if row.pieces else ""
     parts = [f"{len(row.pieces):,} tokens", f"{targets:,} learned{share}"]
-    parts += [f"{name.replace('_', ' ')} {value}" for name, value in row.facts.items()]
+    plain = {name: value for name, value in row.facts.items() if not isinstance(value, list | dict)}
+    parts += [f"{name.replace('_', ' ')} {value}" for name, value in plain.items()]
     return f"{row.place}: {', '.join(parts)}"
 
 

@@ -31,12 +31,16 @@ class Measured:
         lengths: Tokens of each, as the model reads it.
         targets: Targets of each.
         cut: Tokens of each that did not fit and were cut off.
+        num_dropped: Rows that were left out because they are too long.
+        num_unusable: Rows that were left out because the task cannot use them.
     """
 
     rows: Sequence[LabelledRow]
     lengths: Sequence[int]
     targets: Sequence[int]
     cut: Sequence[int]
+    num_dropped: int = 0
+    num_unusable: int = 0
 
     def facts(self) -> dict[str, Any]:
         """Counts for plan and report."""
@@ -46,6 +50,7 @@ class Measured:
             "num_tokens": int(lengths.sum()),
             "num_targets": int(sum(self.targets)),
             "longest": int(lengths.max(initial=0)),
+            "num_idle": int(sum(count == 0 for count in self.targets)),
             "num_cut": int(sum(cut > 0 for cut in self.cut)),
             "tokens_cut": int(sum(self.cut)),
         }

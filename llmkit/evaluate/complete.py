@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmkit.evaluate.chat import asked
 from llmkit.evaluate.fill import fill
 from llmkit.evaluate.generate import generate
 from llmkit.recipe.schema import Sampling
@@ -18,6 +19,7 @@ def complete(
     sampling: Sampling,
     *,
     seed: int,
+    chat: bool = False,
 ) -> list[tuple[str, str]]:
     """Each prompt with what the model makes of it.
 
@@ -31,10 +33,12 @@ def complete(
         prompts: Texts.
         sampling: How to draw.
         seed: The draw is a function of this and the prompts.
+        chat: A model that writes is asked the prompts by its tokenizer's chat template, instead of going on from them.
     """
     if kind in ("causal", "seq2seq"):
-        written = generate(model, tokenizer, prompts, sampling, seed=seed)
-        return [(one.prompt, one.text) for one in written]
+        given = asked(tokenizer, prompts) if chat else prompts
+        written = generate(model, tokenizer, given, sampling, seed=seed)
+        return [(prompt, one.text) for prompt, one in zip(prompts, written, strict=True)]
     if kind == "detector":
         return []
     filled = fill(model, tokenizer, prompts, top=1)

@@ -119,10 +119,8 @@ def _answer_batch(
 ) -> list[Continuation]:
     """What an encoder-decoder writes when it has read each prompt."""
     limit = max_length(model.config) or 1 << 30
-    encoded = [
-        [*tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
-        for p in prompts
-    ]
+    prefix = getattr(model.config, "prefix", None) or ""  # that of fine-tuning
+    encoded = [_ended(tokenizer(prefix + p, verbose=False)["input_ids"], tokenizer) for p in prompts]
     fitting = [ids[-limit:] for ids in encoded]
     width = max(map(len, fitting))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -144,6 +142,12 @@ def _answer_batch(
     ]
 
 
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids, with the end token where the tokenizer does not set it."""
+    end = tokenizer.eos_token_id
+    return ids if ids and ids[-1] == end else [*ids, end]
+
+
 def _draw(sampling: Sampling) -> dict[str, Any]:
     options: dict[str, Any] = {"repetition_penalty": sampling.repetition_penalty}
     if sampling.temperature == 0:
@@ -151,6 +155,7 @@ def _draw(sampling: Sampling) -> dict[str, Any]:
     return {
         **options,
         "do_sample": True,
+        "num_beams": 1,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k or 0,
         "top_p": sampling.top_p,

@@ -57,7 +57,8 @@ def save_adapter(
         facts: Entries of the manifest.
         companions: Each writes its files, such as the tokenizer's, into the folder it is given.
     """
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_tensors(model, name).items()}
+    # Copies: the embedding and a tied output layer are one, and safetensors takes no tensor twice.
+    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in adapter_tensors(model, name).items()}
     config: Any = model.peft_config[name]
     with write_folder(folder, facts=facts) as temporary:
         with foreign_write(temporary):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from llmkit.models.cross_entropy import NOT_LEARNED, linear_cross_entropy, nll_of_logits
 
@@ -73,6 +74,24 @@ class Scores:
             z_loss=z_loss,
             gather=True if self.sparse else None,
         )
+
+    def log_probs(self, targets_N: torch.Tensor) -> torch.Tensor:
+        """The log-probability of each position's target [N] in nats, 0 where there is none; gradients go through it.
+
+        Logits are made in chunks and for targets only, and made again in the backward pass instead of being kept.
+        """
+        index = (targets_N != NOT_LEARNED).nonzero().squeeze(1)
+        parts = [
+            checkpoint(self._log_probs_at, part, targets_N[part], use_reentrant=False)
+            for part in index.split(_ROWS_AT_ONCE)
+        ]
+        nothing_N = torch.zeros(len(targets_N), dtype=torch.float32, device=targets_N.device)
+        if not len(index):  # still a function of all weights, for processes wait for each other's gradients
+            return nothing_N + 0 * self.logits(index.new_zeros(1)).sum()
+        return nothing_N.index_put((index,), torch.cat(parts))
+
+    def _log_probs_at(self, index: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return -functional.cross_entropy(self.logits(index).float(), targets, reduction="none")
 
     def logits(self, index: torch.Tensor | None = None) -> torch.Tensor:
         """The logits [N, V] of all positions, or of those that `index` holds."""

@@ -99,6 +99,23 @@ def empty_task_model(
         raise _other_kind(folder, config, kind, error) from error
 
 
+def in_order_of_model(labels: Sequence[str], folder: str, *, trusted: bool = False) -> tuple[str, ...]:
+    """Labels in the order in which a model has them, where it knows just these: its head is then gone on with.
+
+    Args:
+        labels: Names of classes or tags.
+        folder: A model folder, or a name on the Hub.
+        trusted: Code that comes with it may run.
+
+    Raises:
+        MissingError: There is no such model.
+    """
+    check_trust(folder, trusted=trusted)
+    known: Mapping[int, str] = _config(folder, (), None, None, trusted=trusted).id2label or {}
+    ordered = tuple(known[number] for number in sorted(known))
+    return ordered if sorted(ordered) == sorted(labels) else tuple(labels)
+
+
 def longest_input(folder: str, *, trusted: bool = False) -> int | None:
     """Tokens that a model reads at most; None where its configuration does not say.
 

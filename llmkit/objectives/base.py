@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,7 +20,8 @@ from llmkit.models.heads import Scores
 if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
     from transformers import PreTrainedModel
 
-Example = Mapping[str, npt.NDArray[np.int64]]
+Ints = npt.NDArray[np.int64]
+Example = Mapping[str, Ints]
 Batch = Mapping[str, torch.Tensor]
 
 NOT_LEARNED = -100
@@ -156,11 +158,105 @@ class Expands(Protocol):
 
 
 @runtime_checkable
+class Joins(Protocol):
+    """A task that makes one finding of those of the rows that stand for a row."""
+
+    def expand(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """As of `Expands`."""
+        ...
+
+    def join(self, found: Sequence[Any]) -> Any:
+        """What is found of a row, as `predict` takes it; `found` is of each row that stands for it."""
+        ...
+
+
+@runtime_checkable
 class Sized(Protocol):
     """An objective whose examples are more than one text each."""
 
     def size(self, example: Example) -> int:
         """Tokens that the model reads of an example."""
+        ...
+
+
+@runtime_checkable
+class Stops(Protocol):
+    """A task whose model learns to end what it writes by tokens of its own.
+
+    Attributes:
+        stops: Their ids.
+    """
+
+    stops: frozenset[int]
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A task that a model is made ready for, once, before anything is learned."""
+
+    def prepare(self, model: "PreTrainedModel") -> None:
+        """Set what is kept with the model, or leave weights alone that the task does not use.
+
+        Raises:
+            UsageError: The model cannot be used so.
+        """
+        ...
+
+
+@runtime_checkable
+class Accompanies(Protocol):
+    """A task that leaves files of its own beside the exported model."""
+
+    def accompany(self, folder: Path) -> None:
+        """Write them; model and tokenizer are there already."""
+        ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A task that compares each row with all others of the step, whatever its micro-batches and processes.
+
+    A step then computes what its rows are twice: first without gradients, for `settle` to compare them all, then again
+    with gradients, a micro-batch at a time, in `loss`, which finds what `settle` said of its rows in the batch.
+
+    Attributes:
+        looks_ahead: Whether it does, with its settings.
+    """
+
+    looks_ahead: bool
+
+    def glimpse(self, model: "PreTrainedModel", batch: Batch) -> dict[str, torch.Tensor]:
+        """What the comparison needs of a micro-batch; the first dimension of each tensor may be any."""
+        ...
+
+    def settle(
+        self, seen: Sequence[Mapping[str, torch.Tensor]], criterion: Criterion
+    ) -> list[dict[str, torch.Tensor]]:
+        """Compare all micro-batches of a step, of all processes; what to add to the batch of each of them."""
+        ...
+
+
+@runtime_checkable
+class Refers(Protocol):
+    """A task that compares the model with what it was when training began.
+
+    Attributes:
+        needs_reference: Whether it does, with its settings.
+    """
+
+    needs_reference: bool
+
+    def refer(self, reference: "PreTrainedModel") -> None:
+        """Take that model, frozen; one that learns an adapter is asked without it where nobody calls this."""
+        ...
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """A task whose examples are not `input_ids` with the targets at the same places."""
+
+    def texts(self, example: Example) -> dict[str, tuple[Ints, Ints]]:
+        """What the model reads or writes, by name: ids, and at each token's own place what is learned there."""
         ...
 
 

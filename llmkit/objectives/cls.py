@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from llmkit.metrics.classification import classification_metrics, multilabel_metrics
 from llmkit.models.heads import Scores
@@ -24,6 +23,7 @@ from llmkit.objectives.base import (
     Material,
     cross_entropy,
 )
+from llmkit.objectives.losses import agreeing, doubled, twofold
 from llmkit.objectives.texts import encode_texts, stack_texts
 from llmkit.recipe.schema import Finetune
 
@@ -33,15 +33,21 @@ if TYPE_CHECKING:  # loader workers import objectives, and this takes them secon
 
 def build(section: Finetune, material: Material) -> "Classification | MultiLabel":
     """The task as the recipe wants it."""
-    return (MultiLabel if section.cls.multiple else Classification)(material)
+    return (MultiLabel if section.cls.multiple else Classification)(material, r_drop=section.loss.r_drop)
 
 
 class Classification:
-    """The mean over rows of -log p(class | text)."""
+    """The mean over rows of -log p(class | text).
+
+    Args:
+        material: What it is made of.
+        r_drop: How far two passes that differ by dropout may lie apart; 0: there is one.
+    """
 
     sums = ()
 
-    def __init__(self, material: Material) -> None:
+    def __init__(self, material: Material, *, r_drop: float = 0.0) -> None:
+        self._r_drop = r_drop
         self._tokenizer = material.tokenizer
         self._max_length = material.max_length
         self._labels = material.labels
@@ -66,11 +72,23 @@ class Classification:
 
     def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
         """Sum of the rows' negative log-likelihood."""
-        logits_BC = class_logits(model, batch)
-        total = criterion(Scores(logits_BC), batch["targets"])
+        if model.training and self._r_drop:
+            twice = doubled(batch)
+            logits_NC, targets_N = self._terms(head_logits(model, twice), twice["targets"])
+            return Loss({TARGETS: agreeing(logits_NC, targets_N, criterion, self._r_drop)})
+        logits_BC = head_logits(model, batch)
+        logits_NC, targets_N = self._terms(logits_BC, batch["targets"])
+        total = criterion(Scores(logits_NC), targets_N)
         if model.training:
             return Loss({TARGETS: total})
-        return Loss({TARGETS: total}, found=list(logits_BC.softmax(1).cpu().numpy()))
+        return Loss({TARGETS: total}, found=list(self._probabilities(logits_BC).cpu().numpy()))
+
+    def _terms(self, logits_BC: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, C] and targets [N] of the terms of the loss."""
+        return logits_BC, targets
+
+    def _probabilities(self, logits_BC: torch.Tensor) -> torch.Tensor:
+        return logits_BC.float().softmax(1)
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Loss in nats a row."""
@@ -107,21 +125,18 @@ class MultiLabel(Classification):
         batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
         return batch
 
-    def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
-        """Sum of the binary negative log-likelihood of each label of each row."""
-        logits_BL, targets_BL = class_logits(model, batch).float(), batch["targets"]
-        each_BL = functional.binary_cross_entropy_with_logits(
-            logits_BL, targets_BL.clamp(min=0).float(), reduction="none"
-        )
-        total = each_BL[targets_BL != NOT_LEARNED].sum()
-        if model.training:
-            return Loss({TARGETS: total})
-        return Loss({TARGETS: total}, found=list(logits_BL.sigmoid().cpu().numpy()))
+    def _terms(self, logits_BC: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each label of each row as two classes, so that every criterion fits."""
+        return twofold(logits_BC), targets.flatten()
+
+    def _probabilities(self, logits_BC: torch.Tensor) -> torch.Tensor:
+        return logits_BC.float().sigmoid()
 
     def measure(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> dict[str, float]:
-        """F1 by labels, rows and in all, and the share of rows with every label right."""
+        """F1 by labels, rows and in all, and `accuracy`, the share of rows with every label right (`exact_match`)."""
         targets_NL = np.stack([self._bits(row["label"]) for row in rows]).astype(bool)
-        return multilabel_metrics(targets_NL, np.stack(found) >= 0.5, self._labels)
+        figures = multilabel_metrics(targets_NL, np.stack(found) >= 0.5, self._labels)
+        return {**figures, "accuracy": figures["exact_match"]}
 
     def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
         """What the model says of a row, for people: the labels that apply, and the probability of each."""
@@ -132,9 +147,9 @@ class MultiLabel(Classification):
         }
 
 
-def class_logits(model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
-    """[B, C]: what a model of the kind `sequence` says of each row."""
+def head_logits(model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
+    """[B, C] or [B, T, C]: what a model of the kind `sequence` says of each row, or of `tokens` of each position."""
     names = ("input_ids", "attention_mask", "token_type_ids")
     more = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    logits_BC: torch.Tensor = model(**{name: batch[name] for name in names if name in batch}, **more).logits
-    return logits_BC
+    logits: torch.Tensor = model(**{name: batch[name] for name in names if name in batch}, **more).logits
+    return logits

@@ -4,6 +4,7 @@ Shape suffixes: T positions of an example.
 """
 
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 
 from llmkit.objectives.base import Example, padded
 
+_CUTTING = Lock()
+"""How a tokenizer cuts is a state of its own, and rows to learn and rows to measure are encoded at the same time."""
 CUT = "cut"
 """In an example: tokens that did not fit. Preparation counts them; a batch does not have it."""
 
@@ -27,12 +30,13 @@ def encode_texts(tokenizer: Any, text: str, other: str | None, max_length: int) 
         max_length: T at most, the tokenizer's own tokens counted.
     """
     given = (text,) if other is None else (text, other)
-    whole = tokenizer(*given, truncation=False, return_attention_mask=False, verbose=False)
-    length = len(whole["input_ids"])
-    if length > max_length:
-        whole = tokenizer(
-            *given, truncation="longest_first", max_length=max_length, return_attention_mask=False
-        )
+    with _CUTTING:
+        whole = tokenizer(*given, truncation=False, return_attention_mask=False, verbose=False)
+        length = len(whole["input_ids"])
+        if length > max_length:
+            whole = tokenizer(
+                *given, truncation="longest_first", max_length=max_length, return_attention_mask=False
+            )
     example = {name: np.asarray(values, dtype=np.int64) for name, values in whole.items()}
     return {**example, CUT: np.asarray(max(0, length - max_length))}
 

@@ -35,10 +35,17 @@ def _why(plan: Plan, setting: str) -> str:
 def _model(plan: Plan) -> list[tuple[str, str, str]]:
     return [
         ("model", "parameters", f"{plan.num_parameters:,} ({short(plan.num_parameters)})"),
+        *_learning(plan),
         ("model", "vocabulary", f"{plan.vocab_size:,}"),
         ("model", "context", f"{plan.context:,} tokens"),
         ("model", "FLOPs per token", short(plan.flops_per_token)),
     ]
+
+
+def _learning(plan: Plan) -> list[tuple[str, str, str]]:
+    if plan.num_trained is None or plan.num_trained == plan.num_parameters:
+        return []
+    return [("model", "learn", f"{plan.num_trained:,} ({short(plan.num_trained)})")]
 
 
 def _batch(plan: Plan) -> list[tuple[str, str, str]]:

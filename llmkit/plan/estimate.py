@@ -92,6 +92,10 @@ class Memory:
         spared = self.gradients - gradients + self.optimizer - optimizer
         return replace(self, gradients=gradients, optimizer=optimizer, total=self.total - spared)
 
+    def with_frozen(self, num_parameters: int) -> "Memory":
+        """The same with a second model of so many weights that does not learn."""
+        return replace(self, weights=self.weights + 4 * num_parameters, total=self.total + 4 * num_parameters)
+
     def with_copy(self, size: int) -> "Memory":
         """The same with a copy of `size` bytes."""
         return replace(self, total=self.total + size, copy=size)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from llmkit.hardware import Hardware
@@ -60,6 +61,10 @@ def plan_tuning(
     train = rows["train"]
     _check_model(model, vocab_size, wanted.model.context)
     draft = Draft(recipe.machine, hardware, state_bytes_of(wanted), notes=list(hardware.notes))
+    if wanted.task == "seq2seq" and wanted.seq2seq.write and find_spec("sacrebleu") is None:
+        draft.notes.append(
+            "BLEU and chrF are not measured: they need sacrebleu (pip install 'llmkit[metrics]')"
+        )
     if recipe.machine.device == "auto":
         draft.choose("device", hardware.device, hardware.device_name)
     per_step = rows_of_step(wanted, int(train["num_rows"]), draft)
@@ -70,8 +75,9 @@ def plan_tuning(
     if recipe.machine.compile == "auto":
         draft.choose("compile", False, "rows have many lengths, and each would be compiled anew")
     mean = max(1, math.ceil(train["num_tokens"] / train["num_rows"]))
+    frozen = model.num_parameters if _keeps_reference(wanted) else 0
     tokens, memory = _choose_micro_batch(
-        draft, model, wanted.model.context, mean, world, precision, num_trained
+        draft, model, wanted.model.context, mean, world, precision, num_trained, frozen
     )
     tokens_per_step = per_step * mean
     steps = resolve_length(
@@ -81,6 +87,8 @@ def plan_tuning(
         num_rows_per_epoch=train["num_rows"],
     )
     flops = flops_per_token(model, mean, mean if model.num_encoder_layers else 0)
+    if wanted.task == "dpo" and wanted.dpo.needs_reference:
+        flops = flops * 4 // 3  # a forward pass more
     rate = training_rate(hardware, model, world_size=world, precision=precision)
     limit_s = float(wanted.train.length.value) if steps is None else None
     low, high = likely_seconds(rate, flops * tokens_per_step * (steps or 0), limit_s)
@@ -125,6 +133,12 @@ def plan_tuning(
     )
 
 
+def _keeps_reference(wanted: Finetune) -> bool:
+    """Whether a second model, as it was at first, is held: where an adapter learns, that is the first without it."""
+    own = wanted.adapter is None or wanted.adapter.start is not None
+    return wanted.task == "dpo" and wanted.dpo.needs_reference and own
+
+
 def rows_of_step(wanted: Finetune, num_rows: int, draft: Draft) -> int:
     """Rows of one optimizer step.
 
@@ -165,6 +179,7 @@ def _choose_micro_batch(
     world: int,
     precision: str,
     num_trained: int,
+    frozen: int,
 ) -> tuple[int, Memory]:
     """Tokens of a micro-batch, those of some rows of full length, and its memory."""
     hardware, pinned = draft.hardware, draft.machine.micro_batch
@@ -181,7 +196,7 @@ def _choose_micro_batch(
             process=CPU_PROCESS_BYTES if hardware.device == "cpu" else 0,
             state_bytes=draft.state_bytes,
         )
-        return full.learning(num_trained / model.num_parameters)
+        return full.learning(num_trained / model.num_parameters).with_frozen(frozen)
 
     if pinned != "auto":
         tokens = pinned * context

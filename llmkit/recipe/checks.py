@@ -15,6 +15,7 @@ from llmkit.recipe.architectures import (
     misfit,
 )
 from llmkit.recipe.faults import written
+from llmkit.recipe.finetune_checks import check_finetune
 from llmkit.recipe.objectives import BERT_LIKE, other_sections, tokens_for
 from llmkit.recipe.optimizers import (
     DEFAULT_OPTIMIZER,
@@ -28,7 +29,7 @@ from llmkit.recipe.optimizers import (
 from llmkit.recipe.positions import Keys, Node, Path, find, key_spot
 from llmkit.recipe.problems import Problem
 from llmkit.recipe.units import listing, parse_whole
-from llmkit.registry import OBJECTIVES
+from llmkit.registry import MEASURED, OBJECTIVES
 
 BYTES = 256
 BUILT_IN_TOKENS = ("<|endoftext|>", "<|pad|>")
@@ -36,6 +37,8 @@ BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BYTES_TWICE = 511
 """For `wordpiece` and `chars`: each byte at the beginning of a word and within it, but one that never is within."""
 _DATA_KEYS: tuple[Path, ...] = (("tokenize", "data"), ("pretrain", "data"), ("eval", "data"))
+
+_TRAINING = ("pretrain", "finetune")
 
 
 def check(root: Node, meant: tuple[str, ...] = ()) -> list[Problem]:
@@ -263,15 +266,23 @@ def _documents_apart(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
 
 def _settings_of_the_optimizer(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
     """A setting that the optimizer, or the schedule, does not have would do nothing."""
-    path = ("pretrain", "train", "optim")
-    block = _plain(root, path)
-    if not isinstance(block, dict):
-        return
+    for section in _TRAINING:
+        path = (section, "train", "optim")
+        block = _plain(root, path)
+        if isinstance(block, dict):
+            yield from _settings_of(root, path, block)
+
+
+def _settings_of(root: Node, path: Path, block: dict[str, Any]) -> Iterator[Problem]:
     full = with_defaults(block)
     for setting, having in PARTIAL_SETTINGS.items():
         kind, known = ("schedule", SCHEDULES) if having[0] in SCHEDULES else ("name", OPTIMIZERS)
         chosen = full.get(kind, DEFAULT_OPTIMIZER if kind == "name" else DEFAULT_SCHEDULE)
-        if chosen not in list(known) or chosen in having or not written(root, ".".join((*path, setting))):
+        if (
+            chosen not in list(known)
+            or chosen in having
+            or not written(root, ".".join(map(str, (*path, setting))))
+        ):
             continue
         own = settings_of(chosen)
         hint = f"it belongs to {listing(having)}"
@@ -281,12 +292,13 @@ def _settings_of_the_optimizer(root: Node, meant: tuple[str, ...]) -> Iterator[P
 
 
 def _one_average(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
-    train = ("pretrain", "train")
-    if _plain(root, (*train, "optim", "name")) == "schedule_free" and written(root, "pretrain.train.ema"):
-        message = "`ema`: `schedule_free` is judged by an average of its own"
-        yield Problem(
-            key_spot(root, (*train, "ema")), message, "leave `ema` out, or choose another optimizer"
-        )
+    for section in _TRAINING:
+        train = (section, "train")
+        averages = _plain(root, (*train, "optim", "name")) == "schedule_free"
+        if averages and written(root, f"{section}.train.ema"):
+            message = "`ema`: `schedule_free` is judged by an average of its own"
+            hint = "leave `ema` out, or choose another optimizer"
+            yield Problem(key_spot(root, (*train, "ema")), message, hint)
 
 
 def _settings_of_the_objective(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
@@ -328,7 +340,7 @@ def _objective(root: Node) -> str:
     return str(_plain(root, ("pretrain", "objective")) or "clm")
 
 
-_MEASURED = {name for goal in OBJECTIVES.values() for name in goal.metrics}
+_MEASURED = {name.removeprefix("eval/") for name in MEASURED}
 
 _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _one_model,
@@ -349,4 +361,5 @@ _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _one_average,
     _settings_of_the_objective,
     _measures_of_the_objective,
+    check_finetune,
 )

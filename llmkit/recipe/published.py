@@ -21,6 +21,7 @@ from llmkit.recipe import fields
 from llmkit.recipe.architectures import KINDS, NOT_COUNTED, OWN, family_of_preset
 from llmkit.recipe.block import Block
 from llmkit.recipe.checks import BUILT_IN_TOKENS, BYTES
+from llmkit.recipe.finetune_published import add_finetune_rules
 from llmkit.recipe.optimizers import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, PARTIAL_SETTINGS, SCHEDULES
 from llmkit.recipe.schema import Preset, Recipe
 from llmkit.recipe.units import Amount
@@ -309,7 +310,8 @@ def _add_rules(blocks: Json) -> None:
         "required": ["name"],
         "properties": {"name": {"const": "schedule_free"}},
     }
-    blocks["Train"]["not"] = {"allOf": [_given("ema"), averaging]}
+    for section in ("Train", "Tuning"):
+        blocks[section]["not"] = {"allOf": [_given("ema"), averaging]}
     blocks["Pretrain"]["allOf"].append(_not_counted())
     needed = dict.fromkeys(goal.model for goal in OBJECTIVES.values())
     blocks["Pretrain"]["allOf"] += [_fits(kind) for kind in needed]
@@ -324,3 +326,4 @@ def _add_rules(blocks: Json) -> None:
         {"if": _section("pretrain"), "then": {"anyOf": tokenizer}},
         *(rule for _, rule in measured),
     ]
+    add_finetune_rules(blocks, _ENV_REF)

@@ -7,7 +7,7 @@ Rules that tie several settings together are in `checks.py`, and in `published.p
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from llmkit.recipe.architectures import with_default_model
 from llmkit.recipe.block import Block, Files, as_list
@@ -28,9 +28,11 @@ from llmkit.recipe.parts import Adapter, Freeze, LayerDecay, Unfreeze
 from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.tasks import (
     Answers,
+    Augment,
     Classes,
     Conversations,
     Embeddings,
+    Loss,
     Preferences,
     Tags,
     Written,
@@ -51,6 +53,7 @@ from llmkit.recipe.units import (
     shown,
     unit_error,
 )
+from llmkit.registry import MEASURED, nearest
 
 Preset = Literal[
     "gpt-tiny", "gpt-mini", "gpt-small", "gpt-base", "gpt-medium", "gpt-large", "gpt-1b",
@@ -195,6 +198,20 @@ class Model(Block):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _metric(value: object) -> str:
+    """A metric of evaluations while training, whichever objective has it."""
+    if isinstance(value, str) and value in MEASURED:
+        return value
+    meant = nearest(f"eval/{str(value).removeprefix('eval/')}", MEASURED)
+    raise unit_error(
+        f"`{shown(value)}` is no metric of an evaluation",
+        f"did you mean `{meant}`?" if meant else f"write one of {', '.join(MEASURED)}",
+    )
+
+
+Metric = Annotated[str, PlainValidator(_metric), WithJsonSchema({"enum": list(MEASURED)})]
+
+
 class Group(Block):
     """Parameters, chosen by their names, that are treated otherwise than the others."""
 
@@ -301,7 +318,7 @@ class Checkpoint(Block):
     """How often: `500 steps`, `10%` of the run, `10m`, or `never` (then only at the end)."""
     keep: Annotated[Whole, Field(ge=1)] = 2
     """How many of the newest checkpoints stay on disk."""
-    keep_best: Literal["eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy"] | None = None
+    keep_best: Metric | None = None
     """A metric of the evaluations while training, such as `eval/loss`: the checkpoint that was best by it stays,
     whatever its age. One is saved at each evaluation that is better than all before. The evaluation at the end counts
     where `eval.rows` is `null`; else it measures other rows than those before."""
@@ -400,12 +417,15 @@ class Tuning(Train):
 class StopEarly(Block):
     """End when a metric has not become better for some evaluations; the best checkpoint is what is exported."""
 
-    metric: str | None = None
-    """The metric, such as `eval/accuracy`; by default the task's own."""
+    metric: Metric | None = None
+    """The metric, such as `eval/accuracy`; by default that of `checkpoint.keep_best`, else the task's own."""
     patience: Count = 3
     """So many evaluations in a row without a better one end the run."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """By how much a value must be better than the best to count."""
+
+
+Augments = Annotated[list[Augment], BeforeValidator(as_list, json_schema_input_type=Augment | list[Augment])]
 
 
 class Finetune(Block):
@@ -433,6 +453,11 @@ class Finetune(Block):
     """With `dpo`: the loss."""
     embed: Embeddings = Embeddings()
     """With `embed`: the loss."""
+    loss: Loss = Loss()
+    """What is lowered, where it is not the plain loss of the task."""
+    augment: Augments = []
+    """How rows are changed while they are learned from, one way after the other:
+    `[{method: synonyms}, {method: typos}]`."""
     model: Model = Model()
     """The model to start from: a `name` (a folder, a run or a Hub name); by default what `pretrain` made."""
     tokenizer: str | None = None

@@ -10,7 +10,7 @@ from llmkit.recipe.architectures import (
     preset_of_family,
 )
 from llmkit.recipe.emit import scalar_text
-from llmkit.recipe.schema import Preset, Pretrain, Recipe, Source, Tokenize, tokenize_of
+from llmkit.recipe.schema import Finetune, Preset, Pretrain, Recipe, Source, Tokenize, tokenize_of
 from llmkit.registry import goal_of
 
 _STEPS = 20
@@ -18,6 +18,8 @@ _VOCAB = 1000
 _TEXT = 1_000_000
 _CONTEXT = 128
 _ROWS = 16
+_LABELLED = 400
+_BATCH = 8
 
 
 def smoke_words(recipe: Recipe) -> list[str]:
@@ -29,6 +31,7 @@ def smoke_words(recipe: Recipe) -> list[str]:
     spec = tokenize_of(recipe)
     words += _tokenize(spec) if spec is not None else []
     words += _pretrain(recipe.pretrain) if recipe.pretrain is not None else []
+    words += _finetune(recipe.finetune) if recipe.finetune is not None else []
     if recipe.eval is not None:
         words.append(f"eval.rows={min(recipe.eval.rows or _ROWS, _ROWS)}")
     return words
@@ -56,6 +59,22 @@ def _tiny(block: Pretrain) -> str:
         family = model.architecture or family_of_config(model.config or {})
     tiny = preset_of_family(family, "tiny")
     return tiny if tiny in get_args(Preset) else preset_of_family(family_of_preset(default), "tiny")
+
+
+def _finetune(block: Finetune) -> Iterator[str]:
+    for name, source in (("data", block.data), ("validation", block.validation)):
+        if source is not None:
+            yield f"finetune.{name}.limit={min(source.limit or _LABELLED, _LABELLED)}"
+    train = block.train
+    yield f"finetune.model.context={min(block.model.context, _CONTEXT)}"
+    if not (train.length.unit == "steps" and train.length.value <= _STEPS):
+        yield f"finetune.train.length={_STEPS} steps"
+    if train.batch.unit != "samples" or train.batch.value > _BATCH:
+        yield f"finetune.train.batch={_BATCH} samples"
+    yield "finetune.checkpoint.every=50%"
+    yield "finetune.eval.every=50%"
+    yield f"finetune.eval.rows={min(block.eval.rows or _ROWS, _ROWS)}"
+    yield f"finetune.sampling.max_new_tokens={min(block.sampling.max_new_tokens, 16)}"
 
 
 def _pretrain(block: Pretrain) -> Iterator[str]:

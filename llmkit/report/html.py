@@ -273,7 +273,8 @@ def _rows(data: Facts) -> str:
     counts = {
         **(data.get("counts") or {}),
         "in both parts": data.get("shared"),
-        "left out": data.get("dropped"),
+        "too long": data.get("dropped"),
+        "unusable": data.get("unusable"),
     }
     return section(
         "The rows",

@@ -78,7 +78,7 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
                 raise
     report = report_of(folder)
     summary = {
-        "model": str(folder / "model"),
+        "model": str(folder / ("model" if (folder / "model").exists() else "adapter")),
         "task": section.task,
         "metrics": report["final"],
         "headline": report["headline"],
@@ -191,30 +191,39 @@ def _prepare(
 
 def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | None) -> Plan:
     from llmkit.models.count import shape_of_model
+    from llmkit.models.growing import grow_vocabulary
     from llmkit.models.tasks import empty_task_model
     from llmkit.plan.tuning import plan_tuning
+    from llmkit.train.learning import check_device, count_ahead, told
 
     recipe = loaded.recipe
     assert recipe.finetune is not None
     section = recipe.finetune
     goal = TASKS[section.task]
+    hardware = detect_hardware(recipe.machine)
+    check_device(section.adapter, hardware.device)
+    folder = model_folder(str(section.model.name))
     model = empty_task_model(
-        model_folder(str(section.model.name)),
+        folder,
         goal.model,
         labels=rows.labels,
         trusted=section.model.trust_remote_code,
     )
+    if rows.new_tokens:
+        grow_vocabulary(model, rows.vocab_size, rows.new_tokens)
     shape = shape_of_model(model)
-    return plan_tuning(
+    counts = count_ahead(model, section, folder)
+    plan = plan_tuning(
         recipe,
-        detect_hardware(recipe.machine),
+        hardware,
         rows.facts,
         vocab_size=rows.vocab_size,
         model=shape,
-        packed=goal.packs,
-        num_trained=shape.num_parameters,
+        packed=goal.packs and section.sft.pack,
+        num_trained=counts.trained,
         world_size=world.world_size if world else options.processes,
     )
+    return replace(plan, notes=(*plan.notes, *told(model, section, plan, counts)))
 
 
 def with_context(recipe: Recipe, context: int) -> Recipe:
@@ -227,6 +236,8 @@ def with_context(recipe: Recipe, context: int) -> Recipe:
 
 def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
     """What a resumed run must share with the saved one, by the recipe's own keys."""
+    from llmkit.data.augment.thesaurus import fingerprint as thesauri
+
     section = loaded.recipe.finetune
     assert isinstance(section, Finetune)
     settings = section.model_dump(
@@ -237,6 +248,7 @@ def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
         },
     )
     named = flat(settings, "finetune")
+    del named["finetune.model.name"]  # its weights count, wherever they lie
     expressions: Mapping[str, str] = loaded.expressions
     return {
         "seed": loaded.recipe.seed,
@@ -246,6 +258,7 @@ def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
         "rows": rows.folder.name,
         "labels": list(rows.labels),
         "weights of the model": teacher_weights(str(section.model.name)),
+        **({"thesauri": thesauri(section.augment)} if section.augment else {}),
     }
 
 

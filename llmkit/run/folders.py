@@ -141,8 +141,12 @@ def anchored(loaded: Loaded) -> Loaded:
     sections = {name: anchor(getattr(recipe, name)) for name in ("tokenize", "pretrain", "eval")}
     if recipe.finetune is not None:
         tuned = recipe.finetune
-        rows = {name: placed(getattr(tuned, name)) for name in ("data", "validation")}
-        sections["finetune"] = tuned.model_copy(update=rows)
+        parts = {name: placed(getattr(tuned, name)) for name in ("data", "validation")}
+        if tuned.model.name is not None and Path(tuned.model.name).exists():
+            parts["model"] = tuned.model.model_copy(update={"name": str(Path(tuned.model.name).absolute())})
+        if tuned.chat_template not in (None, "chatml", "none"):
+            parts["chat_template"] = str(base / Path(tuned.chat_template).expanduser())
+        sections["finetune"] = tuned.model_copy(update=parts)
     return replace(loaded, recipe=recipe.model_copy(update=sections))
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmkit.errors import UsageError
+from llmkit.durable import read_manifest
+from llmkit.errors import CorruptError, UsageError
 from llmkit.recipe.schema import Sampling
 from llmkit.report.console import Reporter
 from llmkit.run.folders import find_model
@@ -19,8 +20,10 @@ def generate(
     seed: int,
     runs: Path,
     reporter: Reporter,
+    chat: bool | None = None,
+    system: str = "",
 ) -> list[dict[str, Any]]:
-    """Continue each prompt `samples` times.
+    """Continue each prompt `samples` times; a chat model is asked it, by the template that it learned with.
 
     Args:
         word: A run, its name, or a model folder.
@@ -30,15 +33,19 @@ def generate(
         seed: The same seed draws the same texts.
         runs: The folder of run folders.
         reporter: Told what does not fit.
+        chat: Whether prompts are questions; None: where the model has a chat template, unless a run of llmkit trained
+            it on text alone.
+        system: What the system says to a chat model before the question.
 
     Returns:
-        For each continuation `prompt`, `text`, `num_tokens` and `finished`.
+        For each continuation `prompt`, `text`, `num_tokens`, `finished` and `chat`.
 
     Raises:
-        UsageError: The model does not write text.
+        UsageError: The model does not write text, or does not chat and is asked to.
         MissingError: There is no such model.
     """
     from llmkit.data.tokenizers import load_tokenizer
+    from llmkit.evaluate.chat import asked
     from llmkit.evaluate.generate import generate as write
     from llmkit.evaluate.model import load_model
     from llmkit.models.build import kind_of
@@ -50,20 +57,56 @@ def generate(
             hint=f"a model that fills gaps: llmkit fill {place} TEXT",
         )
     model, tokenizer = load_model(place), load_tokenizer(str(place))
+    chats = _chats(place, tokenizer, chat, system)
+    given = asked(tokenizer, prompts, system=system) if chats else prompts
     repeated = [prompt for prompt in prompts for _ in range(samples)]
-    written = write(model, tokenizer, repeated, sampling, seed=seed)
+    written = write(model, tokenizer, [text for text in given for _ in range(samples)], sampling, seed=seed)
     longest = max((one.num_tokens for one in written if not one.finished), default=sampling.max_new_tokens)
     if longest < sampling.max_new_tokens:
         reporter.warn(
             f"the model's length has room for {longest} new tokens here, not {sampling.max_new_tokens}"
         )
-    for one in written[::samples]:
+    for prompt, one in zip(prompts, written[::samples], strict=True):
         if one.prompt_cut:
             reporter.warn(
-                f"the prompt {one.prompt[:30]!r}... is longer than the model reads: "
+                f"the prompt {prompt[:30]!r}... is longer than the model reads: "
                 f"its first {one.prompt_cut} tokens were left out"
             )
     return [
-        {"prompt": one.prompt, "text": one.text, "num_tokens": one.num_tokens, "finished": one.finished}
-        for one in written
+        {
+            "prompt": prompt,
+            "text": one.text,
+            "num_tokens": one.num_tokens,
+            "finished": one.finished,
+            "chat": chats,
+        }
+        for prompt, one in zip(repeated, written, strict=True)
     ]
+
+
+def _chats(place: Path, tokenizer: Any, wanted: bool | None, system: str) -> bool:
+    """Whether the model is to be asked by its chat template.
+
+    Raises:
+        UsageError: It is, and has none.
+    """
+    if wanted is False and system:
+        raise UsageError("--system is for a chat, and --raw is none", hint="leave one of them out")
+    has_template = bool(tokenizer.chat_template)
+    if not has_template and (wanted or system):
+        raise UsageError(
+            f"{place}: the tokenizer has no chat template",
+            hint="leave --chat and --system out: the model goes on",
+        )
+    if wanted is None and not system:
+        return has_template and not _learned_text_alone(place)
+    return wanted is not False
+
+
+def _learned_text_alone(place: Path) -> bool:
+    """Whether a run of llmkit made the model, on text; its tokenizer may have a template for later."""
+    try:
+        identity = read_manifest(place).get("identity", {})
+    except CorruptError:
+        return False
+    return "pretrain.objective" in identity

@@ -3,32 +3,34 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmkit.data.chat import prepare_tokenizer
 from llmkit.data.records import Found, fingerprint, num_shared, read_rows, split_rows
 from llmkit.data.samples import LabelledRow, Measured, write_samples
 from llmkit.data.tokenizers import fingerprint as tokenizer_fingerprint
-from llmkit.data.tokenizers import load_tokenizer
-from llmkit.durable import naming_full_disks, one_at_a_time, sweep_beside, verify_folder
-from llmkit.errors import CorruptError, DataError
-from llmkit.models.tasks import longest_input
+from llmkit.data.tokenizers import load_tokenizer, save_tokenizer
+from llmkit.durable import naming_full_disks, one_at_a_time, sweep_beside, verify_folder, write_folder
+from llmkit.errors import CorruptError, DataError, UsageError
+from llmkit.models.build import kind_of
+from llmkit.models.tasks import in_order_of_model, longest_input
 from llmkit.objectives.base import Example, Expands, Material, Objective, size_of
 from llmkit.objectives.make import make_task
 from llmkit.objectives.texts import CUT
 from llmkit.plan import PlanError
 from llmkit.recipe import Loaded
+from llmkit.recipe.architectures import in_words
 from llmkit.recipe.schema import Finetune
 from llmkit.registry import TASKS
 from llmkit.report.console import Reporter
 from llmkit.run.folders import CACHE, Options, base_of
-from llmkit.train.places import model_folder
+from llmkit.train.places import NEW_TOKENS, model_folder
 
-_VERSION = 1
+_VERSION = 4
 """Part of every address: raised when the same rows come to be encoded otherwise."""
 _MOST_CLASSES_SHOWN = 20
-_ENCODED = ("labels", "multiple")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Prepared:
         context: Tokens that the model reads at most.
         tokenizer: Its folder or name.
         vocab_size: Its entries.
+        new_tokens: How many of these, the last ones, the model does not know yet.
     """
 
     folder: Path
@@ -50,6 +53,7 @@ class Prepared:
     context: int
     tokenizer: str
     vocab_size: int
+    new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class _Task:
     tokenizer: Any
     context: int
     language: str
+    new_tokens: tuple[str, ...] = ()
+    changed: bool = False
 
     def objective(self, labels: Sequence[str], facts: Mapping[str, Any]) -> Objective:
         material = Material(self.tokenizer, self.context, tuple(labels), self.language, facts)
@@ -68,8 +74,29 @@ class _Task:
 
     def prepared(self, folder: Path, facts: Mapping[str, Any]) -> Prepared:
         return Prepared(
-            folder, facts, tuple(facts["labels"]), self.context, self.tokenizer_name, len(self.tokenizer)
+            folder,
+            facts,
+            tuple(facts["labels"]),
+            self.context,
+            self.tokenizer_name,
+            len(self.tokenizer),
+            len(self.new_tokens),
         )
+
+    def keeping_tokenizer(self, cache: Path) -> "_Task":
+        """The same with a tokenizer that the recipe has changed written to a folder, where it can be named."""
+        if not self.changed:
+            return self
+        content = [tokenizer_fingerprint(self.tokenizer), self.tokenizer.chat_template, self.new_tokens]
+        folder = cache / "chat" / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        with naming_full_disks(folder), one_at_a_time(folder.with_name(f".{folder.name}.lock")):
+            try:
+                verify_folder(folder)
+            except CorruptError:
+                facts = {"kind": "tokenizer", "of": self.tokenizer_name, NEW_TOKENS: list(self.new_tokens)}
+                with write_folder(folder, facts=facts) as temporary:
+                    save_tokenizer(self.tokenizer, temporary)
+        return replace(self, tokenizer_name=str(folder))
 
 
 def prepare_rows(loaded: Loaded, options: Options, reporter: Reporter) -> Prepared:
@@ -79,7 +106,7 @@ def prepare_rows(loaded: Loaded, options: Options, reporter: Reporter) -> Prepar
         DataError: A row is wrong, or there is nothing to learn.
         UsageError: Model, tokenizer and task do not fit together.
     """
-    task = _task(loaded)
+    task = _task(loaded).keeping_tokenizer(options.runs / CACHE)
     folder = options.runs / CACHE / "rows" / _address(loaded, options, task)
     with naming_full_disks(folder), one_at_a_time(folder.with_name(f".{folder.name}.lock")):
         sweep_beside(folder)
@@ -116,7 +143,29 @@ def _task(loaded: Loaded) -> _Task:
             )
         context = longest
     name = section.tokenizer or folder
-    return _Task(section, name, load_tokenizer(name), context, loaded.recipe.language)
+    tokenizer = load_tokenizer(name)
+    new, changed = tuple[str, ...](), False
+    if TASKS[section.task].chats:
+        _check_writes(folder, section.task)
+        own = getattr(section, TASKS[section.task].sections[0])
+        new, changed = prepare_tokenizer(
+            tokenizer, section.chat_template, base_of(loaded), own.template_options
+        )
+    return _Task(section, name, tokenizer, context, loaded.recipe.language, new, changed)
+
+
+def _check_writes(folder: str, task: str) -> None:
+    """See that a model predicts the next token; others could be made to, and would see what they are to predict.
+
+    Raises:
+        UsageError: It does not.
+    """
+    found = kind_of(folder)
+    if found != "causal":
+        raise UsageError(
+            f"{folder} is {in_words(found)}; `{task}` needs {in_words('causal')}",
+            hint="name such a model, or another task: seq2seq for an encoder-decoder",
+        )
 
 
 def _address(loaded: Loaded, options: Options, task: _Task) -> str:
@@ -139,9 +188,16 @@ def _address(loaded: Loaded, options: Options, task: _Task) -> str:
         "context": task.context,
         "language": task.language,
         "tokenizer": tokenizer_fingerprint(task.tokenizer),
+        "frame": _frame(task.tokenizer),
         "chat_template": getattr(task.tokenizer, "chat_template", None),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _frame(tokenizer: Any) -> Any:
+    """What a tokenizer puts around texts, which its fingerprint leaves out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else json.loads(backend.to_str())["post_processor"]
 
 
 def _read(
@@ -163,7 +219,12 @@ def _read(
             training=False,
         ).rows
     own = getattr(section, TASKS[section.task].sections[0]) if TASKS[section.task].sections else None
-    labels = tuple(getattr(own, "labels", ()) or found.labels)
+    labels = tuple(getattr(own, "labels", ()))
+    if not labels and section.task in ("cls", "tag"):
+        labels = in_order_of_model(
+            found.labels, model_folder(str(section.model.name)), trusted=section.model.trust_remote_code
+        )
+    labels = labels or tuple(found.labels)
     facts: dict[str, Any] = {
         "task": section.task,
         "form": found.form,
@@ -175,11 +236,17 @@ def _read(
     check_labels([*train, *held_out], labels, section.task)
     objective = task.objective(labels, facts)
     parts = {
-        "train": measured(objective, train, section.too_long),
-        "held_out": measured(objective, held_out, section.too_long),
+        "train": measured(objective, train, section.too_long, skip=section.data.on_error == "skip"),
+        "held_out": measured(
+            objective,
+            held_out,
+            section.too_long,
+            skip=(section.validation or section.data).on_error == "skip",
+        ),
     }
     facts |= {name: part.facts() for name, part in parts.items()}
-    facts["dropped"] = sum(map(len, (train, held_out))) - sum(len(part.rows) for part in parts.values())
+    facts["dropped"] = sum(part.num_dropped for part in parts.values())
+    facts["unusable"] = sum(part.num_unusable for part in parts.values())
     facts["shared"] = num_shared(train, held_out, section.task)
     if parts["train"].rows and not facts["train"]["num_targets"]:
         raise DataError(
@@ -217,17 +284,32 @@ def check_labels(rows: Sequence[LabelledRow], labels: Sequence[str], task: str) 
             )
 
 
-def measured(objective: Objective, rows: Sequence[LabelledRow], too_long: str) -> Measured:
+def measured(
+    objective: Objective, rows: Sequence[LabelledRow], too_long: str, *, skip: bool = False
+) -> Measured:
     """Each row encoded once: how long it is, what of it is learned, what did not fit.
 
+    Args:
+        objective: The task.
+        rows: The rows.
+        too_long: The recipe's word for rows that are longer than the model reads.
+        skip: Count what the task cannot use, instead of stopping there.
+
     Raises:
-        DataError: A row is too long, and the recipe says to stop then.
+        DataError: A row cannot be used, or it is too long and the recipe says to stop then.
     """
     kept: list[LabelledRow] = []
     lengths, targets, cuts = list[int](), list[int](), list[int]()
+    dropped = unusable = 0
     for row in rows:
         for one in objective.expand(row) if isinstance(objective, Expands) else [row]:
-            example = _encoded(objective, one)
+            try:
+                example = _encoded(objective, one)
+            except DataError:
+                if not skip:
+                    raise
+                unusable += 1
+                continue
             cut = int(example.get(CUT, 0))
             if cut and too_long == "stop":
                 raise DataError(
@@ -235,12 +317,13 @@ def measured(objective: Objective, rows: Sequence[LabelledRow], too_long: str) -
                     hint="set `too_long: cut` or `too_long: drop`, or a larger `model.context`",
                 )
             if cut and too_long == "drop":
+                dropped += 1
                 continue
             kept.append(one)
             lengths.append(size_of(objective, example))
             targets.append(int(objective.collate([example])["num_targets"]))
             cuts.append(cut)
-    return Measured(kept, lengths, targets, cuts)
+    return Measured(kept, lengths, targets, cuts, dropped, unusable)
 
 
 def _encoded(objective: Objective, row: LabelledRow) -> Example:
@@ -272,8 +355,12 @@ def _words(facts: Mapping[str, Any]) -> list[str]:
     if cut:
         lost = train["tokens_cut"] + held_out["tokens_cut"]
         lines.append(f"{cut:,} rows are longer than the model reads: {lost:,} tokens are cut off")
-    if facts["dropped"] > 0:
+    if facts["unusable"]:
+        lines.append(f"{facts['unusable']:,} rows cannot be used and are left out (`on_error: skip`)")
+    if facts["dropped"]:
         lines.append(f"{facts['dropped']:,} rows are longer than the model reads and are left out")
+    if idle := train["num_idle"]:
+        lines.append(f"{idle:,} rows have nothing to learn: see them by llmkit show")
     if facts["shared"]:
         lines.append(f"{facts['shared']:,} held-out rows are also among those to learn from")
     return lines

@@ -183,10 +183,13 @@ def _rows(
     cache, task = options.runs / CACHE, run.section.task
     if data is None:
         address = str(run.facts["address"])
-        folder = cache / "rows" / address
-        if not folder.is_dir():
+        # Beside the run, wherever `--runs` says that runs are.
+        near = [place / CACHE / "rows" / address for place in run.place.absolute().parents]
+        folder = next((place for place in [cache / "rows" / address, *near] if place.is_dir()), None)
+        if folder is None:
             raise MissingError(
-                f"{folder}: the rows of the model's run are gone", hint="give others: --data FILES"
+                f"{run.place}: the rows that its run held out are gone (rows/{address} in the cache)",
+                hint="give others: --data FILES",
             )
         return Samples(folder, "held_out"), address
     found = read_rows(data, task, base=base, cache=cache, note=reporter.note, training=False)

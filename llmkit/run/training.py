@@ -36,7 +36,15 @@ if TYPE_CHECKING:
 KILL_AT = "LLMKIT_KILL_AT"
 """The environment's word for `Job.kill_at`: a crash on purpose, for `llmkit verify-resume`."""
 
-_MADE_BY_TRAINING = ("checkpoints", "model", "metrics.jsonl", "samples.jsonl", "plan.json", "report.json")
+_MADE_BY_TRAINING = (
+    "checkpoints",
+    "model",
+    "adapter",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "plan.json",
+    "report.json",
+)
 
 
 def train_job(job: "Job", reporter: Reporter, world: World | None, restarts: int) -> None:
@@ -205,8 +213,8 @@ def is_trained(folder: Path, job: "Job") -> bool:
     Raises:
         RunError: It is another one: the recipe has changed.
     """
-    try:
-        manifest = verify_folder(folder / "model")
+    try:  # an adapter that is not merged stands alone
+        manifest = verify_folder(folder / ("model" if (folder / "model").exists() else "adapter"))
     except CorruptError:
         return False
     from llmkit.train.checkpoint import check_identity

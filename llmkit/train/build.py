@@ -1,5 +1,6 @@
 """The parts of a run, built from a job in the order in which they depend on each other."""
 
+import copy
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -19,19 +20,32 @@ from llmkit.data.tokenizers import load_tokenizer, special_ids
 from llmkit.data.tokenizers.vocabulary import Vocabulary
 from llmkit.models.attention import choose_attention, kernels_of
 from llmkit.models.build import build_model
+from llmkit.models.growing import check_new_tokens, grow_vocabulary
 from llmkit.models.heads import choose_heads
 from llmkit.models.tasks import build_task_model
-from llmkit.objectives.base import Batch, Example, HasParts, LossModule, Objective, smoothed_cross_entropy
+from llmkit.objectives.base import (
+    Batch,
+    Example,
+    HasParts,
+    LossModule,
+    Objective,
+    Prepares,
+    Refers,
+    Stops,
+    smoothed_cross_entropy,
+)
 from llmkit.objectives.distil import Distilled
+from llmkit.objectives.losses import make_criterion
 from llmkit.objectives.make import make_objective, make_task
 from llmkit.objectives.texts import pad_id
 from llmkit.optim import describe_groups, lr_at, make_optimizer
 from llmkit.plan import Plan, layout_of
-from llmkit.recipe.schema import Finetune, Pretrain, Section, Train
+from llmkit.recipe.schema import Finetune, Pretrain, Section
 from llmkit.registry import goal_of
 from llmkit.train.job import Job
+from llmkit.train.learning import choose_what_learns, paces
 from llmkit.train.loop import MicroBatch, Schedule
-from llmkit.train.places import model_folder
+from llmkit.train.places import model_folder, new_tokens
 from llmkit.train.samples import SampleData
 from llmkit.train.state import mix_seed
 from llmkit.train.teacher import load_teacher
@@ -129,19 +143,60 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
         trusted=spec.trust_remote_code,
         seed=job.seed,
     )
+    if section.task == "cls":  # else transformers guesses it, and pipelines show the wrong kind of score
+        kinds = ("single_label_classification", "multi_label_classification")
+        model.config.problem_type = kinds[section.cls.multiple]
+    added = new_tokens(job.tokenizer)
+    if added:
+        grow_vocabulary(model, len(data.tokenizer), len(added), seed=job.seed)
     choose_heads(model, goal.model)
+    objective = make_task(section, data.material)
+    if isinstance(objective, Prepares):
+        objective.prepare(model)
+    choose_what_learns(
+        model,
+        section,
+        device=torch.device(plan.device),
+        new=new,
+        base=model_folder(str(spec.name)),
+        seed=job.seed,
+    )
+    if isinstance(objective, Prepares):
+        objective.prepare(model)  # also what an adapter has brought there
+    check_new_tokens(model, added)
+    if isinstance(objective, Stops):
+        model.generation_config.eos_token_id = sorted(
+            {*objective.stops, data.tokenizer.eos_token_id} - {None}
+        )
     core = LossModule(
         model,
-        make_task(section, data.material),
+        objective,
         bf16=plan.precision == "bf16",
-        criterion=smoothed_cross_entropy(section.train.label_smoothing, section.train.z_loss),
+        criterion=make_criterion(section, data.material),
+        frozen=_reference(objective, model, section),
     )
     return core, new
 
 
-def build_optimizer(core: LossModule, spec: Train, note: Callable[[str], None]) -> torch.optim.Optimizer:
+def _reference(objective: Objective, model: PreTrainedModel, section: Finetune) -> dict[str, PreTrainedModel]:
+    """The model as it is now, where the objective compares with it and it is not the model without its adapter."""
+    if not isinstance(objective, Refers) or not objective.needs_reference:
+        return {}
+    if section.adapter is not None and section.adapter.start is None:
+        return {}
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    objective.refer(reference)
+    return {"reference": reference}
+
+
+def build_optimizer(
+    core: LossModule, section: Section, plan: Plan, note: Callable[[str], None]
+) -> torch.optim.Optimizer:
     """The optimizer of all that is trained; where parameters are treated differently, `note` is told how."""
-    optimizer = make_optimizer(core.trained, spec.optim, l1=spec.l1, ema=spec.ema)
+    spec = section.train
+    optimizer = make_optimizer(
+        core.trained, spec.optim, l1=spec.l1, ema=spec.ema, paces=paces(core.model, section, plan)
+    )
     if spec.optim.groups or spec.optim.name == "muon":
         for line in describe_groups(optimizer):
             note(f"parameters: {line}")
@@ -170,6 +225,8 @@ def pick_attention(plan: Plan, core: LossModule, *, isolate: bool) -> tuple[str,
 
 def make_order(job: Job, data: Data | SampleData) -> RowOrder:
     """Which training row comes when."""
+    if isinstance(data, SampleData) and data.groups is not None:
+        return RowOrder([len(rows) for rows in data.groups.rows], data.groups.shares, job.seed)
     sizes = data.train.sizes if isinstance(data, Data) else [len(data.train)]
     return RowOrder(sizes, job.weights, job.seed)
 
@@ -185,13 +242,20 @@ def make_schedule(section: Section, plan: Plan) -> Schedule:
         tokens_per_step=plan.tokens_per_step,
         log_every=max(1, num_steps // _RECORDS_A_RUN),
         eval_every=plan.eval_every or 0,
-        eval_rows=section.eval.rows,
+        eval_rows=_rows_measured(section, plan),
         checkpoint_every=plan.checkpoint_every or 0,
         keep_every=plan.keep_every or 0,
         lr_at=lambda step: lr_at(step, optim, num_steps=num_steps, warmup_steps=warmup_steps),
         grad_clip=section.train.grad_clip or math.inf,
         grad_noise=section.train.gradient_noise,
     )
+
+
+def _rows_measured(section: Section, plan: Plan) -> int | None:
+    """The held-out rows of an evaluation; None where these are all that there are, as at the end."""
+    held_out = plan.rows.get("held_out", {}).get("num_rows")
+    most = section.eval.rows
+    return None if most is not None and held_out is not None and held_out <= most else most
 
 
 class Feed:

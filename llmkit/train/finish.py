@@ -1,6 +1,6 @@
 """After the last step: the model folder, the card, the report."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmkit import __version__
 from llmkit.data.tokenizers import end_texts, frame_texts, save_tokenizer
+from llmkit.models.freezing import count_learning
 from llmkit.models.save import save_model
-from llmkit.objectives.base import LossModule
+from llmkit.objectives.base import Accompanies, Batch, LossModule
 from llmkit.plan import Plan
+from llmkit.recipe.schema import Finetune
 from llmkit.registry import goal_of
 from llmkit.report.card import write_model_card
 from llmkit.report.report import collect, write_report
 from llmkit.report.trying import try_command
+from llmkit.train.adapted import export_adapter
 from llmkit.train.job import Job
 from llmkit.train.state import TrainState
 
@@ -26,15 +29,30 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     state: TrainState,
     figures: Mapping[str, float],
+    some_rows: Callable[[], Batch] | None = None,
 ) -> None:
     """Export the model with its card, then write the report whose status says that all is done.
 
-    What was trained beside the model is exported first, each to a folder of its own name beside the model's.
+    What was trained beside the model is exported first, each to a folder of its own name beside the model's; so is an
+    adapter, before it is merged into the model.
+
+    Args:
+        job: The run.
+        plan: Its numbers.
+        core: Model and objective; an adapter is merged in place.
+        tokenizer: Travels along.
+        state: That of the model's weights.
+        figures: Named `eval/...`, of this state.
+        some_rows: A batch of real rows on the device, to compare a merged model on; only adapters need it.
+
+    Raises:
+        GateError: A merged model predicts otherwise than it did with its adapter.
     """
     folder, model = Path(job.folder), core.model
     recipe = job.checked_recipe()
     section = job.section()
     kind = goal_of(section.objective).model
+    adapted = isinstance(section, Finetune) and section.adapter is not None
     facts: dict[str, Any] = {
         "name": recipe.name,
         "kind": Path(job.folder).name,
@@ -42,7 +60,11 @@ def finish(
         "language": recipe.language,
         "command": job.command,
         "next_command": try_command(kind, str(folder.parent), section.prompts),
-        "model": {"model_type": model.config.model_type, "num_parameters": model.num_parameters()},
+        "model": {
+            "model_type": model.config.model_type,
+            "num_parameters": plan.num_parameters if adapted else model.num_parameters(),
+            **({"num_trained": count_learning(model).trained} if job.rows else {}),
+        },
         "tokenizer": job.tokenizer_figures,
         "final": dict(figures),
     }
@@ -63,13 +85,20 @@ def finish(
                 facts={**manifest, "kind": name},
                 companions=[lambda place: save_tokenizer(tokenizer, place)],
             )
-    save_model(
-        folder / "model",
-        model,
-        facts=manifest,
-        companions=[
-            lambda place: save_tokenizer(tokenizer, place),
-            lambda place: write_model_card(place, card),
-        ],
-    )
+
+    def add(place: Path) -> None:
+        save_tokenizer(tokenizer, place)
+        write_model_card(place, card)
+
+    def add_all(place: Path) -> None:
+        add(place)
+        if isinstance(core.objective, Accompanies):
+            core.objective.accompany(place)
+
+    if isinstance(section, Finetune) and section.adapter is not None and some_rows is not None:
+        facts["adapter"] = export_adapter(
+            folder / "adapter", core, section, some_rows(), facts=manifest, companion=add
+        )
+    if not adapted or facts["adapter"]["merged"]:
+        save_model(folder / "model", model, facts=manifest, companions=[add_all])
     write_report(folder, {**facts, "status": "done"})

@@ -21,8 +21,10 @@ from accelerate import Accelerator
 from llmkit.errors import CtrlCError, InterruptedRunError, LostWorkerError, RunError
 from llmkit.launch.signals import STOP_SIGNALS, TIME_IS_UP, describe_stop
 from llmkit.objectives.base import TARGETS, Batch, LossModule
-from llmkit.optim import add_noise, set_lr
+from llmkit.optim import add_noise, hold_back, set_lr
+from llmkit.train.ahead import look_ahead
 from llmkit.train.callbacks import Callback
+from llmkit.train.early import Patience
 from llmkit.train.numbers import Numbers
 from llmkit.train.saving import Saver
 from llmkit.train.state import TrainState, mix_seed
@@ -93,6 +95,8 @@ class Training:
         sample: A step -> (prompt, continuation) pairs; the first process calls it.
         stop: Seconds that stopping takes -> what asks this process to stop now, or 0.
         watch_speed: (tokens per second) -> further figures: utilisation, memory.
+        patience: When a run ends early; None for never.
+        choose: The state after the last step -> the one whose weights are the result, which the model has then.
     """
 
     accelerator: Accelerator
@@ -109,6 +113,8 @@ class Training:
     stop: Callable[[float], int]
     watch_speed: Callable[[float], Mapping[str, float]]
     callbacks: Sequence[Callback]
+    patience: Patience | None = None
+    choose: Callable[[TrainState], TrainState] = lambda state: state
 
 
 class StopAskedError(Exception):
@@ -124,12 +130,12 @@ class StopAskedError(Exception):
 
 
 def train(run: Training, state: TrainState) -> tuple[TrainState, Mapping[str, float]]:
-    """Train from `state` to the end of the schedule, and measure the result on all held-out rows.
+    """Train from `state` to the end of the schedule, or of patience, and measure the result on all held-out rows.
 
     The last step's checkpoint is always saved, before that measurement.
 
     Returns:
-        The last state, and its figures named `eval/...`.
+        The last state, or that of the best checkpoint if this is what counts; and its figures named `eval/...`.
 
     Raises:
         InterruptedRunError: Something asked to stop; the state was saved first.
@@ -138,15 +144,19 @@ def train(run: Training, state: TrainState) -> tuple[TrainState, Mapping[str, fl
     run.module.train()
     clock = Clock()
     try:
-        arrive(run, state)
-        while state.step < run.schedule.num_steps:
+        state = arrive(run, state)
+        while state.step < run.schedule.num_steps and not _is_out(run, state):
             state = advance(run, state, clock)
-            arrive(run, state)
-        figures = observe(run, state, None)
+            state = arrive(run, state)
+        figures = observe(run, state, None) if state.step == run.schedule.num_steps else None
         # The rows of the evaluations before, so it counts among them; another number of rows has another loss.
-        if run.schedule.eval_rows is None and run.saver.is_best(state.step, figures):
+        same_rows = figures is not None and run.schedule.eval_rows is None
+        if figures is None or (same_rows and run.saver.is_best(state.step, figures)):
             run.saver.save(run.core.trained, run.optimizer, state)
         finish_saving(run)
+        chosen = run.choose(state)
+        if figures is None or chosen.step != state.step:
+            figures = run.evaluate(None, lambda: agree(run))
     except StopAskedError as asked:
         if asked.reason == TIME_IS_UP and clock.num_steps == 0:
             raise _no_time(run) from None
@@ -154,7 +164,7 @@ def train(run: Training, state: TrainState) -> tuple[TrainState, Mapping[str, fl
         run.saver.save(run.core.trained, run.optimizer, state)
         finish_saving(run)
         raise _interrupted(asked.reason, state) from None
-    return state, figures
+    return chosen, figures
 
 
 def advance(run: Training, state: TrainState, clock: "Clock") -> TrainState:
@@ -185,8 +195,11 @@ def advance(run: Training, state: TrainState, clock: "Clock") -> TrainState:
     return state
 
 
-def arrive(run: Training, state: TrainState) -> None:
+def arrive(run: Training, state: TrainState) -> TrainState:
     """What is due at a step that was reached or resumed at: an evaluation, a checkpoint.
+
+    Returns:
+        The state with that evaluation counted.
 
     Raises:
         StopAskedError: In the middle of the evaluation.
@@ -196,8 +209,15 @@ def arrive(run: Training, state: TrainState) -> None:
         run.numbers.look()  # so that no best is saved after a step that was not good
         figures = observe(run, state, run.schedule.eval_rows)
         best = run.saver.is_best(state.step, figures)
+        if run.patience is not None:
+            state = run.patience.after(state, figures)
     if best or (state.step > 0 and run.schedule.saves(state.step)):
         run.saver.save(run.core.trained, run.optimizer, state)
+    return state
+
+
+def _is_out(run: Training, state: TrainState) -> bool:
+    return run.patience is not None and run.patience.is_out(state)
 
 
 @dataclass(frozen=True)
@@ -243,7 +263,7 @@ def train_step(
     # Every process has as many, and gradients meet at the last of them.
     accelerator.gradient_accumulation_steps, accelerator.step = len(micro_batches), 0
     losses, firsts = {}, []
-    for index, batch in micro_batches:
+    for index, batch in look_ahead(run, step, micro_batches):
         torch.manual_seed(mix_seed(run.seed, step, index))  # dropout: the same on any number of devices
         with accelerator.accumulate(run.module):
             found = run.module(batch)
@@ -251,6 +271,7 @@ def train_step(
             accelerator.backward(loss * scale)
         losses[index] = loss.detach()
         firsts.append(found.totals[TARGETS].detach() / counts[TARGETS])
+    hold_back(run.optimizer, step)
     grad_norm = accelerator.clip_grad_norm_(run.core.trained.parameters(), run.schedule.grad_clip)
     good = run.numbers.good(step, losses, grad_norm)
     if good:

@@ -1,12 +1,24 @@
 """Where other models of a run are; imports nothing heavy."""
 
+import hashlib
 import json
 from pathlib import Path
 
-from llmkit.durable import hash_file
-from llmkit.errors import MissingError, UsageError
+from llmkit.durable import hash_file, read_manifest
+from llmkit.errors import CorruptError, MissingError, UsageError
 from llmkit.recipe.architectures import in_words, kind_of_config
 from llmkit.registry import goal_of
+
+NEW_TOKENS = "new_tokens"
+"""In the manifest of a tokenizer that a recipe has changed: the tokens that the model does not know yet."""
+
+
+def new_tokens(tokenizer: str) -> list[str]:
+    """The tokens of a run's tokenizer, its last ones, that its model does not know yet."""
+    try:
+        return list(read_manifest(Path(tokenizer)).get(NEW_TOKENS, ()))
+    except CorruptError:  # not one that a recipe has changed
+        return []
 
 
 def model_folder(name: str) -> str:
@@ -47,5 +59,10 @@ def check_teacher(name: str, objective: str) -> None:
 
 def teacher_weights(name: str) -> str:
     """The SHA-256 of a teacher's weights, or its name where they are not here: what a resumed run must share."""
-    weights = Path(model_folder(name)) / "model.safetensors"
-    return hash_file(weights) if weights.is_file() else name
+    folder = Path(model_folder(name))
+    weights = folder / "model.safetensors"
+    if weights.is_file():
+        return hash_file(weights)
+    shards = sorted(folder.glob("model-*-of-*.safetensors")) if folder.is_dir() else []
+    hashes = "".join(hash_file(shard) for shard in shards)
+    return hashlib.sha256(hashes.encode()).hexdigest() if hashes else name

@@ -25,7 +25,7 @@ from llmkit.launch.signals import StopSignal
 from llmkit.models.attention import tap_attention, use_attention
 from llmkit.models.build import left_out
 from llmkit.models.peak import measure_peak_flops
-from llmkit.objectives.base import Judges, LossModule
+from llmkit.objectives.base import Batch, Judges, LossModule
 from llmkit.optim import averaged
 from llmkit.plan import Plan
 from llmkit.recipe import load_recipe, resolved_yaml
@@ -48,6 +48,7 @@ from llmkit.train.build import (
 from llmkit.train.callbacks import Callback, ConsoleCallback, KillAt, LogCallback
 from llmkit.train.checkpoint import Checkpoints
 from llmkit.train.devices import leave, naming_lost_workers, peak_memory_bytes, start_accelerator
+from llmkit.train.early import Patience, best_metric
 from llmkit.train.finish import finish
 from llmkit.train.job import Job
 from llmkit.train.loop import Schedule, Training, counts_of, train
@@ -62,6 +63,7 @@ from llmkit.train.vectors import begin_as_recipe_says
 T = TypeVar("T")
 _SAMPLING = 1 << 40  # keeps the seeds of samples apart from those of micro-batches
 _MEASURED_STEPS = 3
+_ROWS_COMPARED = 8
 
 
 def pretrain(job: Job, reporter: Reporter) -> None:
@@ -86,7 +88,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     plan = _with_attention(plan, core, accelerator, section, isolate=_isolates(section, plan))
     if plan.compile:
         core.compile(dynamic=False)
-    module, optimizer = accelerator.prepare(core, build_optimizer(core, section.train, reporter.note))
+    module, optimizer = accelerator.prepare(core, build_optimizer(core, section, plan, reporter.note))
     feed, order = _feed(data, core, plan, section, accelerator), make_order(job, data)
 
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.identity)
@@ -96,7 +98,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     plan = _with_length(plan, _try_largest_batch(accelerator, module, feed, plan), accelerator)
     if job.self_check:
         _check_itself(job, plan, module, core, data, order, feed, accelerator, reporter)
-    schedule = make_schedule(section, plan)
+    schedule, patience = make_schedule(section, plan), Patience.of(section)
     callbacks = _callbacks(job, plan, state, accelerator, reporter, stack)
     checkpoints = replace(checkpoints, plan=plan.to_dict())
     shards = ShardedWriter(checkpoints) if is_sharded(core.model) else None
@@ -130,6 +132,10 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         stop=stop.asked,
         watch_speed=_speed_watcher(plan, accelerator.device),
         callbacks=callbacks,
+        patience=patience,
+        choose=lambda last: _choose(
+            last, patience, saver, checkpoints, core, optimizer, accelerator, reporter
+        ),
     )
     start = f"from {saved.name}, " if saved else ""
     each = f"{plan.rows_per_step:,} rows" if job.rows else f"{plan.tokens_per_step:,} tokens"
@@ -139,7 +145,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         shards.close()
     if accelerator.is_main_process:
         reporter.phase("export", f"{job.folder}/model")
-        in_average(finish)(job, plan, core, data.tokenizer, state, figures)
+        in_average(finish)(job, plan, core, data.tokenizer, state, figures, lambda: _some_rows(feed))
 
 
 def _build_core(job: Job, plan: Plan, data: Data | SampleData, reporter: Reporter) -> LossModule:
@@ -169,6 +175,12 @@ def _feed(
         return SampleFeed(data, core.objective, plan, section, accelerator)
     assert isinstance(section, Pretrain)
     return Feed(data, core.objective, plan, section, accelerator)
+
+
+def _some_rows(feed: Feed | SampleFeed) -> Batch:
+    """A few rows of this process, held out or else the longest to learn from, to compare models on."""
+    batch = next(feed.held_out(_ROWS_COMPARED), None)
+    return feed.largest() if batch is None else batch
 
 
 def _isolates(section: Section, plan: Plan) -> bool:
@@ -224,7 +236,7 @@ def _saver(
     """Writes whole checkpoints on the first process, or each process's share of sharded ones."""
     return Saver(
         checkpoints,
-        Keep(section.checkpoint.keep, schedule.keep_every, section.checkpoint.keep_best),
+        Keep(section.checkpoint.keep, schedule.keep_every, best_metric(section)),
         background=plan.background_save,
         writer=shards,
         writes=shards is not None or accelerator.is_main_process,
@@ -234,6 +246,28 @@ def _saver(
         before_publishing=lambda step: _on_save(callbacks, step),
         warn=warn,
     )
+
+
+def _choose(
+    last: TrainState,
+    patience: Patience | None,
+    saver: Saver,
+    checkpoints: Checkpoints,
+    core: LossModule,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> TrainState:
+    """With `stop_early`, the best checkpoint, loaded; else the last state, which the model has."""
+    best = _from_first(accelerator, lambda: saver.best_step) if patience is not None else None
+    if patience is not None and patience.is_out(last):
+        reporter.note(
+            f"stopped at step {last.step}: {last.waited} evaluations without a better {patience.metric}"
+        )
+    if best is None or best == last.step:
+        return last
+    reporter.note(f"step {best} was the best; its model is what is exported")
+    return load_checkpoint(checkpoints, checkpoints.path(best), core.trained, optimizer)
 
 
 def _on_save(callbacks: Sequence[Callback], step: int) -> None:
@@ -376,7 +410,8 @@ def _sample(core: LossModule, data: Data | SampleData, job: Job, step: int) -> l
             (prompt, json.dumps(one, ensure_ascii=False))
             for prompt, one in zip(section.prompts, said, strict=False)
         ]
-    return complete(core.model, kind, data.tokenizer, section.prompts, section.sampling, seed=seed)
+    chat = goal_of(section.objective).chats and bool(data.tokenizer.chat_template)
+    return complete(core.model, kind, data.tokenizer, section.prompts, section.sampling, seed=seed, chat=chat)
 
 
 def _speed_watcher(plan: Plan, device: torch.device) -> Callable[[float], Mapping[str, float]]:

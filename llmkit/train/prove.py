@@ -27,6 +27,8 @@ from llmkit.data.seeds import row_seed
 from llmkit.data.tokenizers import special_ids
 from llmkit.durable import scratch_folder
 from llmkit.errors import DataError, RunError, UsageError
+from llmkit.models.adapter_files import adapter_tensors, fill_adapter, save_adapter
+from llmkit.models.adapters import adapter_names
 from llmkit.models.attention import kernels_of
 from llmkit.models.build import check_loaded, max_length
 from llmkit.models.save import save_model
@@ -282,7 +284,9 @@ def prove_saving(core: LossModule, folder: Path) -> str:
     """Written as a checkpoint, and as the export, and read back, what is trained is the same to the last bit.
 
     Each is read into a model that was built anew: a checkpoint's tensors into one with other values everywhere, the
-    export by plain `from_pretrained`.
+    export by plain `from_pretrained`. Of a model that learns in parts the rest stays as it is, for a checkpoint does
+    not hold it; and of one with adapters these are what is exported (what it is with them in its weights is compared
+    when they are put there).
 
     Args:
         core: On the device and with the attention that it is trained with.
@@ -294,7 +298,8 @@ def prove_saving(core: LossModule, folder: Path) -> str:
     """
     model = core.model
     wanted = _Looks.of(model)
-    for what, restore in (("a checkpoint", _through_checkpoint), ("the export", _through_export)):
+    export = ("the adapter", _through_adapters) if adapter_names(model) else ("the export", _through_export)
+    for what, restore in (("a checkpoint", _through_checkpoint), export):
         with scratch_folder(folder) as place:
             wanted.compare(_Looks.of(restore(model, place)), f"{model.config.model_type}: {what}")
     for name, part in core.parts.items():
@@ -314,11 +319,14 @@ class _Looks:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "_Looks":
         ids = _some_ids(model)
+        end = model.config.eos_token_id
+        if model.config.is_encoder_decoder and isinstance(end, int):
+            ids[:, -1] = end  # where heads of T5 and BART read what they make of a text
         more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         with torch.no_grad(), _evaluating(model):
             output = model(input_ids=ids, **more)
         names = ("logits", "prediction_logits", "start_logits", "last_hidden_state")
-        return cls(model_tensors(model), next(output[name] for name in names if name in output))
+        return cls(_all_tensors(model), next(output[name] for name in names if name in output))
 
     def compare(self, other: "_Looks", what: str) -> None:
         _compare_tensors(self.tensors, other.tensors, what)
@@ -336,10 +344,16 @@ def _compare_tensors(mine: Mapping[str, torch.Tensor], other: Mapping[str, torch
             raise RunError(f"{what}, read back, has other values in {name}", hint=_NOT_SAVED)
 
 
+def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, learning or not, and saved buffers by name."""
+    return {**model_tensors(model), **{name: p.detach() for name, p in model.named_parameters()}}
+
+
 def _through_checkpoint(model: ModuleT, place: Path) -> ModuleT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        anew = isinstance(model, PreTrainedModel)
+        whole = all(p.requires_grad for p in model.parameters())
+        anew = isinstance(model, PreTrainedModel) and whole and _is_tied_as_said(model)
         second = type(model)(copy.deepcopy(model.config)) if anew else copy.deepcopy(model)
         # Where a new model holds constants, such as ones in norms, a tensor that was not restored would not show.
         for tensor in model_tensors(second).values():
@@ -349,6 +363,16 @@ def _through_checkpoint(model: ModuleT, place: Path) -> ModuleT:
     path = checkpoints.write(on_host, {}, TrainState())
     checkpoints.load(path, second, torch.optim.SGD(second.parameters()))
     return second.to(next(model.parameters()).device)
+
+
+def _is_tied_as_said(model: PreTrainedModel) -> bool:
+    """Whether input and output embeddings are one where the configuration says so.
+
+    Flan-T5's are two, and its configuration cannot say that: transformers goes by the files.
+    """
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = head is not None and words is not None and getattr(head, "weight", None) is words.weight
+    return head is None or is_tied or not getattr(model.config, "tie_word_embeddings", False)
 
 
 def _through_export(model: PreTrainedModel, place: Path) -> PreTrainedModel:
@@ -368,6 +392,16 @@ def _through_export(model: PreTrainedModel, place: Path) -> PreTrainedModel:
             model.config._attn_implementation
         )  # the same kernel, for the same rounding
     return second.to(model.device)
+
+
+def _through_adapters(model: PreTrainedModel, place: Path) -> PreTrainedModel:
+    second = copy.deepcopy(model)
+    for name in adapter_names(model):
+        for tensor in adapter_tensors(second, name).values():
+            tensor.copy_(_other_values(tensor))
+        save_adapter(place / name, model, name=name, facts={})
+        fill_adapter(second, place / name, name)
+    return second
 
 
 def _other_values(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,9 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from llmkit.data.loader import Prefetcher
+from llmkit.data.augment import Augmented
+from llmkit.data.balance import Groups, by_class
+from llmkit.data.loader import Encode, Prefetcher
 from llmkit.data.order import RowOrder
 from llmkit.data.sample_batches import SampleBatches, held_out_batches
 from llmkit.data.samples import Samples
@@ -37,12 +39,14 @@ class SampleData:
         train: Rows to learn from.
         held_out: Rows to measure on.
         material: What the task is made of.
+        groups: Rows to learn from by class, where classes are balanced.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train: Samples
     held_out: Samples
     material: Material
+    groups: Groups | None = None
 
 
 def open_samples(job: Job) -> SampleData:
@@ -58,7 +62,14 @@ def open_samples(job: Job) -> SampleData:
         facts=job.plan["rows"],
     )
     folder = Path(job.rows)
-    return SampleData(tokenizer, Samples(folder, "train"), Samples(folder, "held_out"), material)
+    train = Samples(folder, "train")
+    return SampleData(tokenizer, train, Samples(folder, "held_out"), material, _groups(section, train))
+
+
+def _groups(section: Finetune, train: Samples) -> Groups | None:
+    if section.task != "cls" or section.cls.balance == "none":
+        return None
+    return by_class((train[number]["label"] for number in range(len(train))), section.cls.balance)
 
 
 class SampleFeed:
@@ -72,6 +83,16 @@ class SampleFeed:
         self._plan = plan
         self._packed = goal_of(section.task).packs and plan.packed
         self._accelerator = accelerator
+        self._draws = bool(section.augment) or getattr(objective, "draws", False)
+        self._encode: Encode = objective.encode
+        if section.augment:
+            self._encode = Augmented(
+                objective.encode,
+                section.augment,
+                task=section.task,
+                tokenizer=data.tokenizer,
+                language=data.material.language,
+            )
         self._batches: SampleBatches | None = None
 
     def steps(self, order: RowOrder, start: int, stop: int, *, workers: int = 0) -> Prefetcher:
@@ -89,8 +110,9 @@ class SampleFeed:
             packed=self._packed,
             world_size=self._plan.world_size,
             rank=self._accelerator.process_index,
-            encode=self._objective.encode,
-            draws=getattr(self._objective, "draws", False),
+            encode=self._encode,
+            draws=self._draws,
+            groups=self._data.groups.rows if self._data.groups else None,
         )
 
     def in_order(self, steps: Prefetcher) -> Callable[[int], list[MicroBatch]]:

@@ -21,18 +21,11 @@ import torch
 from torch import nn
 
 from llmkit.errors import CorruptError, RunError, UsageError
+from llmkit.registry import MEASURED, lower_is_better
 from llmkit.train.checkpoint import Checkpoints, Tensors, verify
 from llmkit.train.state import TrainState
 
 BEST = "best.json"
-HIGHER_IS_BETTER = frozenset(
-    {"accuracy", "exact_match", "f1", "precision", "recall", "bleu", "rouge", "pearson", "matthews"}
-)
-"""Metrics that grow as a model gets better."""
-
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
-"""Metrics that shrink as a model gets better."""
-
 _UNKNOWN_BYTES_PER_S = 100e6
 _SLACK_S = 2.0
 
@@ -134,13 +127,12 @@ class Best:
         value = figures[self.metric]
         if self.step is None or not math.isfinite(value):
             return math.isfinite(value)
-        higher = self.metric.removeprefix("eval/") in HIGHER_IS_BETTER
-        return value > self.value if higher else value < self.value
+        return value < self.value if lower_is_better(self.metric) else value > self.value
 
 
 def _check_direction(metric: str) -> None:
-    if metric.removeprefix("eval/") not in HIGHER_IS_BETTER | LOWER_IS_BETTER:
-        known = ", ".join(f"eval/{name}" for name in sorted(HIGHER_IS_BETTER | LOWER_IS_BETTER))
+    if metric not in MEASURED:
+        known = ", ".join(MEASURED)
         raise UsageError(
             f"checkpoint.keep_best: it is not known whether more or less of {metric!r} is better",
             hint=f"choose one of {known}",
@@ -303,6 +295,11 @@ class Saver:
         """How long a save takes until it is on the disk, generously: as the longest so far, or by its size."""
         # Twice: one may be under way when the last one is asked for.
         return 2 * 1.5 * (self._longest_s or self._guessed_s) + _SLACK_S
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint so far; None where there is none, or none is looked for."""
+        return self._best.step if self._best is not None else None
 
     @property
     def failed(self) -> bool:

@@ -232,7 +232,8 @@ def fill(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     reader = _PieceReader(path)
     saved: Mapping[str, Any] = reader.metadata.state_dict_metadata
     stored = _sharded_state(model).keys()
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    held = {**learning, **dict(model.named_buffers())}
     weights = {name: tensor.detach() for name, tensor in held.items() if name in stored}
     _check_complete(_part_of(saved, "model"), _keyed(weights, {}), path)
     moments = _places_of_moments(_part_of(saved, "optimizer"), model, optimizer, state, path)

@@ -37,6 +37,7 @@ ALLOWED = {
     # Never read by a later run.
     "launch/local.py run_local_workers logs.mkdir": LOG,
     "launch/local.py _start log.open": LOG,
+    "run/sweep.py _Sweep._start open": LOG,
     "data/cluster.py _Worker.__init__ open": LOG,
     "launch/local.py _run_once tempfile.TemporaryDirectory": PRIVATE,
     "data/tables.py _seekable tempfile.TemporaryFile": PRIVATE,

@@ -49,7 +49,49 @@ def learns(objective: str, **settings: Any) -> dict[str, Any]:
     return {**GOOD["pretrain"], "model": {"preset": preset}, "objective": objective, **settings}
 
 
+def chats(task: str, **settings: Any) -> dict[str, Any]:
+    """A good `finetune` section for a task on conversations."""
+    return {"task": task, "model": {"name": "m"}, "data": {"files": "a"}, **settings}
+
+
+CHATS: list[tuple[str, Any, bool]] = [
+    ("finetune", chats("sft", sft={"learn": "last", "pack": False}), True),
+    ("finetune", chats("sft", sft={"learn": "first"}), False),
+    ("finetune", chats("sft", sft={"template_options": {"enable_thinking": False, "n": 1, "s": "x"}}), True),
+    ("finetune", chats("sft", sft={"template_options": {"a b": 1}}), False),
+    ("finetune", chats("sft", sft={"template_options": {"a": [1]}}), False),
+    ("finetune", chats("sft", chat_template="chatml", sft={"template_options": {"a": 1}}), True),
+    ("finetune", chats("sft", chat_template="none", sft={"template_options": {"a": 1}}), False),
+    ("finetune", chats("sft", chat_template="none", sft={"template_options": {}}), True),
+    ("finetune", chats("sft", dpo={"beta": 1}), False),
+    ("finetune", chats("cls", chat_template="chatml"), False),
+    ("finetune", chats("dpo", dpo={"loss": "dpo", "beta": 0.5, "label_smoothing": 0.1}), True),
+    ("finetune", chats("dpo", dpo={"label_smoothing": 0.1}), True),
+    ("finetune", chats("dpo", dpo={"label_smoothing": 0.5}), False),
+    ("finetune", chats("dpo", dpo={"loss": "ipo", "label_smoothing": 0.1}), False),
+    ("finetune", chats("dpo", dpo={"loss": "ipo", "label_smoothing": 0}), True),
+    ("finetune", chats("dpo", dpo={"loss": "simpo", "margin": 2, "label_smoothing": 0.1}), True),
+    ("finetune", chats("dpo", dpo={"margin": 2}), False),
+    ("finetune", chats("dpo", dpo={"beta": 0}), False),
+    ("finetune", chats("dpo", dpo={"loss": "kto"}), False),
+    (
+        "finetune",
+        chats("qa", qa={"stride": 64, "longest": 50, "no_answer_threshold": -1.5, "rules": "cmrc"}),
+        True,
+    ),
+    ("finetune", chats("qa", qa={"stride": 0}), False),
+    ("finetune", chats("qa", qa={"candidates": 0}), False),
+    ("finetune", chats("qa", qa={"rules": "squad3"}), False),
+    ("finetune", chats("seq2seq", seq2seq={"prefix": "sort: ", "max_target": "1k", "num_beams": 4}), True),
+    ("finetune", chats("seq2seq", seq2seq={"num_beams": 0}), False),
+    ("finetune", chats("embed", embed={"pooling": "cls", "temperature": 0.1, "scored": "cosine"}), True),
+    ("finetune", chats("embed", embed={"temperature": 0}), False),
+    ("finetune", chats("embed", embed={"pooling": "max"}), False),
+    ("finetune", chats("dpo", chat_template="none", dpo={"template_options": {"a": 1}}), False),
+    ("finetune", chats("dpo", train={"label_smoothing": 0.1}), False),
+]
 MUTATIONS: list[tuple[str, Any, bool]] = [
+    *CHATS,
     ("llmkit", 2, False),
     ("llmkit", 1.0, True),
     ("llmkit", True, False),
@@ -196,6 +238,8 @@ MUTATIONS: list[tuple[str, Any, bool]] = [
     ("pretrain.model.trust_remote_code", "false", False),
     ("pretrain.checkpoint", {"keep_best": "eval/loss"}, True),
     ("pretrain.checkpoint", {"keep_best": "loss"}, False),
+    ("pretrain.checkpoint", {"keep_best": "eval/lsos"}, False),
+    ("pretrain.checkpoint", {"keep_best": "eval/f1"}, False),
     ("pretrain.checkpoint", {"keep_every": "5k steps"}, True),
     ("pretrain.checkpoint", {"keep_every": 5000}, False),
     (

@@ -371,11 +371,11 @@ def _at_batch(point: Point) -> None:
         _here.update(step=state.step, batch=0)
         return observe(run, state, rows)
 
-    def measuring(core, batch):
+    def measuring(core, batch, found):
         _here["batch"] += 1
         if _here["step"] == point.step and _here["batch"] == 2 and mine():
             happen(point)
-        return measure(core, batch)
+        return measure(core, batch, found)
 
     loop.observe, split._measure = observing, measuring
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import tuning
 from training import options, write_corpus
 
 from llmkit.recipe import load_recipe
@@ -17,6 +18,12 @@ ELSEWHERE = {
     "baselines": "several runs; tests/unit/test_variants.py and the slow tests have them",
     "distil": "it needs a teacher; see test_a_student_of_the_quickstart",
 }
+TUNES = [
+    name
+    for name in packaged_names()
+    if (recipe := load_recipe(name).recipe).finetune is not None and recipe.pretrain is None
+]
+"""Recipes that go on from a model, on rows that no test has: they get others."""
 SMALL = [
     "machine.device=cpu",
     "machine.precision=fp32",
@@ -36,7 +43,7 @@ def smoke(name, folder, *words):
     return loaded.recipe, result
 
 
-@pytest.mark.parametrize("name", sorted(set(packaged_names()) - set(ELSEWHERE)))
+@pytest.mark.parametrize("name", sorted(set(packaged_names()) - set(ELSEWHERE) - set(TUNES)))
 def test_a_shipped_recipe_runs(name, tmp_path):
     recipe, _ = smoke(name, tmp_path)
     folder = tmp_path / "runs" / recipe.name / "pretrain"
@@ -49,6 +56,29 @@ def test_a_shipped_recipe_runs(name, tmp_path):
     assert all(value is not None and math.isfinite(value) for value in figures.values()), figures
     assert (folder / "model" / "config.json").is_file()
     assert "unigram" in json.dumps(report["references"])
+
+
+@pytest.mark.parametrize("name", TUNES)
+def test_a_shipped_recipe_that_tunes_runs(name, tmp_path):
+    section = load_recipe(name).recipe.finetune
+    words = [
+        "machine.device=cpu",
+        "machine.precision=fp32",
+        f"finetune.model.name={tuning.model_of(section.task)}",
+        f"finetune.model.context={tuning.CONTEXT}",
+        f"finetune.data.files={tuning.rows_file(tmp_path, section.task)}",
+        "finetune.train.length=6 steps",
+    ]
+    if section.validation is not None:
+        held_out = tuning.rows_file(tmp_path, section.task, f"held-out-{tuning.FILES[section.task]}", 16)
+        words.append(f"finetune.validation.files={held_out}")
+    loaded = load_recipe(name, overrides=words, smoke=True)
+    run_all(loaded, options(tmp_path), make_reporter(quiet=True))
+    folder = tmp_path / "runs" / loaded.recipe.name / "finetune"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["status"] == "done"
+    assert math.isfinite(report["final"]["eval/loss"])
+    assert (folder / "model" / "config.json").is_file()
 
 
 def test_a_student_of_the_quickstart(tmp_path):

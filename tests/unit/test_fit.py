@@ -48,7 +48,8 @@ def test_the_table_says_what_transformers_can_build() -> None:
         "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "detector": auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     }
-    assert tables.keys() == AUTO_CLASSES.keys()
+    heads_of_tasks = {"sequence", "tokens", "answers", "encoder"}  # of pretrained models, not of these tables
+    assert tables.keys() == AUTO_CLASSES.keys() - heads_of_tasks
     for family, kinds in KINDS.items():
         if family not in OWN:
             assert all(family in tables[kind] for kind in kinds), family

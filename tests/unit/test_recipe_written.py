@@ -203,7 +203,9 @@ def test_commented_settings_of_the_templates_are_right_too(tmp_path: Path) -> No
 def test_an_unknown_template_is_answered_with_the_known() -> None:
     with pytest.raises(UsageError) as caught:
         render_template("tokeniser")
-    assert caught.value.hint == "did you mean `tokenizer`? templates: continue, eval, gpt, tokenizer"
+    assert (
+        caught.value.hint == "did you mean `tokenizer`? templates: chat, cls, continue, eval, gpt, tokenizer"
+    )
 
 
 ODD = [

@@ -213,7 +213,7 @@ def test_numbers(tmp_path):
     found = read(tmp_path, "a.csv", content, "regression")
     assert [row["label"] for row in found.rows] == [0.5, 4.0]
     assert found.said.endswith("numbers from 0.5 to 4")
-    assert found.labels == ()
+    assert found.labels == ("score",)
     assert rows(tmp_path, "b.csv", "so good,4.5\nbad,1\n", "regression")[0] == {
         "text": "so good",
         "label": 4.5,

@@ -101,7 +101,7 @@ class Chat:
         if self._too_long != "cut":
             return _shortened(whole, self._max_length, self._too_long)
         kept = whole
-        while len(kept.ids) > self._max_length and (fewer := _without_earliest(messages)):
+        while len(kept.ids) > self._max_length and (fewer := without_earliest(messages)):
             messages = fewer
             kept = encode_turns(self.template, messages, tools, learn=self._learn)
         left_out = len(whole.ids) - len(kept.ids)
@@ -193,7 +193,7 @@ class Plain:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _without_earliest(messages: Messages) -> Messages | None:
+def without_earliest(messages: Messages) -> Messages | None:
     """The messages without the earliest, up to the next of the user; None if no answer would be left."""
     start = 1 if messages[0].get("role") in _BEFORE_ALL else 0
     for number in range(start + 1, len(messages)):

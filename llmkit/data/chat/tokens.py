@@ -93,6 +93,9 @@ def masked_pieces(
 def _spelled(backend: Any, token: str) -> str | bytes:
     if byte := _BYTE_TOKEN.fullmatch(token):
         raw = bytes([int(byte[1], 16)])
+    elif isinstance(backend.model, models.WordPiece):
+        prefix = backend.model.continuing_subword_prefix
+        return token.removeprefix(prefix) if token.startswith(prefix) else " " + token
     elif isinstance(backend.model, models.Unigram) or _BLANK in token:
         return token.replace(_BLANK, " ")
     else:

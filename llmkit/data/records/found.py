@@ -20,6 +20,9 @@ from llmkit.data.records.tags import tag_key
 from llmkit.errors import DataError
 from llmkit.recipe.labelled import Labelled
 
+NUMBER = "score"
+"""The one output of a model that was trained for `regression`."""
+
 _READER = 1
 """Part of every fingerprint: raised when the same files come to give other rows."""
 _SAMPLE = 1000
@@ -35,7 +38,7 @@ class Found:
         form: What they were taken for, one of the task's `FORMS`.
         said: The same in words, for a person: `read as ShareGPT, 3.0 turns on average`.
         labels: The classes of `cls` (numbers as numbers, else as texts sort) or the tags of `tag` (`O` first); of
-            other tasks none.
+            `regression` the one number's name; of other tasks none.
         classes: How many rows have each of the labels, of `tag` how many tokens have each tag; in their order.
         counts: What else was met, by name: `repaired answers`, `tags inside without a beginning`; none of them 0.
         skipped: What was left out under `on_error: skip`.
@@ -88,7 +91,8 @@ def read_rows(
     classes = _classes(rows, form.label_key)
     if training and task == "cls":
         _check_several(rows, classes)
-    found = Found(rows, form.name, form.said(rows), tuple(classes), classes, +form.counts, tally)
+    labels = (NUMBER,) if task == "regression" else tuple(classes)
+    found = Found(rows, form.name, form.said(rows), labels, classes, +form.counts, tally)
     if note is not None:
         for sentence in _notes(found):
             note(sentence)

@@ -168,11 +168,16 @@ def load_tokenizer(name_or_folder: str) -> Any:
     offline = not is_folder and not _answers(name_or_folder)
     try:
         _refuse_code(name_or_folder, get_tokenizer_config(where, local_files_only=offline))
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=offline)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=offline)
     except ImportError as error:
         raise MissingError(f"tokenizer {name_or_folder!r} needs a package: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _not_loaded(name_or_folder, is_folder, error) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # some files hold a caller's wishes, such as filling each text up to 128 tokens
+        backend.no_padding()
+        backend.no_truncation()
+    return tokenizer
 
 
 def _refuse_code(name: str, config: dict[str, Any]) -> None:

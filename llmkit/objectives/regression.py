@@ -1,0 +1,88 @@
+"""Regression: a number for a text, or for a pair of texts, learned by its squared error.
+
+Targets are learned as they are, so the exported model says numbers in the user's own unit; labels of other magnitude
+than a few units learn badly at usual learning rates, and are better divided first.
+
+Shape suffixes: B rows, T positions, N rows of a split.
+
+**Source**: Devlin et al., "BERT", 2019, appendix B.1 (STS-B, after Cer et al. 2017); transformers' heads for one label.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmkit.metrics.regression import regression_metrics
+from llmkit.objectives.base import (
+    NOT_LEARNED,
+    TARGETS,
+    Batch,
+    Criterion,
+    Example,
+    Loss,
+    Material,
+    cross_entropy,
+)
+from llmkit.objectives.cls import head_logits
+from llmkit.objectives.texts import encode_texts, stack_texts
+from llmkit.recipe.schema import Finetune
+
+if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
+    from transformers import PreTrainedModel
+
+
+def build(section: Finetune, material: Material) -> "Regression":
+    """The task as the recipe wants it."""
+    return Regression(material)
+
+
+class Regression:
+    """The mean over rows of (prediction - number) squared."""
+
+    sums = ()
+
+    def __init__(self, material: Material) -> None:
+        self._tokenizer = material.tokenizer
+        self._max_length = material.max_length
+
+    def encode(self, row: Mapping[str, Any]) -> Example:
+        """As `Classification.encode`; `numbers` [1] is the target and `targets` whether there is one.
+
+        Args:
+            row: `text`, `other` where there are two texts, and `label`, a number, if it is known.
+        """
+        example = encode_texts(self._tokenizer, row["text"], row.get("other"), self._max_length)
+        known = "label" in row
+        number = np.asarray([row["label"] if known else 0.0], dtype=np.float32)
+        return {**example, "numbers": number, "targets": np.asarray([0 if known else NOT_LEARNED])}
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Stack to [B, T]; `numbers` and `targets` [B]."""
+        batch = stack_texts(self._tokenizer, examples)
+        for name in ("numbers", "targets"):
+            batch[name] = torch.from_numpy(np.concatenate([example[name] for example in examples]))
+        batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
+        return batch
+
+    def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
+        """Sum of the rows' squared errors; in float32, whatever the model computes in."""
+        predicted_B = head_logits(model, batch).float().squeeze(1)
+        errors_B = (predicted_B - batch["numbers"]).square()
+        total = errors_B.masked_fill(batch["targets"] == NOT_LEARNED, 0.0).sum()
+        if model.training:
+            return Loss({TARGETS: total})
+        return Loss({TARGETS: total}, found=predicted_B.tolist())
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The mean squared error."""
+        return {"loss": sums["total"] / sums[TARGETS], TARGETS: sums[TARGETS]}
+
+    def measure(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> dict[str, float]:
+        """Pearson's and Spearman's correlation, and errors; see `metrics.regression`."""
+        return regression_metrics([row["label"] for row in rows], found)
+
+    def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
+        """What the model says of a row, for people."""
+        return {"score": float(found)}

@@ -1,0 +1,233 @@
+"""Tagging: a tag for each word of a sentence, such as the names of persons and places in it.
+
+A word is tagged by its first token. A sentence that is longer than the model reads is read in windows, and each of its
+words is learned and tagged in one of them.
+
+Shape suffixes: B rows, T positions, C tags, W words of a row.
+
+**Source**: Devlin et al., "BERT", 2019, section 5.3.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmkit.metrics.classification import averages, confusion_matrix, counts_of
+from llmkit.metrics.entities import entity_metrics, spans_of
+from llmkit.models.heads import Scores
+from llmkit.objectives.base import (
+    NOT_LEARNED,
+    TARGETS,
+    Batch,
+    Criterion,
+    Example,
+    Loss,
+    Material,
+    cross_entropy,
+    padded,
+)
+from llmkit.objectives.cls import head_logits
+from llmkit.objectives.losses import agreeing, doubled
+from llmkit.objectives.pieces import Pieces, WordPieces, windows, words_of
+from llmkit.objectives.texts import CUT, pad_id
+from llmkit.recipe.schema import Finetune
+
+if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
+    from transformers import PreTrainedModel
+
+_MARK = re.compile(r"[BIESLUM]-.")
+_SHARE = "share"
+"""In a row that is a window: the numbers of the first word that it says something of, and of the one after the last."""
+_WHERE = "begins"
+"""In such a row: the number, within the sentence, of the first word that it says something of."""
+
+
+def build(section: Finetune, material: Material) -> "Tagging":
+    """The task as the recipe wants it."""
+    return Tagging(
+        material,
+        overlap=section.tag.overlap,
+        all_pieces=section.tag.pieces == "all",
+        r_drop=section.loss.r_drop,
+    )
+
+
+class Tagging:
+    """The mean over words of -log p(tag | sentence).
+
+    Args:
+        material: What it is made of.
+        overlap: Tokens that two windows of a sentence share.
+        all_pieces: Whether further tokens of a word learn its tag too.
+        r_drop: As `Classification` has it.
+    """
+
+    sums = ()
+
+    def __init__(self, material: Material, *, overlap: int, all_pieces: bool, r_drop: float) -> None:
+        self._r_drop = r_drop
+        tokenizer = material.tokenizer
+        self._pieces = WordPieces(tokenizer)
+        self._pad = pad_id(tokenizer)
+        self._has_types = "token_type_ids" in tokenizer.model_input_names
+        self._room = material.max_length - self._pieces.num_own
+        self._overlap = overlap
+        self._all_pieces = all_pieces
+        self._labels = material.labels
+        self._number = {label: number for number, label in enumerate(material.labels)}
+        self._marked = any(_MARK.match(label) for label in material.labels)
+
+    def expand(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The row itself, or windows of a sentence that is too long."""
+        lengths_W = self._pieces.lengths(row["tokens"])
+        if int(lengths_W.sum()) <= self._room:
+            return [dict(row)]
+        found = []
+        for window in windows(lengths_W, self._room, min(self._overlap, self._room // 2)):
+            part = {name: row[name][window.start : window.stop] for name in ("tokens", "tags") if name in row}
+            share = [window.first - window.start, window.last - window.start]
+            found.append({**row, **part, _SHARE: share, _WHERE: window.first})
+        return found
+
+    def encode(self, row: Mapping[str, Any]) -> Example:
+        """`input_ids` [T], `token_type_ids` [T] where the model knows them, `targets` [T] and `starts` [T].
+
+        `starts` is 1 at the first token of each word that something is said of.
+
+        Args:
+            row: `tokens`, or a plain `text`; and `tags`, if they are known.
+        """
+        words = words_of(row["text"]) or ["?"] if "text" in row else row["tokens"]
+        made, cut = self._fitting(self._pieces(words))
+        first, last = row.get(_SHARE, (0, len(words)))
+        mine_T = (made.words_T >= first) & (made.words_T < last)
+        example = {
+            "input_ids": made.input_ids_T,
+            "targets": self._targets(made, row["tags"], mine_T)
+            if "tags" in row
+            else np.full_like(made.words_T, NOT_LEARNED),
+            "starts": (mine_T & made.starts).astype(np.int64),
+            CUT: np.asarray(cut),
+        }
+        return {**example, "token_type_ids": made.type_ids_T} if self._has_types else example
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Stack all to [B, T]."""
+        fills = {"input_ids": self._pad, "token_type_ids": 0, "targets": NOT_LEARNED, "starts": 0}
+        batch = padded(examples, {**fills, "attention_mask": 0})
+        batch["attention_mask"] = padded(
+            [{"attention_mask": np.ones_like(example["input_ids"])} for example in examples],
+            {"attention_mask": 0},
+        )["attention_mask"]
+        batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
+        return batch
+
+    def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
+        """Sum of the words' negative log-likelihood."""
+        if model.training and self._r_drop:
+            twice = doubled(batch)
+            logits_NC = head_logits(model, twice).flatten(0, 1)
+            return Loss({TARGETS: agreeing(logits_NC, twice["targets"].flatten(), criterion, self._r_drop)})
+        logits_BTC = head_logits(model, batch)
+        total = criterion(Scores(logits_BTC.flatten(0, 1)), batch["targets"].flatten())
+        if model.training:
+            return Loss({TARGETS: total})
+        likeliest = logits_BTC.argmax(2).cpu().numpy(), batch["starts"].cpu().numpy()
+        return Loss({TARGETS: total}, found=[_tags(*row) for row in zip(*likeliest, strict=True)])
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Loss in nats a word."""
+        return {"loss": sums["total"] / sums[TARGETS], TARGETS: sums[TARGETS]}
+
+    def measure(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> dict[str, float]:
+        """Precision, recall and F1 of whole entities; see `metrics.entities`. Windows are joined to sentences.
+
+        Of tags that mark no beginning and inside, such as parts of speech, those of single words: the means over tags.
+        """
+        wanted: list[list[str]] = []
+        said: list[list[str]] = []
+        before: Mapping[str, Any] = {}
+        for row, tags_W in zip(rows, found, strict=True):
+            first, last = row.get(_SHARE, (0, len(row["tags"])))
+            if not _follows(before, row):
+                wanted.append([])
+                said.append([])
+            wanted[-1] += row["tags"][first:last]
+            said[-1] += self._names(tags_W, last - first)
+            before = row
+        return entity_metrics(wanted, said) if self._marked else self._of_words(wanted, said)
+
+    def _of_words(self, wanted: Sequence[Sequence[str]], said: Sequence[Sequence[str]]) -> dict[str, float]:
+        true, found = ([self._number[tag] for tags in some for tag in tags] for some in (wanted, said))
+        matrix_CC = confusion_matrix(true, found, len(self._labels))
+        counts = counts_of(matrix_CC)
+        figures = averages(counts.of((counts.found > 0) | (counts.true > 0)))
+        means = {name: figures[f"macro_{name}"] for name in ("precision", "recall", "f1")}
+        return {**means, **figures, "accuracy": float(np.trace(matrix_CC) / matrix_CC.sum())}
+
+    def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
+        """What the model says of a sentence, for people: its words, their tags, and the entities these spell.
+
+        What is longer than the model reads is left untagged.
+        """
+        words = words_of(row["text"]) if "text" in row else list(row["tokens"])
+        first, last = row.get(_SHARE, (0, len(words)))
+        words = words[first:last]
+        tags = self._names(found, len(words))
+        entities = [
+            {
+                "type": span.type,
+                "text": " ".join(words[span.start : span.end]),
+                "start": span.start,
+                "end": span.end,
+            }
+            for span in (spans_of(tags) if self._marked else ())
+        ]
+        return {"tokens": words, "tags": tags, "entities": entities}
+
+    def _names(self, tags_W: Any, num_words: int) -> list[str]:
+        """The tags of so many words; those that were cut off are outside, or have the first tag where none is."""
+        names = [self._labels[number] for number in tags_W]
+        outside = "O" if "O" in self._number else self._labels[0]
+        return names + [outside] * (num_words - len(names))
+
+    def _fitting(self, made: Pieces) -> tuple[Pieces, int]:
+        """The tokens without those of the end that do not fit, and how many these are."""
+        of_words = np.flatnonzero(made.words_T >= 0)
+        cut = max(0, len(of_words) - self._room)
+        if not cut:
+            return made, 0
+        kept = np.setdiff1d(np.arange(len(made.words_T)), of_words[-cut:])
+        return Pieces(made.input_ids_T[kept], made.type_ids_T[kept], made.words_T[kept]), cut
+
+    def _targets(
+        self, made: Pieces, tags: Sequence[str], mine_T: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.int64]:
+        numbers_W = np.array([self._number[tag] for tag in tags])
+        inside_W = np.array([self._number[_inside(tag, self._number)] for tag in tags])
+        starts_T = made.starts
+        further = inside_W[made.words_T] if self._all_pieces else np.full_like(made.words_T, NOT_LEARNED)
+        return np.where(mine_T, np.where(starts_T, numbers_W[made.words_T], further), NOT_LEARNED)
+
+
+def _inside(tag: str, known: Mapping[str, int]) -> str:
+    """The tag of the tokens of a word after the first: `I-X` for `B-X`, where there is one."""
+    inside = f"I-{tag[2:]}"
+    return inside if tag.startswith("B-") and inside in known else tag
+
+
+def _tags(likeliest_T: npt.NDArray[np.int64], starts_T: npt.NDArray[np.int64]) -> list[int]:
+    """The tags of a row's words, in their order."""
+    return likeliest_T[starts_T > 0].tolist()
+
+
+def _follows(before: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a row is the window after another of the same sentence."""
+    if _SHARE not in before or _SHARE not in row or before["place"] != row["place"]:
+        return False
+    first, last = before[_SHARE]
+    return bool(before[_WHERE] + last - first == row[_WHERE])
