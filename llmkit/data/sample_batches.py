@@ -131,11 +131,12 @@ def held_out_batches(
     Args:
         rows: The rows; each comes once.
         tokens: Tokens of a batch at most, padding counted.
-        max_rows: At most so many rows over all ranks, evenly spaced; None takes all.
+        max_rows: At most so many groups of rows over all ranks, evenly spaced, each whole; None takes all.
         world_size: Number of ranks.
         rank: The rank asked for.
     """
-    chosen = evenly_spaced(len(rows), max_rows)
+    known = np.unique(rows.groups)
+    chosen = np.flatnonzero(np.isin(rows.groups, known[evenly_spaced(len(known), max_rows)]))
     order = chosen[np.argsort(-rows.lengths[chosen], kind="stable")]
     groups: list[list[int]] = []
     for number in order.tolist():

@@ -31,6 +31,7 @@ class Measured:
         lengths: Tokens of each, as the model reads it.
         targets: Targets of each.
         cut: Tokens of each that did not fit and were cut off.
+        groups: The number of what each was made of, rising: windows of one text have the same.
         num_dropped: Rows that were left out because they are too long.
         num_unusable: Rows that were left out because the task cannot use them.
     """
@@ -39,6 +40,7 @@ class Measured:
     lengths: Sequence[int]
     targets: Sequence[int]
     cut: Sequence[int]
+    groups: Sequence[int]
     num_dropped: int = 0
     num_unusable: int = 0
 
@@ -63,6 +65,10 @@ class RowStore(Protocol):
     def lengths(self) -> Ints:
         """Tokens of each row [N]."""
 
+    @property
+    def groups(self) -> Ints:
+        """The number of what each row was made of [N]; rows with the same one belong together."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> LabelledRow: ...
@@ -73,6 +79,7 @@ class RowsHeld:
 
     def __init__(self, measured: Measured) -> None:
         self.lengths: Ints = np.asarray(measured.lengths, dtype=np.int64)
+        self.groups: Ints = np.asarray(measured.groups, dtype=np.int64)
         self._rows = measured.rows
 
     def __len__(self) -> int:
@@ -92,6 +99,7 @@ class Samples:
     Attributes:
         lengths: Tokens of each row [N].
         targets: Targets of each row [N].
+        groups: The number of what each row was made of [N].
         facts: As of `Measured.facts`.
     """
 
@@ -100,6 +108,7 @@ class Samples:
         self.part = part
         self.lengths: Ints = np.load(folder / f"{part}-lengths.npy")
         self.targets: Ints = np.load(folder / f"{part}-targets.npy")
+        self.groups: Ints = np.load(folder / f"{part}-groups.npy")
         self.facts: Mapping[str, Any] = read_manifest(folder)["parts"][part]
         self._ends: Ints = np.load(folder / f"{part}-ends.npy")
         self._text: Any = None
@@ -138,7 +147,8 @@ def write_samples(folder: Path, parts: Mapping[Part, Measured], facts: Mapping[s
             lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in part.rows]
             write_file(temporary / f"{name}.jsonl", b"".join(lines))
             ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
-            for what, values in (("ends", ends), ("lengths", part.lengths), ("targets", part.targets)):
+            arrays = {"ends": ends, "lengths": part.lengths, "targets": part.targets, "groups": part.groups}
+            for what, values in arrays.items():
                 _write_array(temporary / f"{name}-{what}.npy", np.asarray(values, dtype=np.int64))
 
 

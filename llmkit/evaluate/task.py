@@ -40,6 +40,7 @@ def load_task(
         str(place),
         kind,
         labels=material.labels,
+        number=section.task == "regression",
         pad_token_id=pad_id(material.tokenizer),
         trusted=section.model.trust_remote_code,
     )
@@ -70,7 +71,7 @@ def evaluate_task(
         rows: What to measure on.
         device: Where the model is.
         tokens: Tokens computed together, padding counted.
-        max_rows: At most so many rows, evenly spaced; None takes all.
+        max_rows: At most so many rows, evenly spaced, each with all its windows; None takes all.
         keep: Given each row's number and what the model says of it, in the rows' order.
 
     Raises:

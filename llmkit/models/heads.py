@@ -225,7 +225,7 @@ def choose_heads(model: "PreTrainedModel", kind: str) -> bool:
     """Look whether the model's logits are its output layer of what its body computes; where not, take its own.
 
     Args:
-        model: As it is trained.
+        model: As it is trained, an adapter put in already: an output layer that has one is more than its weight.
         kind: `causal`, `masked`, `pairs`, `seq2seq` or `detector`.
 
     Returns:
@@ -244,7 +244,9 @@ def choose_heads(model: "PreTrainedModel", kind: str) -> bool:
 
 
 def _has_linear_head(model: "PreTrainedModel") -> bool:
-    return isinstance(model.get_output_embeddings(), torch.nn.Linear)
+    """Whether the output layer is torch's own and nothing else: what wraps one computes more than by its weight."""
+    head = model.get_output_embeddings()
+    return isinstance(head, torch.nn.Linear) and not hasattr(head, "base_layer")
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def build_task_model(
     kind: ModelKind,
     *,
     labels: Sequence[str] = (),
+    number: bool = False,
     pad_token_id: int | None = None,
     dropout: float | None = None,
     trusted: bool = False,
@@ -42,7 +43,8 @@ def build_task_model(
     Args:
         folder: A model folder, or a name on the Hub.
         kind: What the task needs.
-        labels: Names of classes or tags; their number is the width of the head. One label is a number (regression).
+        labels: Names of classes or tags; how many they are is the width of the head.
+        number: It says one number instead (regression).
         pad_token_id: What batches are filled up with, for a configuration that does not say.
         dropout: The probability of all dropout; None: as the model has it.
         trusted: Code that comes with it may run.
@@ -57,7 +59,7 @@ def build_task_model(
     """
     check_trust(folder, trusted=trusted)
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    config = _config(folder, labels, pad_token_id, dropout, trusted=trusted)
+    config = _config(folder, labels, pad_token_id, dropout, number=number, trusted=trusted)
     torch.manual_seed(seed)
     try:
         with _quiet():  # what is new is told in our own words
@@ -82,7 +84,12 @@ def build_task_model(
 
 
 def empty_task_model(
-    folder: str, kind: ModelKind, *, labels: Sequence[str] = (), trusted: bool = False
+    folder: str,
+    kind: ModelKind,
+    *,
+    labels: Sequence[str] = (),
+    number: bool = False,
+    trusted: bool = False,
 ) -> PreTrainedModel:
     """The model that `build_task_model` would load, without weights, on the meta device: to be counted.
 
@@ -91,12 +98,23 @@ def empty_task_model(
         UsageError: It cannot be a model of this kind.
     """
     check_trust(folder, trusted=trusted)
-    config = _config(folder, labels, None, None, trusted=trusted)
+    config = _config(folder, labels, None, None, number=number, trusted=trusted)
     try:
         with torch.device("meta"):
             return AUTO_CLASSES[kind].from_config(config, dtype=torch.float32, trust_remote_code=trusted)
     except ValueError as error:
         raise _other_kind(folder, config, kind, error) from error
+
+
+def labels_of_model(folder: str, *, trusted: bool = False) -> list[str]:
+    """The names of classes or tags that a model's configuration holds, in the order of their numbers.
+
+    Raises:
+        MissingError: There is no such model.
+    """
+    check_trust(folder, trusted=trusted)
+    known: Mapping[int, str] = _config(folder, (), None, None, trusted=trusted).id2label or {}
+    return [known[number] for number in sorted(known)]
 
 
 def in_order_of_model(labels: Sequence[str], folder: str, *, trusted: bool = False) -> tuple[str, ...]:
@@ -133,10 +151,16 @@ def longest_input(folder: str, *, trusted: bool = False) -> int | None:
 
 
 def _config(
-    folder: str, labels: Sequence[str], pad_token_id: int | None, dropout: float | None, *, trusted: bool
+    folder: str,
+    labels: Sequence[str],
+    pad_token_id: int | None,
+    dropout: float | None,
+    *,
+    number: bool = False,
+    trusted: bool,
 ) -> PretrainedConfig:
     more: dict[str, Any] = {}
-    if len(labels) == 1:
+    if number:
         more = {"num_labels": 1, "problem_type": "regression"}
     elif labels:
         names = dict(enumerate(labels))

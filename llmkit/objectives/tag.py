@@ -83,14 +83,16 @@ class Tagging:
 
     def expand(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The row itself, or windows of a sentence that is too long."""
-        lengths_W = self._pieces.lengths(row["tokens"])
+        words = _words(row)
+        lengths_W = self._pieces.lengths(words)
         if int(lengths_W.sum()) <= self._room:
             return [dict(row)]
+        whole = {name: value for name, value in row.items() if name != "text"} | {"tokens": words}
         found = []
         for window in windows(lengths_W, self._room, min(self._overlap, self._room // 2)):
-            part = {name: row[name][window.start : window.stop] for name in ("tokens", "tags") if name in row}
+            part = {name: whole[name][window.start : window.stop] for name in ("tokens", "tags") if name in whole}
             share = [window.first - window.start, window.last - window.start]
-            found.append({**row, **part, _SHARE: share, _WHERE: window.first})
+            found.append({**whole, **part, _SHARE: share, _WHERE: window.first})
         return found
 
     def encode(self, row: Mapping[str, Any]) -> Example:
@@ -101,7 +103,7 @@ class Tagging:
         Args:
             row: `tokens`, or a plain `text`; and `tags`, if they are known.
         """
-        words = words_of(row["text"]) or ["?"] if "text" in row else row["tokens"]
+        words = _words(row)
         made, cut = self._fitting(self._pieces(words))
         first, last = row.get(_SHARE, (0, len(words)))
         mine_T = (made.words_T >= first) & (made.words_T < last)
@@ -169,12 +171,13 @@ class Tagging:
         means = {name: figures[f"macro_{name}"] for name in ("precision", "recall", "f1")}
         return {**means, **figures, "accuracy": float(np.trace(matrix_CC) / matrix_CC.sum())}
 
-    def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
-        """What the model says of a sentence, for people: its words, their tags, and the entities these spell.
+    def join(self, found: Sequence[Any]) -> list[int]:
+        """The tags of all words of a sentence, from those of its windows."""
+        return [number for tags_W in found for number in tags_W]
 
-        What is longer than the model reads is left untagged.
-        """
-        words = words_of(row["text"]) if "text" in row else list(row["tokens"])
+    def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
+        """What the model says of a sentence, for people: its words, their tags, and the entities these spell."""
+        words = _words(row)
         first, last = row.get(_SHARE, (0, len(words)))
         words = words[first:last]
         tags = self._names(found, len(words))
@@ -212,6 +215,11 @@ class Tagging:
         starts_T = made.starts
         further = inside_W[made.words_T] if self._all_pieces else np.full_like(made.words_T, NOT_LEARNED)
         return np.where(mine_T, np.where(starts_T, numbers_W[made.words_T], further), NOT_LEARNED)
+
+
+def _words(row: Mapping[str, Any]) -> list[str]:
+    """The words of a row; a plain text without any has one that is unknown."""
+    return words_of(row["text"]) or ["?"] if "text" in row else list(row["tokens"])
 
 
 def _inside(tag: str, known: Mapping[str, int]) -> str:

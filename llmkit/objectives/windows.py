@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.errors import UsageError
+from llmkit.errors import DataError, UsageError
 from llmkit.objectives.base import Ints
 
 _TEXT = 1
@@ -75,12 +75,21 @@ class Windows:
         return text if self.tokenizer.sep_token is not None else text + "\n", max(0, spare)
 
     def of(self, question: str, text: str) -> list[Window]:
-        """The windows of a text, the first first."""
+        """The windows of a text, the first first.
+
+        Raises:
+            DataError: The tokenizer makes nothing of the text.
+        """
         # Cut here, not by the tokenizer: that would change its state, and several threads use it.
         whole = self.tokenizer(
             question, text, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
         text_N = np.flatnonzero(np.array([side == _TEXT for side in whole.sequence_ids(0)]))
+        if not len(text_N):
+            raise DataError(
+                f"the tokenizer makes no token of the text {text[:40]!a}",
+                hint="mend the row: a text without letters holds no answer",
+            )
         first, count, length = int(text_N[0]), len(text_N), len(whole["input_ids"])
         room = max(1, self.max_length - (length - count))
         step = room - min(self.stride, room // 2)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +23,7 @@ from llmkit.plan.length import resolve_length
 from llmkit.plan.plan import Plan
 from llmkit.plan.shape import ModelShape
 from llmkit.recipe.schema import Finetune, Recipe
+from llmkit.registry import TASKS
 
 CPU_TOKENS = 2048
 """Tokens that a processor handles at a time: enough for fast matrix products, not too much for its caches."""
@@ -76,8 +78,11 @@ def plan_tuning(
         draft.choose("compile", False, "rows have many lengths, and each would be compiled anew")
     mean = max(1, math.ceil(train["num_tokens"] / train["num_rows"]))
     frozen = model.num_parameters if _keeps_reference(wanted) else 0
+    # A head for a task gives a few numbers, not one for each entry of the vocabulary.
+    writes = TASKS[wanted.task].model in ("causal", "seq2seq")
+    outputs = model if writes else replace(model, vocab_size=1)
     tokens, memory = _choose_micro_batch(
-        draft, model, wanted.model.context, mean, world, precision, num_trained, frozen
+        draft, outputs, wanted.model.context, mean, world, precision, num_trained, frozen
     )
     tokens_per_step = per_step * mean
     steps = resolve_length(
@@ -95,6 +100,7 @@ def plan_tuning(
     saved = int((4 + draft.state_bytes) * num_trained)
     background, memory = choose_background_save(draft, memory, saved, world)
     timing = intervals(wanted, steps, per_step, mean, train["num_rows"])
+    _check_stopping(wanted, int(rows["held_out"]["num_rows"]), timing["eval_every"][0], steps)
     pinned = recipe.machine
     return Plan(
         device=hardware.device,
@@ -156,6 +162,30 @@ def rows_of_step(wanted: Finetune, num_rows: int, draft: Draft) -> int:
             f"one step holds {batch.value:g} rows, but the data only {num_rows:,}: rows repeat"
         )
     return int(batch.value)
+
+
+def _check_stopping(wanted: Finetune, held_out: int, eval_every: int | None, steps: int | None) -> None:
+    """See that a run that is to stop early is measured while it trains.
+
+    Raises:
+        PlanError: It is not.
+    """
+    if wanted.stop_early is None:
+        return
+    if not held_out:
+        own = wanted.validation is not None
+        raise PlanError(
+            "finetune.stop_early needs rows to measure on, and "
+            + ("`validation` has none" if own else f"`held_out: {wanted.held_out:g}` keeps none"),
+            hint="name other rows: finetune.validation.files=FILES" if own else "finetune.held_out=0.1",
+        )
+    never = wanted.eval.every.unit == "never"
+    if never or (eval_every is not None and steps is not None and eval_every >= steps):
+        why = "`never`" if never else f"{wanted.eval.every}, and the run is {steps:,} steps long"
+        raise PlanError(
+            f"finetune.stop_early needs evaluations while training, and `eval.every` is {why}",
+            hint="finetune.eval.every=10%",
+        )
 
 
 def _check_model(model: ModelShape, vocab_size: int, context: int) -> None:

@@ -8,7 +8,7 @@ from llmkit.recipe.labelled import check_labelled
 from llmkit.recipe.parts import Adapter, Freeze, Unfreeze, check_parts
 from llmkit.recipe.positions import Node, Path, find, key_spot
 from llmkit.recipe.problems import Problem
-from llmkit.recipe.tasks import AUGMENTED, CRITERION, PREFERRED, WEIGHTED, other_task_sections
+from llmkit.recipe.tasks import AUGMENTED, CRITERION, PREFERRED, UNPROMPTED, WEIGHTED, other_task_sections
 from llmkit.recipe.units import listing
 from llmkit.registry import OBJECTIVES, TASKS, goal_of
 
@@ -33,7 +33,7 @@ def check_finetune(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
         return
     task = section.get("task")
     if task in list(TASKS):
-        rules = (_data, _adapting, _losses, _smoothing, _augmented, _batch, _balance, _chats, _preferences)
+        rules = (_data, _adapting, _losses, _smoothing, _augmented, _batch, _balance, _chats, _preferences, _prompts)
         for rule in rules:
             yield from rule(root, str(task))
     if task in list(TASKS) or task in list(OBJECTIVES):
@@ -195,6 +195,14 @@ def _preferences(root: Node, task: str) -> Iterator[Problem]:
         if task == "dpo" and _at(root, "dpo", name) not in (None, 0) and loss not in having:
             message = f"`dpo.{name}`: loss `{loss}` has no such setting"
             yield _problem(root, ("dpo", name), message, f"leave it out; it goes with {listing(having)}")
+
+
+def _prompts(root: Node, task: str) -> Iterator[Problem]:
+    """A prompt is a text alone, and not every model says something of one."""
+    if task in UNPROMPTED and _at(root, "prompts"):
+        message = f"`prompts`: task `{task}` answers none: {UNPROMPTED[task]}"
+        hint = "leave it out" + ("; `llmkit predict RUN QUESTION --other TEXT` asks" if task == "qa" else "")
+        yield _problem(root, ("prompts",), message, hint)
 
 
 def _other_blocks(root: Node, task: str) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from llmkit.recipe.finetune_checks import NEW_MODEL, ROWS_ONLY, TEXT_DATA, THESAURUS
 from llmkit.recipe.labelled import FORMS, ROLES, Labelled
-from llmkit.recipe.tasks import AUGMENTED, CRITERION, PREFERRED, WEIGHTED, Preferences, other_task_sections
+from llmkit.recipe.tasks import AUGMENTED, CRITERION, PREFERRED, UNPROMPTED, WEIGHTED, Preferences, other_task_sections
 from llmkit.registry import OBJECTIVES, TASKS, goal_of
 
 Json = dict[str, Any]
@@ -76,6 +76,8 @@ def _for_task(task: str, env: Json) -> Json:
     rules += [_rows(task, name, env) for name in ("data", "validation")]
     rules.append(_measured(task, env))
     rules.append(_below("train", "batch", rule={"not": {"type": "string", "pattern": "token"}}))
+    if task in UNPROMPTED:
+        rules.append(_off("prompts", values=[None, []]))
     if task not in WEIGHTED:
         rules += [_below("loss", name, rule=_OFF) for name in ("weights", "focal", "r_drop")]
     if task not in CRITERION:

@@ -80,6 +80,12 @@ AUGMENTED: Mapping[str, tuple[str, ...]] = {
 """The tasks whose rows may be changed in their text, or in their tokens: what is learned does not depend on these."""
 CRITERION = ("cls", "tag", "seq2seq", "sft")
 """The tasks whose loss is the cross-entropy of logits and targets."""
+UNPROMPTED: Mapping[str, str] = {
+    "qa": "a question is asked of a text, and a prompt has none",
+    "embed": "a vector shows a person nothing",
+}
+"""The tasks whose models cannot be tried with a prompt while they train, and why."""
+
 WEIGHTED = ("cls", "tag")
 """The tasks whose targets are a few classes."""
 

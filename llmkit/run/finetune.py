@@ -19,6 +19,7 @@ from llmkit.registry import OBJECTIVES, TASKS, goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.trying import try_command
 from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
+from llmkit.run.planning import plan as plan_ahead
 from llmkit.run.pretrain import pretrain
 from llmkit.run.training import (
     KILL_AT,
@@ -77,6 +78,7 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
                     report_end(folder, options, error)
                 raise
     report = report_of(folder)
+    reporter.note(f"report: {folder / 'report.html'}")
     summary = {
         "model": str(folder / ("model" if (folder / "model").exists() else "adapter")),
         "task": section.task,
@@ -85,8 +87,13 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
         "report": str(folder / "report.html"),
     }
     return Result(
-        folder, summary, try_command(goal_of(section.task).model, str(folder.parent), section.prompts)
+        folder, summary, try_command(goal_of(section.task).model, str(folder.parent), prompts_of(section))
     )
+
+
+def prompts_of(section: Finetune) -> list[str]:
+    """What a person may try the model with: the recipe's prompts, of a model that answers a question."""
+    return section.prompts or (["What can you do?"] if goal_of(section.task).chats else [])
 
 
 def plan_finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Plan:
@@ -98,6 +105,9 @@ def plan_finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Plan:
     from llmkit.run.rows import read_and_measure
 
     loaded = with_base(loaded, options)
+    assert loaded.recipe.finetune is not None
+    if loaded.recipe.finetune.task in OBJECTIVES:
+        return plan_ahead(continued(loaded), options)
     rows = read_and_measure(loaded, options, reporter.note)
     return _plan(replace(loaded, recipe=with_context(loaded.recipe, rows.context)), options, rows, None)
 
@@ -207,6 +217,7 @@ def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | Non
         folder,
         goal.model,
         labels=rows.labels,
+        number=section.task == "regression",
         trusted=section.model.trust_remote_code,
     )
     if rows.new_tokens:

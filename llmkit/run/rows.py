@@ -9,13 +9,14 @@ from typing import Any
 
 from llmkit.data.chat import prepare_tokenizer
 from llmkit.data.records import Found, fingerprint, num_shared, read_rows, split_rows
+from llmkit.data.records.tags import completed
 from llmkit.data.samples import LabelledRow, Measured, write_samples
 from llmkit.data.tokenizers import fingerprint as tokenizer_fingerprint
 from llmkit.data.tokenizers import load_tokenizer, save_tokenizer
 from llmkit.durable import naming_full_disks, one_at_a_time, sweep_beside, verify_folder, write_folder
-from llmkit.errors import CorruptError, DataError, UsageError
+from llmkit.errors import CorruptError, DataError, MissingError, UsageError
 from llmkit.models.build import kind_of
-from llmkit.models.tasks import in_order_of_model, longest_input
+from llmkit.models.tasks import in_order_of_model, labels_of_model, longest_input
 from llmkit.objectives.base import Example, Expands, Material, Objective, size_of
 from llmkit.objectives.make import make_task
 from llmkit.objectives.texts import CUT
@@ -23,14 +24,15 @@ from llmkit.plan import PlanError
 from llmkit.recipe import Loaded
 from llmkit.recipe.architectures import in_words
 from llmkit.recipe.schema import Finetune
-from llmkit.registry import TASKS
+from llmkit.registry import TASKS, ModelKind
 from llmkit.report.console import Reporter
 from llmkit.run.folders import CACHE, Options, base_of
 from llmkit.train.places import NEW_TOKENS, model_folder
 
-_VERSION = 4
+_VERSION = 6
 """Part of every address: raised when the same rows come to be encoded otherwise."""
 _MOST_CLASSES_SHOWN = 20
+_LABELLED = ("cls", "tag")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def _task(loaded: Loaded) -> _Task:
     section = loaded.recipe.finetune
     assert section is not None
     folder = model_folder(str(section.model.name))
+    _check_there(folder)
     longest = longest_input(folder, trusted=section.model.trust_remote_code)
     context = section.model.context
     if longest is not None and longest < context:
@@ -145,8 +148,10 @@ def _task(loaded: Loaded) -> _Task:
     name = section.tokenizer or folder
     tokenizer = load_tokenizer(name)
     new, changed = tuple[str, ...](), False
+    if section.task == "seq2seq":
+        _check_kind(folder, section.task, "seq2seq")
     if TASKS[section.task].chats:
-        _check_writes(folder, section.task)
+        _check_kind(folder, section.task, "causal")
         own = getattr(section, TASKS[section.task].sections[0])
         new, changed = prepare_tokenizer(
             tokenizer, section.chat_template, base_of(loaded), own.template_options
@@ -154,17 +159,33 @@ def _task(loaded: Loaded) -> _Task:
     return _Task(section, name, tokenizer, context, loaded.recipe.language, new, changed)
 
 
-def _check_writes(folder: str, task: str) -> None:
-    """See that a model predicts the next token; others could be made to, and would see what they are to predict.
+def _check_kind(folder: str, task: str, needed: ModelKind) -> None:
+    """See that a model that writes is of the kind that the task needs; another could be made to, and would go wrong.
 
     Raises:
-        UsageError: It does not.
+        UsageError: It is not.
     """
     found = kind_of(folder)
-    if found != "causal":
+    if found != needed:
+        other = {"causal": "sft, with a prompt and a completion", "seq2seq": "seq2seq"}.get(found)
         raise UsageError(
-            f"{folder} is {in_words(found)}; `{task}` needs {in_words('causal')}",
-            hint="name such a model, or another task: seq2seq for an encoder-decoder",
+            f"{folder} is {in_words(found)}; `{task}` needs {in_words(needed)}",
+            hint="name such a model" + (f", or for this one the task {other}" if other else ""),
+        )
+
+
+def _check_there(name: str) -> None:
+    """Say that a folder is not there, before it is taken for a name on the Hub.
+
+    Raises:
+        MissingError: It is not.
+    """
+    if not Path(name).expanduser().is_dir() and (
+        name.count("/") != 1 or name.startswith((".", "/", "~", "runs/"))
+    ):
+        raise MissingError(
+            f"finetune.model.name: {name!r} is no folder with a model, and no run that has one",
+            hint="give a run, a folder with config.json and model.safetensors, or OWNER/NAME on the Hub",
         )
 
 
@@ -189,6 +210,12 @@ def _address(loaded: Loaded, options: Options, task: _Task) -> str:
         "language": task.language,
         "tokenizer": tokenizer_fingerprint(task.tokenizer),
         "frame": _frame(task.tokenizer),
+        # The order of labels may be the model's.
+        "labels of the model": labels_of_model(
+            model_folder(str(section.model.name)), trusted=section.model.trust_remote_code
+        )
+        if section.task in _LABELLED
+        else None,
         "chat_template": getattr(task.tokenizer, "chat_template", None),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -220,11 +247,13 @@ def _read(
         ).rows
     own = getattr(section, TASKS[section.task].sections[0]) if TASKS[section.task].sections else None
     labels = tuple(getattr(own, "labels", ()))
-    if not labels and section.task in ("cls", "tag"):
+    if not labels and section.task in _LABELLED:
         labels = in_order_of_model(
             found.labels, model_folder(str(section.model.name)), trusted=section.model.trust_remote_code
         )
     labels = labels or tuple(found.labels)
+    if section.task == "tag" and not section.tag.labels and len(completed(labels)) > len(labels):
+        labels = completed(labels)
     facts: dict[str, Any] = {
         "task": section.task,
         "form": found.form,
@@ -232,6 +261,10 @@ def _read(
         "labels": list(labels),
         "classes": dict(found.classes),
         "counts": dict(found.counts),
+        "context": task.context,
+        "reads": longest_input(
+            model_folder(str(section.model.name)), trusted=section.model.trust_remote_code
+        ),
     }
     check_labels([*train, *held_out], labels, section.task)
     objective = task.objective(labels, facts)
@@ -299,17 +332,17 @@ def measured(
         DataError: A row cannot be used, or it is too long and the recipe says to stop then.
     """
     kept: list[LabelledRow] = []
-    lengths, targets, cuts = list[int](), list[int](), list[int]()
+    lengths, targets, cuts, groups = list[int](), list[int](), list[int](), list[int]()
     dropped = unusable = 0
-    for row in rows:
-        for one in objective.expand(row) if isinstance(objective, Expands) else [row]:
-            try:
-                example = _encoded(objective, one)
-            except DataError:
-                if not skip:
-                    raise
-                unusable += 1
-                continue
+    for number, row in enumerate(rows):
+        try:
+            made = _examples(objective, row)
+        except DataError:
+            if not skip:
+                raise
+            unusable += 1
+            continue
+        for one, example in made:
             cut = int(example.get(CUT, 0))
             if cut and too_long == "stop":
                 raise DataError(
@@ -323,19 +356,28 @@ def measured(
             lengths.append(size_of(objective, example))
             targets.append(int(objective.collate([example])["num_targets"]))
             cuts.append(cut)
-    return Measured(kept, lengths, targets, cuts, dropped, unusable)
+            groups.append(number)
+    return Measured(kept, lengths, targets, cuts, groups, dropped, unusable)
 
 
-def _encoded(objective: Objective, row: LabelledRow) -> Example:
-    """What the task makes of a row.
+def _examples(objective: Objective, row: LabelledRow) -> list[tuple[LabelledRow, Example]]:
+    """What the task makes of a row: itself, or its windows, each encoded.
 
     Raises:
         DataError: It cannot be used; says where it is.
     """
     try:
-        return objective.encode({**row, "seed": 0})
+        parts = objective.expand(row) if isinstance(objective, Expands) else [row]
+        return [(part, objective.encode({**part, "seed": 0})) for part in parts]
     except DataError as error:
         raise type(error)(f"{row['place']}: {error.message}", hint=error.hint) from error
+
+
+def _limit(facts: Mapping[str, Any]) -> str:
+    """How long rows may be, and whether that is the recipe's limit or the model's."""
+    context, longest = facts["context"], facts["reads"]
+    more = f"; this model could read {longest:,}" if longest is None or longest > context else ""
+    return f"`model.context`, {context:,} tokens" + (more if longest else "")
 
 
 def _words(facts: Mapping[str, Any]) -> list[str]:
@@ -354,11 +396,11 @@ def _words(facts: Mapping[str, Any]) -> list[str]:
     cut = train["num_cut"] + held_out["num_cut"]
     if cut:
         lost = train["tokens_cut"] + held_out["tokens_cut"]
-        lines.append(f"{cut:,} rows are longer than the model reads: {lost:,} tokens are cut off")
+        lines.append(f"{cut:,} rows are longer than {_limit(facts)}: {lost:,} tokens are cut off")
     if facts["unusable"]:
         lines.append(f"{facts['unusable']:,} rows cannot be used and are left out (`on_error: skip`)")
     if facts["dropped"]:
-        lines.append(f"{facts['dropped']:,} rows are longer than the model reads and are left out")
+        lines.append(f"{facts['dropped']:,} rows are longer than {_limit(facts)} and are left out")
     if idle := train["num_idle"]:
         lines.append(f"{idle:,} rows have nothing to learn: see them by llmkit show")
     if facts["shared"]:

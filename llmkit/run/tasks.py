@@ -123,6 +123,7 @@ def evaluate_run(
     for name in TASKS[run.section.task].metrics:
         if name in figures:
             reporter.note(f"{name} {format_number(figures[name])}")
+    reporter.note(f"predictions: {folder / 'predictions.jsonl'}")
     return Result(
         folder,
         {
@@ -161,6 +162,11 @@ def predict(word: str, texts: Sequence[Mapping[str, Any]], *, runs: Path) -> lis
             f"{place}: a model trained for {run.section.task} says nothing of single rows",
             hint=f"llmkit generate {word} TEXT, or llmkit eval {word}",
         )
+    if run.section.task == "qa" and any("context" not in text for text in texts):
+        raise UsageError(
+            "a question is answered from a text, and none is given",
+            hint=f'llmkit predict {word} "A question?" --other "The text."',
+        )
     return say(core, texts)
 
 
@@ -193,11 +199,27 @@ def _rows(
             )
         return Samples(folder, "held_out"), address
     found = read_rows(data, task, base=base, cache=cache, note=reporter.note, training=False)
+    _check_form(run, found.form)
     check_labels(found.rows, tuple(run.facts["labels"]), task)
-    rows = RowsHeld(measured(core.objective, found.rows, run.section.too_long))
+    skip = data.on_error == "skip"
+    rows = RowsHeld(measured(core.objective, found.rows, run.section.too_long, skip=skip))
     if not len(rows):
         raise DataError("no row is left to measure on", hint="look at what was left out")
     return rows, fingerprint(data, base, cache=cache)
+
+
+def _check_form(run: TaskRun, form: str) -> None:
+    """Rows are measured as the model learned them: pairs with a score by it, others by what is found.
+
+    Raises:
+        DataError: These have a score and those of the run had none, or the other way.
+    """
+    own = str(run.facts["form"])
+    if run.section.task == "embed" and "scored" in (own, form) and own != form:
+        raise DataError(
+            f"these rows are `{form}`, and the model learned from rows that are `{own}`: they cannot be compared",
+            hint="give rows of that form: --data FILES",
+        )
 
 
 def data_for(run: TaskRun, loaded: Loaded | None) -> tuple[Labelled | None, Path]:

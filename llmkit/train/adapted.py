@@ -131,7 +131,8 @@ def _of_real_positions(values_BTC: torch.Tensor, read: Mapping[str, torch.Tensor
 
 
 def _chooses(model: PreTrainedModel) -> bool:
-    """Whether a model chooses from several answers; a bare body gives states, and one number is no choice."""
+    """Whether a model chooses from several answers; a bare body gives states, and a number is no choice."""
     return model.base_model is not model and not (
-        type(model).__name__.endswith("ForSequenceClassification") and model.config.num_labels == 1
+        type(model).__name__.endswith("ForSequenceClassification")
+        and model.config.problem_type == "regression"
     )

@@ -138,6 +138,7 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
         model_folder(str(spec.name)),
         goal.model,
         labels=data.material.labels,
+        number=section.task == "regression",
         pad_token_id=pad_id(data.tokenizer),
         dropout=spec.dropout,
         trusted=spec.trust_remote_code,
@@ -149,7 +150,6 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
     added = new_tokens(job.tokenizer)
     if added:
         grow_vocabulary(model, len(data.tokenizer), len(added), seed=job.seed)
-    choose_heads(model, goal.model)
     objective = make_task(section, data.material)
     if isinstance(objective, Prepares):
         objective.prepare(model)
@@ -161,6 +161,7 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
         base=model_folder(str(spec.name)),
         seed=job.seed,
     )
+    choose_heads(model, goal.model)
     if isinstance(objective, Prepares):
         objective.prepare(model)  # also what an adapter has brought there
     check_new_tokens(model, added)

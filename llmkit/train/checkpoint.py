@@ -3,7 +3,7 @@
 A checkpoint is a folder `step_00001000` with `model.safetensors` (the weights that learn and the buffers, by name),
 `optimizer.safetensors` (the optimizer's tensors by parameter name) and `state.json` (the `TrainState` and the
 run's identity). No generator state: everything random is a function of (seed, step, micro-batch). Weights that do not
-learn are built anew; the identity holds their hash (`frozen_hash`), so that another base is refused.
+learn are built anew; the identity holds the hash of the base's weights files, so that another base is refused.
 """
 
 import errno

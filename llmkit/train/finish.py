@@ -59,7 +59,11 @@ def finish(
         **({"task": section.objective, "base": str(section.model.name)} if job.rows else {}),
         "language": recipe.language,
         "command": job.command,
-        "next_command": try_command(kind, str(folder.parent), section.prompts),
+        "next_command": try_command(
+            kind,
+            str(folder.parent),
+            section.prompts or (["What can you do?"] if goal_of(section.objective).chats else []),
+        ),
         "model": {
             "model_type": model.config.model_type,
             "num_parameters": plan.num_parameters if adapted else model.num_parameters(),

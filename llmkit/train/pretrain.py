@@ -205,8 +205,11 @@ def _check_itself(
     goal = goal_of(job.section().objective)
     if isinstance(data, SampleData):
         assert isinstance(feed, SampleFeed)
-        _, examples = feed.batches(order).of_step(0)[0]
-        lines = check_task(core, examples, isolate=plan.packed, folder=folder)
+        micro = [examples for _, examples in feed.batches(order).of_step(0)]
+        mine = sum(int(core.objective.collate(examples)["num_targets"]) for examples in micro)
+        # The longest rows come first, and of these all that is learned may have been cut off.
+        learned = int(accelerator.reduce(torch.tensor(mine, device=accelerator.device), "sum"))
+        lines = check_task(core, micro[0], learned=learned, isolate=plan.packed, folder=folder)
     else:
         lines = self_check(
             module,
@@ -405,7 +408,8 @@ def _sample(core: LossModule, data: Data | SampleData, job: Job, step: int) -> l
     seed = mix_seed(job.seed, _SAMPLING, step)
     kind = goal_of(section.objective).model
     if isinstance(data, SampleData) and kind not in ("causal", "seq2seq"):
-        said = predict(core, [{"text": prompt} for prompt in section.prompts])
+        rows = [{"text": prompt, "tokens": prompt.split()} for prompt in section.prompts]
+        said = predict(core, rows)
         return [
             (prompt, json.dumps(one, ensure_ascii=False))
             for prompt, one in zip(section.prompts, said, strict=False)

@@ -100,13 +100,14 @@ def self_check(
 
 
 def check_task(
-    core: LossModule, examples: Sequence[Example], *, isolate: bool, folder: Path | None
+    core: LossModule, examples: Sequence[Example], *, learned: int, isolate: bool, folder: Path | None
 ) -> list[str]:
     """Every proof that a task on labelled rows allows; weights, gradients and modes are afterwards what they were.
 
     Args:
         core: Model and task.
         examples: Of the run's first micro-batch.
+        learned: Targets of the whole first step, over all processes.
         isolate: Whether rows stand in one line, and must not see each other.
         folder: As `self_check` takes it.
 
@@ -116,13 +117,12 @@ def check_task(
         RunError: The model does not come back from disk as it was.
     """
     found = []
-    learned = int(core.objective.collate(examples)["num_targets"])
     if not learned:
         raise DataError(
-            f"the first {len(examples):,} rows have not one target: the model would learn nothing from them",
+            "the rows of the first step have not one target: the model would learn nothing from them",
             hint="look at what is learned: llmkit show RECIPE --sample 3",
         )
-    found.append(f"{learned:,} targets in the first {len(examples):,} rows")
+    found.append(f"{learned:,} targets in the first step")
     if isolate:
         found.append(prove_packing(core, examples))
     if folder is not None:

@@ -329,7 +329,7 @@ class Bare:
 
 
 def test_a_tokenizer_without_a_template_is_offered_one(tmp_path) -> None:
-    with pytest.raises(UsageError, match=r"no chat template.*\n.*chatml` \(it adds <\|im_start\|>\)"):
+    with pytest.raises(UsageError, match=r"no chat template.*\n.*chatml \(it adds <\|im_start\|>\)"):
         chosen_template(Bare(), None, tmp_path)
     with pytest.raises(UsageError, match="no chat template"):
         Template(Bare())

@@ -43,7 +43,7 @@ def chosen_template(tokenizer: Any, setting: str | None, base: Path) -> str | No
         raise UsageError(
             f"tokenizer {tokenizer.name_or_path!r} has no chat template, so it does not say how a conversation is "
             "written",
-            hint=f"write `chat_template: chatml`{adds}, name a file with a template, or write `chat_template: none`: "
+            hint=f"finetune.chat_template=chatml{adds}; or a file with a template, or finetune.chat_template=none: "
             "then prompt and answer are joined, and nothing stands between them",
         )
     return str(tokenizer.chat_template)

@@ -59,8 +59,12 @@ def recognise_embed(sample: Sequence[Record], data: Labelled) -> Form:
     columns = columns_of(sample)
     roles = Roles(columns, data.columns, NAMES["embed"])
     if columns == ["1", "2", "3"] and not data.columns:
-        third = sample[0].fields["3"]
-        roles.take("score" if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", third.strip()) else "negatives", "3")
+        # A third column without a name is a score, where it is a number. Else it may be anything, such as where a
+        # row is from, and is a wrong document only if the recipe says so.
+        if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", sample[0].fields["3"].strip()):
+            roles.take("score", "3")
+        elif data.form == "triplets":
+            roles.take("negatives", "3")
     _by_place(roles, columns, ("anchor", "positive"))
     require(roles, ("anchor", "positive"), "embed", sample, data.form)
     form = data.form

@@ -51,7 +51,7 @@ def split_rows(rows: Sequence[Row], task: str, ratio: float) -> tuple[list[Row],
     if not held:
         raise UndividedError(
             f"{len(rows):,} rows cannot be divided into a training and a held-out part (held_out: {ratio:g}): "
-            f"they ask {len(groups):,} different things, and each class keeps one in training",
+            f"{_why_undivided(len(groups), classes, task)}",
             hint="give more rows, name a `validation:` set, or set `held_out: 0`",
         )
     train = [row for index, row in enumerate(rows) if index not in held]
@@ -137,3 +137,9 @@ def _kept_back(
             held.discard(key)
             trained |= found
     return {index for key in held for index in groups[key]}
+
+
+def _why_undivided(num_groups: int, classes: Sequence[Sequence[str]], task: str) -> str:
+    if task == "cls":
+        return f"{len({name for row in classes for name in row}):,} classes, and each keeps a row in training"
+    return f"{num_groups:,} of them differ in what they ask, and something must stay in training"

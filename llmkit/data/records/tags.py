@@ -57,6 +57,18 @@ def tag_key(tag: str) -> tuple[bool, str, int, str]:
     return tag != OUTSIDE, kind, _ORDER.find(mark) if mark else -1, tag
 
 
+def completed(tags: Sequence[str]) -> tuple[str, ...]:
+    """The tags with those that their scheme has besides: `I-X` where there is `B-X`, and others that any type has.
+
+    A type that came as single words only in the training rows may come as several elsewhere.
+    """
+    parts = [split_tag(tag) for tag in tags if tag != OUTSIDE]
+    marks = dict.fromkeys(mark for mark, _ in parts if mark)
+    marks |= {"I": None} if "B" in marks else {}
+    made = [f"{mark}-{kind}" for mark, kind in parts if mark for mark in marks]
+    return tuple(sorted({*tags, *made}, key=tag_key))
+
+
 def num_bare(tags: Sequence[str]) -> int:
     """How many tags are `I-X` (or `E-X`, `L-X`) where no tag of `X` goes before."""
     before, bare = "", 0

@@ -1,0 +1,106 @@
+"""The rows of a recipe: found again, never stale; labels, limits and faults told."""
+
+import json
+import shutil
+
+import pytest
+from training import options
+from tuning import finetune, model, recipe, rows_file
+
+from llmkit.data.records.tags import completed
+from llmkit.errors import DataError, MissingError, UsageError
+from llmkit.recipe import load_recipe
+from llmkit.report.console import make_reporter
+from llmkit.run import plan_finetune
+from llmkit.run.rows import prepare_rows
+
+
+def prepared(folder, task="cls", **changes):
+    loaded = load_recipe(recipe(folder, task, **changes))
+    return prepare_rows(loaded, options(folder), make_reporter(quiet=True))
+
+
+def copy_of_model(folder, labels):
+    place = folder / "other"
+    shutil.copytree(model("bert"), place)
+    config = json.loads((place / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def test_rows_are_found_again_and_belong_to_their_settings(tmp_path):
+    one = prepared(tmp_path)
+    assert prepared(tmp_path).folder == one.folder
+    assert prepared(tmp_path, finetune__held_out=0.3).folder != one.folder
+    assert prepared(tmp_path, finetune__model__context=32).folder != one.folder
+
+
+def test_a_model_that_knows_the_classes_keeps_its_order_whatever_is_in_the_cache(tmp_path):
+    plain = prepared(tmp_path).labels
+    turned = tuple(reversed(plain))
+    place = copy_of_model(tmp_path, turned)
+    assert prepared(tmp_path, finetune__model__name=str(place)).labels == turned
+    assert prepared(tmp_path).labels == plain
+
+
+def test_a_tag_that_the_scheme_has_besides_may_come_in_other_rows():
+    assert completed(("O", "B-a", "I-a", "B-b")) == ("O", "B-a", "I-a", "B-b", "I-b")
+    assert completed(("O", "B-a")) == ("O", "B-a", "I-a")
+    assert completed(("O", "a", "b")) == ("O", "a", "b")
+    assert set(completed(("O", "S-a", "B-b", "I-b", "E-b"))) == {
+        "O", "S-a", "B-a", "I-a", "E-a", "S-b", "B-b", "I-b", "E-b",
+    }  # fmt: skip
+
+
+def test_a_label_of_other_rows_that_is_not_learned_is_named_with_its_place(tmp_path):
+    path = tmp_path / "dev.csv"
+    path.write_text("text,label\nred cat,never seen\n")
+    with pytest.raises(DataError, match=r"dev\.csv:2: the label 'never seen' is not among") as caught:
+        prepared(tmp_path, finetune__validation={"files": str(path)})
+    assert "finetune.cls.labels" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "runs/none", "./none"])
+def test_a_model_that_is_not_there_is_said_to_be_missing(tmp_path, name):
+    with pytest.raises(MissingError, match="no folder with a model"):
+        prepared(tmp_path, finetune__model__name=name)
+
+
+def test_a_task_that_writes_another_way_is_told_what_would_fit(tmp_path):
+    with pytest.raises(UsageError, match="needs an encoder-decoder") as caught:
+        prepared(tmp_path, "seq2seq", finetune__model__name=model("llama"))
+    assert "the task sft" in caught.value.hint
+
+
+def test_going_on_with_pre_training_is_planned_as_that(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the red cat sat on the green mat\n" * 400)
+    made = {
+        "llmkit": 1,
+        "name": "on",
+        "finetune": {
+            "task": "clm",
+            "model": {"name": model("llama"), "context": 32},
+            "data": {"files": str(text)},
+            "train": {"length": "2 steps", "batch": "4 samples"},
+        },
+        "machine": {"device": "cpu"},
+    }
+    plan = plan_finetune(load_recipe(made), options(tmp_path), make_reporter(quiet=True))
+    assert (plan.num_steps, plan.rows_per_step, plan.context) == (2, 4, 32)
+
+
+def test_rows_whose_answers_were_all_cut_off_may_come_first(tmp_path):
+    """The longest rows are computed first: that nothing is learned of these says nothing of the others."""
+    rows = rows_file(tmp_path, "sft").read_text()
+    long = {
+        "messages": [{"role": "user", "content": "red cat " * 200}, {"role": "assistant", "content": "no"}]
+    }
+    path = tmp_path / "mixed.jsonl"
+    path.write_text(rows + (json.dumps(long) + "\n") * 40)
+    folder = finetune(
+        tmp_path, "sft", "mixed", finetune__data={"files": str(path)}, machine__micro_batch=1,
+        finetune__train__length="1 steps",
+    )  # fmt: skip
+    assert (folder / "model").is_dir()
