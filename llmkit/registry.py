@@ -123,7 +123,7 @@ TASKS: Mapping[str, Goal] = {
         "llmkit.objectives.cls:build",
         "sequence",
         sections=("cls",),
-        metrics=("loss", "accuracy", "macro_f1", "mcc", "ece"),
+        metrics=("loss", "accuracy", "macro_f1", "mcc", "ece", "micro_f1"),
         best="accuracy",
     ),
     "regression": Goal(
