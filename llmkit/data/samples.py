@@ -34,6 +34,7 @@ class Measured:
         groups: The number of what each was made of, rising: windows of one text have the same.
         num_dropped: Rows that were left out because they are too long.
         num_unusable: Rows that were left out because the task cannot use them.
+        num_passed_over: Answers in the rows that are not learned, as they melt into what is before them.
     """
 
     rows: Sequence[LabelledRow]
@@ -43,6 +44,7 @@ class Measured:
     groups: Sequence[int]
     num_dropped: int = 0
     num_unusable: int = 0
+    num_passed_over: int = 0
 
     def facts(self) -> dict[str, Any]:
         """Counts for plan and report."""
@@ -55,6 +57,7 @@ class Measured:
             "num_idle": int(sum(count == 0 for count in self.targets)),
             "num_cut": int(sum(cut > 0 for cut in self.cut)),
             "tokens_cut": int(sum(self.cut)),
+            "num_passed_over": self.num_passed_over,
         }
 
 

@@ -1,5 +1,6 @@
 """Adapters on disk, in PEFT's own form: `adapter_config.json` and `adapter_model.safetensors`."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from llmkit.durable import foreign_write, write_folder
+from llmkit.durable import foreign_write, hash_file, write_folder
 from llmkit.errors import CorruptError, MissingError, UsageError
 
 if TYPE_CHECKING:
@@ -66,6 +67,22 @@ def save_adapter(
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         for write in companions:
             write(temporary)
+
+
+def hash_adapter(folder: Path) -> str:
+    """A hash of an adapter's two files, wherever they lie.
+
+    Raises:
+        MissingError: There is none.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise MissingError(
+                f"{folder}: no adapter here ({name} is missing)", hint="give a folder in PEFT's form"
+            )
+    return hashlib.sha256(
+        "".join(hash_file(folder / name) for name in (CONFIG, WEIGHTS)).encode()
+    ).hexdigest()
 
 
 def read_config(folder: Path) -> "LoraConfig":

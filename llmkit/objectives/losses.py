@@ -6,18 +6,25 @@ average, so a sum is divided by a count as ever, and learning rates keep their m
 Shape suffixes: N targets in a line, C classes, L labels that each apply or not, B rows.
 """
 
+import hashlib
+import inspect
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from llmkit import registry
+from llmkit.durable import hash_file
 from llmkit.errors import MissingError, RunError, UsageError
 from llmkit.models.heads import Scores
 from llmkit.objectives.base import NOT_LEARNED, Batch, Criterion, Material, smoothed_cross_entropy
 from llmkit.recipe.schema import Finetune
+from llmkit.recipe.tasks import Loss
 
 
 def make_criterion(section: Finetune, material: Material) -> Criterion:
@@ -25,7 +32,8 @@ def make_criterion(section: Finetune, material: Material) -> Criterion:
 
     Args:
         section: Its `loss`, and the label smoothing and z-loss of its `train`.
-        material: Its labels, and how many rows have each (`classes` of the facts).
+        material: Its labels, and how many of the rows to learn from have each (`train_classes` of the facts; of
+            `tag`, how many tokens).
 
     Raises:
         UsageError: A weight is of no label, or the loss of the user's own is not to be trusted or no function.
@@ -38,7 +46,9 @@ def make_criterion(section: Finetune, material: Material) -> Criterion:
         return smoothed_cross_entropy(train.label_smoothing, train.z_loss)
     weights = None
     if wanted.weights != "none":
-        weights = torch.tensor(class_weights(wanted.weights, material.labels, material.facts["classes"]))
+        weights = torch.tensor(
+            class_weights(wanted.weights, material.labels, material.facts["train_classes"])
+        )
     return Weighted(weights, wanted.focal, train.label_smoothing, train.z_loss)
 
 
@@ -51,7 +61,7 @@ def class_weights(
         wanted: `balanced`, so that the rows of each class weigh the same together; or weights by label, 1 for those
             that are not named.
         labels: The classes.
-        counts: Rows of each.
+        counts: Training rows of each.
 
     Raises:
         UsageError: A weight is of no label.
@@ -145,6 +155,25 @@ def _custom(name: str, *, trusted: bool) -> Any:
     if not callable(found):
         raise UsageError(f"loss.custom: {name} is no function", hint="it takes logits and targets")
     return found
+
+
+def hash_code(wanted: Loss) -> str:
+    """A hash of the files that have the code of `loss.custom`: its module, and where it is defined; not what they use.
+
+    Raises:
+        UsageError: It is not to be trusted.
+        MissingError: There is no such loss.
+    """
+    name = wanted.custom
+    assert name is not None
+    code = _custom(name, trusted=wanted.trust_custom_code)
+    paths: set[Path] = set()
+    for made in (sys.modules[name.split(":")[0]], code, type(code)):
+        with suppress(TypeError):  # it has no file
+            path = inspect.getsourcefile(made)
+            if path is not None and Path(path).is_file():
+                paths.add(Path(path))
+    return hashlib.sha256("".join(sorted(hash_file(path) for path in paths)).encode()).hexdigest()
 
 
 def twofold(logits_BL: torch.Tensor) -> torch.Tensor:

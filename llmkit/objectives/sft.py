@@ -29,7 +29,7 @@ from llmkit.objectives.base import (
     padded,
     token_metrics,
 )
-from llmkit.objectives.texts import CUT
+from llmkit.objectives.texts import CUT, PASSED_OVER
 from llmkit.recipe.schema import Finetune
 
 if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
@@ -101,7 +101,10 @@ class Sft:
 
 
 def next_tokens(encoded: Encoded) -> dict[str, Ints]:
-    """A conversation as what is read and what is to be predicted from it; and `cut`, the tokens that did not fit.
+    """A conversation as what is read and what is to be predicted from it, with counts.
+
+    `cut` are the tokens that did not fit, `passed_over` the answers that are not learned because their first characters
+    melt into what is before them.
 
     Raises:
         DataError: It is a single token, which nothing comes before.
@@ -110,7 +113,8 @@ def next_tokens(encoded: Encoded) -> dict[str, Ints]:
     if not len(after):
         raise DataError("the conversation is a single token: there is nothing to learn it from")
     targets = np.where(encoded.learned[1:], after, NOT_LEARNED)
-    return {"input_ids": ids[:-1], "targets": targets, CUT: np.asarray(encoded.cut)}
+    counts = {CUT: np.asarray(encoded.cut), PASSED_OVER: np.asarray(encoded.passed_over)}
+    return {"input_ids": ids[:-1], "targets": targets, **counts}
 
 
 def in_lines(examples: Sequence[Example], pad_id: int, longest: int = LINE) -> dict[str, torch.Tensor]:

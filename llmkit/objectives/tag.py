@@ -87,10 +87,13 @@ class Tagging:
         lengths_W = self._pieces.lengths(words)
         if int(lengths_W.sum()) <= self._room:
             return [dict(row)]
-        whole = {name: value for name, value in row.items() if name != "text"} | {"tokens": words}
-        found = []
+        whole: dict[str, Any] = {**row, "tokens": words}
+        whole.pop("text", None)
+        found: list[dict[str, Any]] = []
         for window in windows(lengths_W, self._room, min(self._overlap, self._room // 2)):
-            part = {name: whole[name][window.start : window.stop] for name in ("tokens", "tags") if name in whole}
+            part: dict[str, Any] = {
+                name: whole[name][window.start : window.stop] for name in ("tokens", "tags") if name in whole
+            }
             share = [window.first - window.start, window.last - window.start]
             found.append({**whole, **part, _SHARE: share, _WHERE: window.first})
         return found

@@ -16,6 +16,8 @@ _CUTTING = Lock()
 """How a tokenizer cuts is a state of its own, and rows to learn and rows to measure are encoded at the same time."""
 CUT = "cut"
 """In an example: tokens that did not fit. Preparation counts them; a batch does not have it."""
+PASSED_OVER = "passed_over"
+"""In an example: answers that are not learned though they should be; see `data.chat.Encoded`."""
 
 
 def encode_texts(tokenizer: Any, text: str, other: str | None, max_length: int) -> dict[str, Any]:

@@ -33,7 +33,18 @@ def check_finetune(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
         return
     task = section.get("task")
     if task in list(TASKS):
-        rules = (_data, _adapting, _losses, _smoothing, _augmented, _batch, _balance, _chats, _preferences, _prompts)
+        rules = (
+            _data,
+            _adapting,
+            _losses,
+            _smoothing,
+            _augmented,
+            _batch,
+            _balance,
+            _chats,
+            _preferences,
+            _prompts,
+        )
         for rule in rules:
             yield from rule(root, str(task))
     if task in list(TASKS) or task in list(OBJECTIVES):

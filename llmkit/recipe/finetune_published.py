@@ -8,7 +8,15 @@ from typing import Any, get_args
 
 from llmkit.recipe.finetune_checks import NEW_MODEL, ROWS_ONLY, TEXT_DATA, THESAURUS
 from llmkit.recipe.labelled import FORMS, ROLES, Labelled
-from llmkit.recipe.tasks import AUGMENTED, CRITERION, PREFERRED, UNPROMPTED, WEIGHTED, Preferences, other_task_sections
+from llmkit.recipe.tasks import (
+    AUGMENTED,
+    CRITERION,
+    PREFERRED,
+    UNPROMPTED,
+    WEIGHTED,
+    Preferences,
+    other_task_sections,
+)
 from llmkit.registry import OBJECTIVES, TASKS, goal_of
 
 Json = dict[str, Any]

@@ -25,6 +25,7 @@ from llmkit.run.training import (
     KILL_AT,
     as_begun,
     clear,
+    exported,
     flat,
     is_trained,
     refuse_another_run,
@@ -80,7 +81,7 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     report = report_of(folder)
     reporter.note(f"report: {folder / 'report.html'}")
     summary = {
-        "model": str(folder / ("model" if (folder / "model").exists() else "adapter")),
+        "model": str(exported(folder, job)),
         "task": section.task,
         "metrics": report["final"],
         "headline": report["headline"],
@@ -256,9 +257,14 @@ def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
         exclude={
             **dict.fromkeys((*_NOT_THE_MODEL, *other_task_sections(section.task)), True),
             "train": {"bad_numbers", "max_skipped"},
+            "adapter": {
+                "merge",
+                "max_kl",
+                "start",
+            },  # how it is exported; what it begins with counts, not where
         },
     )
-    named = flat(settings, "finetune")
+    named = flat(settings, "finetune") | _stopping(section)
     del named["finetune.model.name"]  # its weights count, wherever they lie
     expressions: Mapping[str, str] = loaded.expressions
     return {
@@ -269,8 +275,32 @@ def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
         "rows": rows.folder.name,
         "labels": list(rows.labels),
         "weights of the model": teacher_weights(str(section.model.name)),
+        **_files(section),
         **({"thesauri": thesauri(section.augment)} if section.augment else {}),
     }
+
+
+def _stopping(section: Finetune) -> dict[str, Any]:
+    """What decides when a run stops early and what it exports then."""
+    from llmkit.train.early import best_metric
+
+    if section.stop_early is None:
+        return {}
+    settings = {"eval": section.eval.model_dump(mode="json", include={"every", "rows"})}
+    return {**flat(settings, "finetune"), "finetune.stop_early.metric": best_metric(section)}
+
+
+def _files(section: Finetune) -> dict[str, str]:
+    """Hashes of files that a run also follows from."""
+    from llmkit.models.adapter_files import hash_adapter
+    from llmkit.objectives.losses import hash_code
+
+    found: dict[str, str] = {}
+    if section.adapter is not None and section.adapter.start is not None:
+        found["adapter to start from"] = hash_adapter(Path(section.adapter.start))
+    if section.loss.custom is not None:
+        found["code of the loss"] = hash_code(section.loss)
+    return found
 
 
 def _leave_plan(folder: Path, loaded: Loaded, job: "Job", reporter: Reporter) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.data.chat import prepare_tokenizer
-from llmkit.data.records import Found, fingerprint, num_shared, read_rows, split_rows
+from llmkit.data.records import Found, count_classes, fingerprint, num_shared, read_rows, split_rows
 from llmkit.data.records.tags import completed
 from llmkit.data.samples import LabelledRow, Measured, write_samples
 from llmkit.data.tokenizers import fingerprint as tokenizer_fingerprint
@@ -19,7 +19,7 @@ from llmkit.models.build import kind_of
 from llmkit.models.tasks import in_order_of_model, labels_of_model, longest_input
 from llmkit.objectives.base import Example, Expands, Material, Objective, size_of
 from llmkit.objectives.make import make_task
-from llmkit.objectives.texts import CUT
+from llmkit.objectives.texts import CUT, PASSED_OVER
 from llmkit.plan import PlanError
 from llmkit.recipe import Loaded
 from llmkit.recipe.architectures import in_words
@@ -29,10 +29,11 @@ from llmkit.report.console import Reporter
 from llmkit.run.folders import CACHE, Options, base_of
 from llmkit.train.places import NEW_TOKENS, model_folder
 
-_VERSION = 6
+_VERSION = 7
 """Part of every address: raised when the same rows come to be encoded otherwise."""
 _MOST_CLASSES_SHOWN = 20
-_LABELLED = ("cls", "tag")
+_LABELLED = {"cls": "label", "tag": "tags"}
+"""The tasks with classes, and where a row has its own."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,7 @@ def _read(
     facts |= {name: part.facts() for name, part in parts.items()}
     facts["dropped"] = sum(part.num_dropped for part in parts.values())
     facts["unusable"] = sum(part.num_unusable for part in parts.values())
+    facts["train_classes"] = count_classes(parts["train"].rows, _LABELLED.get(section.task, ""))
     facts["shared"] = num_shared(train, held_out, section.task)
     if parts["train"].rows and not facts["train"]["num_targets"]:
         raise DataError(
@@ -301,7 +303,7 @@ def check_labels(rows: Sequence[LabelledRow], labels: Sequence[str], task: str) 
     Raises:
         DataError: One is not, because the training rows or the recipe do not have it.
     """
-    known, key = set(labels), {"cls": "label", "tag": "tags"}.get(task)
+    known, key = set(labels), _LABELLED.get(task)
     for row in rows if known and key else ():
         value = row[key or ""]
         wrong = next(
@@ -333,7 +335,7 @@ def measured(
     """
     kept: list[LabelledRow] = []
     lengths, targets, cuts, groups = list[int](), list[int](), list[int](), list[int]()
-    dropped = unusable = 0
+    dropped = unusable = passed_over = 0
     for number, row in enumerate(rows):
         try:
             made = _examples(objective, row)
@@ -356,8 +358,9 @@ def measured(
             lengths.append(size_of(objective, example))
             targets.append(int(objective.collate([example])["num_targets"]))
             cuts.append(cut)
+            passed_over += int(example.get(PASSED_OVER, 0))
             groups.append(number)
-    return Measured(kept, lengths, targets, cuts, groups, dropped, unusable)
+    return Measured(kept, lengths, targets, cuts, groups, dropped, unusable, passed_over)
 
 
 def _examples(objective: Objective, row: LabelledRow) -> list[tuple[LabelledRow, Example]]:
@@ -401,6 +404,10 @@ def _words(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"{facts['unusable']:,} rows cannot be used and are left out (`on_error: skip`)")
     if facts["dropped"]:
         lines.append(f"{facts['dropped']:,} rows are longer than {_limit(facts)} and are left out")
+    if melted := train["num_passed_over"] + held_out["num_passed_over"]:
+        lines.append(
+            f"{melted:,} answers are not learned: their first characters make one token with the end of the prompt"
+        )
     if idle := train["num_idle"]:
         lines.append(f"{idle:,} rows have nothing to learn: see them by llmkit show")
     if facts["shared"]:

@@ -4,6 +4,7 @@ What was tried and found stands in `sweep/sweep.json`, written after every chang
 and runs that were cut short go on from their checkpoints. The next settings follow from those before and the seed.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from time import sleep as wait
 from typing import IO, Any
@@ -24,18 +26,20 @@ from llmkit.launch.world import detect_world
 from llmkit.recipe import Loaded, load_recipe
 from llmkit.recipe.resolved import show_yaml
 from llmkit.recipe.space import Axis, parse_axes, word_of
-from llmkit.registry import MEASURED, goal_of, lower_is_better, nearest
+from llmkit.registry import MEASURED, TASKS, goal_of, lower_is_better, nearest
 from llmkit.report.console import Reporter
 from llmkit.report.run_log import read_metrics
 from llmkit.report.trials import as_table, write_trials
 from llmkit.report.trying import try_command
-from llmkit.run.folders import Options, Result, anchored, locked, refuse_variants, report_of
+from llmkit.run.folders import Options, Result, anchored, base_of, locked, refuse_variants, report_of
 from llmkit.run.search import Trial, import_optuna, is_hopeless, ranked, suggest
 
 FOLDER = "sweep"
 PROGRAM = (sys.executable, "-P", "-m", "llmkit")
 """What carries a trial out."""
 _LOOK_EVERY_S = 0.3
+_STOPPED = (ExitCode.INTERRUPTED, ExitCode.CTRL_C, -signal.SIGTERM, 128 + signal.SIGTERM)
+"""How a trial ends that is told to stop: by itself, or before it listens."""
 _FIRST_FAILURES = 3
 """So many trials may fail before one has worked; then something is wrong with all of them."""
 
@@ -75,12 +79,18 @@ class Search:
         """Whether a lower metric is better."""
         return lower_is_better(self.metric)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a sweep that goes on must have in common with the one that began."""
+        """What a sweep that goes on must have in common with the one that began; read once, as it begins.
+
+        Raises:
+            DataError: A file of rows cannot be read.
+        """
         space = {axis.key: [str(end) for end in axis.ends] + [axis.log, axis.step] for axis in self.axes}
         return {
             "recipe": self.recipe,
+            "settings of the recipe": _settings(self.loaded),
+            "files of rows": _rows(self.loaded),
             "words": list(self.words),
             "space": space,
             "metric": self.metric,
@@ -91,6 +101,26 @@ class Search:
     def overrides(self, trial: Trial) -> list[str]:
         """The words of a trial."""
         return [*self.words, *(word_of(key, value) for key, value in trial.params.items())]
+
+
+def _settings(loaded: Loaded) -> str:
+    """A hash of what the recipe says, its name apart: editing it makes another sweep."""
+    values = loaded.recipe.model_dump(mode="json", exclude={"name"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _rows(loaded: Loaded) -> list[str]:
+    """Hashes of the labelled rows that lie in files here; others would have to be fetched first."""
+    from llmkit.data.records import fingerprint
+
+    section = loaded.recipe.finetune
+    if section is None or section.task not in TASKS:
+        return []
+    return [
+        fingerprint(source, base_of(loaded))[:12]
+        for source in (section.data, section.validation)
+        if source is not None and source.files and not any("://" in pattern for pattern in source.files)
+    ]
 
 
 def make_search(
@@ -223,10 +253,10 @@ class _Sweep:
     def load(self) -> None:
         """Take up what an earlier session has found."""
         path = self.home / FOLDER / "sweep.json"
+        wanted = json.loads(json.dumps(self.search.identity))
         if not path.is_file():
             return
         found = json.loads(path.read_bytes())
-        wanted = json.loads(json.dumps(self.search.identity))
         changed = [key for key in wanted if found["search"].get(key) != wanted[key]]
         if changed:
             shown = "; ".join(f"{key}: {found['search'].get(key)} -> {wanted[key]}" for key in changed)
@@ -327,7 +357,7 @@ class _Sweep:
         trial, code = one.trial, one.process.returncode
         if code == ExitCode.DONE:
             self._take_result(trial)
-        elif one.given_up:
+        elif one.given_up and code in _STOPPED:
             trial.state, trial.value = "pruned", list(trial.curve.values())[-1]
         elif code in (ExitCode.INTERRUPTED, ExitCode.CTRL_C):
             raise InterruptedRunError(

@@ -230,4 +230,5 @@ def data_for(run: TaskRun, loaded: Loaded | None) -> tuple[Labelled | None, Path
     source = section.data[0]
     own = run.section.data
     form = {name: getattr(own, name) for name in ("form", "columns", "header", "separator", "encoding")}
+    form["on_error"] = source.on_error
     return Labelled(files=source.files, dataset=source.dataset, split=source.split, **form), base_of(loaded)

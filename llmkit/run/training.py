@@ -25,6 +25,7 @@ from llmkit.launch.world import World
 from llmkit.plan import Plan
 from llmkit.plan.counted import is_counted
 from llmkit.recipe import Loaded
+from llmkit.recipe.schema import Finetune
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
 from llmkit.run.folders import Options, report_of
@@ -207,14 +208,21 @@ def flat(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
+def exported(folder: Path, job: "Job") -> Path:
+    """Where the model that a job makes goes; an adapter that is not merged stands alone."""
+    section = job.section()
+    alone = isinstance(section, Finetune) and section.adapter is not None and not section.adapter.merge
+    return folder / ("adapter" if alone else "model")
+
+
 def is_trained(folder: Path, job: "Job") -> bool:
-    """Whether the model in the folder is what this job would make.
+    """Whether the folder has what this job would make.
 
     Raises:
         RunError: It is another one: the recipe has changed.
     """
-    try:  # an adapter that is not merged stands alone
-        manifest = verify_folder(folder / ("model" if (folder / "model").exists() else "adapter"))
+    try:
+        manifest = verify_folder(exported(folder, job))
     except CorruptError:
         return False
     from llmkit.train.checkpoint import check_identity

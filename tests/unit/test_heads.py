@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from adapting import scrambled
 from torch.nn import functional
 from transformers import AutoConfig
 
+from llmkit.models.adapters import inject_adapter
 from llmkit.models.build import AUTO_CLASSES
 from llmkit.models.heads import causal_scores, choose_heads, masked_scores, seq2seq_scores
+from llmkit.recipe.parts import Adapter
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
@@ -70,6 +73,29 @@ def test_scores_give_the_loss_of_transformers(kind, model_type, fields, in_chunk
     likeliest = scores.logits().argmax(1)
     learned = targets.flatten() != -100
     assert int(scores.num_correct(targets.flatten())) == int((likeliest == targets.flatten())[learned].sum())
+
+
+@pytest.mark.parametrize(("kind", "family", "layer"), [("causal", "llama", "q_proj"), ("seq2seq", "t5", "q")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer_with_an_adapter_gives_the_loss_of_transformers_and_learns(kind, family, layer, tied):
+    fields = T5 | {"decoder_start_token_id": 0} if family == "t5" else SMALL
+    model = made(kind, family, {**fields, "tie_word_embeddings": tied})
+    inject_adapter(model, Adapter(method="lora", rank=2, targets=f"lm_head|{layer}"), seed=1)
+    scrambled(model)
+    assert not choose_heads(model, kind)
+    model.eval()
+    ids, targets = torch.randint(3, 50, (2, 2, 12))
+    if kind == "seq2seq":
+        scores, own = seq2seq_scores(model, ids, targets), model(input_ids=ids, labels=targets).loss * 24
+    else:
+        scores, logits = causal_scores(model, ids), model(input_ids=ids).logits
+        own = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    loss = scores.nll(targets.flatten())
+    assert loss.item() == pytest.approx(own.item(), rel=1e-5)
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+    assert any("lm_head" in name for name in grads)
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
 
 
 def test_a_cap_that_small_logits_do_not_touch_is_noticed_on_a_new_model():

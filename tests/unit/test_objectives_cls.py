@@ -1,23 +1,27 @@
 """Classes and numbers: losses beside transformers' own, weights and passes by hand, sampling by count."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from training import losses
+from training import losses, options
 from transformers import AutoModelForSequenceClassification
-from tuning import CONTEXT, finetune, model, rows_file, tokenizer_of
+from tuning import CONTEXT, finetune, model, recipe, rows_file, tokenizer_of
 
 from llmkit.data.balance import by_class
 from llmkit.data.order import RowOrder
 from llmkit.errors import MissingError, UsageError
 from llmkit.models.heads import Scores
-from llmkit.models.tasks import in_order_of_model
+from llmkit.models.tasks import build_task_model, in_order_of_model
 from llmkit.objectives.base import NOT_LEARNED, Material, cross_entropy
 from llmkit.objectives.losses import Weighted, agreeing, class_weights, make_criterion, twofold
 from llmkit.objectives.make import make_task
+from llmkit.recipe import load_recipe
 from llmkit.recipe.schema import Finetune
+from llmkit.report.console import make_reporter
+from llmkit.run.rows import prepare_rows
 
 LABELS = ("bad", "good", "odd")
 COUNTS = {"bad": 6, "good": 3, "odd": 1}
@@ -33,7 +37,7 @@ def section(task="cls", **settings):
 
 
 def material(family="bert", labels=LABELS):
-    return Material(tokenizer_of(family), CONTEXT, labels, facts={"classes": COUNTS})
+    return Material(tokenizer_of(family), CONTEXT, labels, facts={"train_classes": COUNTS})
 
 
 def task_of(name="cls", family="bert", labels=LABELS, **settings):
@@ -262,6 +266,32 @@ def test_labels_come_in_the_order_of_a_model_that_has_them(tmp_path):
     assert in_order_of_model(LABELS, str(tmp_path)) == ("odd", "bad", "good")
     assert in_order_of_model(("bad", "good"), str(tmp_path)) == ("bad", "good")
     assert in_order_of_model(LABELS, model("bert")) == LABELS, "a model without a head has no names"
+
+
+def test_one_label_that_applies_or_not_keeps_its_name(tmp_path):
+    path = tmp_path / "one.jsonl"
+    rows = [{"text": f"the {colour} cat {n}", "label": ["red"] * (colour == "red")}
+            for n in range(12) for colour in ("red", "blue")]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = finetune(
+        tmp_path,
+        "cls",
+        finetune__data={"files": str(path)},
+        finetune__cls={"multiple": True},
+        finetune__train__length="2 steps",
+    )
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "red"}
+    assert config["problem_type"] == "multi_label_classification"
+    assert build_task_model(str(folder / "model"), "sequence", labels=["red"])[1] == ()
+
+
+def test_weights_of_classes_count_the_rows_that_are_learned(tmp_path):
+    loaded = load_recipe(recipe(tmp_path, "cls"))
+    rows = prepare_rows(loaded, options(tmp_path), make_reporter(quiet=True))
+    learned = Counter(json.loads(line)["label"] for line in (rows.folder / "train.jsonl").open())
+    assert rows.facts["train_classes"] == dict(learned)
+    assert sum(learned.values()) == 48 < sum(rows.facts["classes"].values()) == 64
 
 
 def test_a_number_is_learned_and_exported_as_one_output(tmp_path):

@@ -9,14 +9,17 @@ import torch
 import tuning
 from scipy.stats import spearmanr
 from torch.nn import functional
-from training import weights
+from training import options, weights
 from transformers import AutoModel
 
 from llmkit.errors import DataError, UsageError
 from llmkit.objectives.base import NOT_LEARNED, Material
 from llmkit.objectives.embed import SHARPNESS, Embedding, cosent
+from llmkit.recipe import load_recipe
 from llmkit.recipe.tasks import Embeddings
+from llmkit.report.console import make_reporter
 from llmkit.report.run_log import read_metrics
+from llmkit.run import evaluate
 
 ROWS = [
     {"anchor": "where is the cat?", "positive": "the red cat lives in Oslo"},
@@ -240,6 +243,45 @@ def test_texts_alone_become_vectors_and_prefixes_stand_before_them(tokenizer, mo
 def test_labels_that_are_not_there_cannot_be_smoothed(tmp_path):
     with pytest.raises(UsageError, match="no labels to smooth"):
         tuning.finetune(tmp_path, "embed", finetune__train__label_smoothing=0.1)
+
+
+def written(folder, name, rows):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_pairs_with_a_score_are_not_measured_as_others_nor_the_other_way(tmp_path):
+    pairs = [{name: row[name] for name in ("anchor", "positive")} for row in ROWS]
+    files = {
+        "scored": written(tmp_path, "scored.jsonl", SCORED),
+        "pairs": written(tmp_path, "pairs.jsonl", pairs),
+    }
+    for own, other in (("scored", "pairs"), ("pairs", "scored")):
+        tuning.finetune(
+            tmp_path, "embed", own, finetune__data={"files": files[own]}, finetune__train__length="1 steps",
+            finetune__train__batch="2 samples",
+        )  # fmt: skip
+        with pytest.raises(DataError, match=f"these rows are `{other}`.*learned from rows that are `{own}`"):
+            measure(tmp_path, own, files[other])
+        assert "loss" in measure(tmp_path, own, files[own])
+
+
+def test_rows_that_cannot_be_used_are_left_out_where_the_recipe_says_so(tmp_path):
+    """With `scored: cosine` a score above 1 is a fault."""
+    tuning.finetune(
+        tmp_path, "embed", finetune__data={"files": written(tmp_path, "scored.jsonl", SCORED)},
+        finetune__train__length="1 steps", finetune__embed={"scored": "cosine"}, finetune__train__batch="2 samples",
+    )  # fmt: skip
+    other = written(tmp_path, "other.jsonl", [*SCORED, {**SCORED[0], "score": 4.5}])
+    with pytest.raises(DataError, match=r"the score is 4\.5"):
+        measure(tmp_path, "embed", other)
+    assert "spearman" in measure(tmp_path, "embed", other, on_error="skip")
+
+
+def measure(folder, name, files, **more):
+    made = {"llmkit": 1, "name": name, "eval": {"data": {"files": files, **more}}}
+    return evaluate(name, load_recipe(made), options(folder), make_reporter(quiet=True)).summary["metrics"]
 
 
 def test_a_run_learns_leaves_the_pooler_alone_and_is_read_by_sentence_transformers(tmp_path):

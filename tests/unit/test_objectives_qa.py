@@ -10,13 +10,17 @@ from training import losses
 from transformers import AutoModelForQuestionAnswering
 
 from llmkit.data.records.answers import IMPOSSIBLE
-from llmkit.errors import UsageError
+from llmkit.data.samples import RowsHeld
+from llmkit.errors import DataError, UsageError
 from llmkit.evaluate.predict import predict
+from llmkit.evaluate.task import evaluate_task
 from llmkit.objectives.base import NOT_LEARNED, LossModule, Material, smoothed_cross_entropy
 from llmkit.objectives.qa import Answering
 from llmkit.objectives.windows import Windows
 from llmkit.recipe.tasks import Answers
 from llmkit.report.run_log import read_metrics
+from llmkit.run.rows import measured
+from llmkit.run.tasks import predict as judge
 
 CONTEXT = (
     "the red cat lives in Oslo and walks on and on. " * 6 + "the blue dog lives in New York and walks on."
@@ -235,6 +239,29 @@ def test_rows_to_be_answered_have_no_targets(tokenizer):
     assert int(answering.collate([example])["num_targets"]) == 0
 
 
+def test_some_questions_are_measured_with_all_their_windows(tokenizer, model):
+    answering = task(tokenizer)
+    long = [{**ROW, "place": f"q:{number}", "id": str(number)} for number in range(4)]
+    rows = RowsHeld(measured(answering, [{**SHORT, "place": "q:9", "id": "9"}, *long], "cut"))
+    seen = []
+    core = LossModule(model, answering, bf16=False)
+    figures = evaluate_task(
+        core, rows, device="cpu", tokens=400, max_rows=3, keep=lambda number, found: seen.append(rows[number])
+    )
+    assert "f1" in figures
+    windows = len(answering.expand(ROW))
+    assert [sum(row["id"] == name for row in seen) for name in "90123"] == [1, windows, 0, windows, 0]
+
+
+def test_a_text_that_is_no_token_is_a_fault_with_its_place(tokenizer):
+    answering = task(tokenizer)
+    empty = {**SHORT, "context": "\u200b\u200b", "answers": [], "place": "q:7"}
+    with pytest.raises(DataError, match=r"q:7: the tokenizer makes no token of the text '\\u200b\\u200b'"):
+        measured(answering, [SHORT, empty], "cut")
+    left = measured(answering, [SHORT, empty], "cut", skip=True)
+    assert (len(left.rows), left.num_unusable) == (1, 1)
+
+
 def test_a_run_learns_where_answers_stand(tmp_path):
     folder = tuning.finetune(
         tmp_path,
@@ -249,3 +276,6 @@ def test_a_run_learns_where_answers_stand(tmp_path):
     assert losses(folder, "eval/loss")[40] < losses(folder, "eval/loss")[0] / 2
     assert json.loads((folder / "report.json").read_text())["final"]["eval/exact_match"] > 20
     AutoModelForQuestionAnswering.from_pretrained(folder / "model")
+    with pytest.raises(UsageError, match="answered from a text, and none is given") as caught:
+        judge(str(folder / "model"), [{"question": "Who?"}], runs=tmp_path)
+    assert "--other" in caught.value.hint

@@ -14,7 +14,8 @@ from transformers import AutoModelForTokenClassification
 from tuning import CONTEXT, finetune, model, tokenizer_of
 
 from llmkit.data.tokenizers import load_tokenizer
-from llmkit.objectives.base import NOT_LEARNED, Material, size_of
+from llmkit.evaluate.predict import predict
+from llmkit.objectives.base import NOT_LEARNED, LossModule, Material, size_of
 from llmkit.objectives.make import make_task
 from llmkit.objectives.pieces import WordPieces, windows, words_of
 from llmkit.recipe.schema import Finetune
@@ -168,12 +169,32 @@ def test_what_is_said_of_a_plain_text():
     assert int(example["starts"].sum()) == 4
 
 
+@pytest.mark.parametrize("key", ["text", "tokens"])
+def test_what_is_said_of_a_long_text_goes_to_its_end(key):
+    """With a head whose every tag is a place's beginning, no word is outside; each is said once, in its order."""
+    net = net_of("bert")
+    with torch.no_grad():
+        net.classifier.weight.zero_()
+        net.classifier.bias.copy_(torch.tensor([0.0, 0, 0, 5, 0]))
+    text = " ".join(["the", "red", "cat", "in", "Oslo"] * 60)
+    row = {key: text if key == "text" else text.split()}
+    [short, long] = predict(LossModule(net, task_of(), bf16=False), [{"text": "a cat"}, row])
+    assert long["tokens"] == text.split()
+    assert long["tags"] == ["B-place"] * 300
+    assert short["tags"] == ["B-place"] * 2
+    assert long["entities"][-1] == {"type": "place", "text": "Oslo", "start": 299, "end": 300}
+
+
 def test_a_run_learns_to_tag(tmp_path):
-    folder = finetune(tmp_path, "tag", finetune__train__length="12 steps")
+    prompts = ["the cat lives in Oslo", "cat " * 300]
+    folder = finetune(tmp_path, "tag", finetune__train__length="12 steps", finetune__prompts=prompts)
+    samples = json.loads((folder / "report.json").read_text())["samples"]
+    said = {one["prompt"]: json.loads(one["text"])["tags"] for one in samples}
+    assert [len(said[prompt]) for prompt in prompts] == [5, 300]
     figures = json.loads((folder / "report.json").read_text())["final"]
     assert figures["eval/f1"] > 0.7
     config = json.loads((folder / "model" / "config.json").read_text())
-    assert list(config["id2label"].values()) == ["O", "B-animal", "B-place", "I-place"]
+    assert list(config["id2label"].values()) == list(LABELS)
 
 
 def test_a_tokenizer_file_that_fills_texts_up_does_not_lengthen_rows(tmp_path):

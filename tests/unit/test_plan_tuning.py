@@ -85,6 +85,27 @@ def test_what_cannot_be_is_told_with_a_way_out(changes, word):
     assert "finetune.model.context=256" in said or "32 samples" in said
 
 
+@pytest.mark.parametrize(
+    ("changes", "held_out", "key"),
+    [
+        ({"held_out": 0}, 0, "held_out: 0` keeps none"),
+        ({"validation": {"files": "b.csv"}}, 0, "`validation` has none"),
+        ({"eval": {"every": "200 steps"}}, 100, "eval.every` is 200 steps, and the run is 94 steps long"),
+        ({"eval": {"every": "94 steps"}}, 100, "eval.every` is 94 steps"),
+    ],
+)
+def test_a_run_that_nothing_could_stop_early_is_refused_by_the_right_key(changes, held_out, key, monkeypatch):
+    monkeypatch.setitem(ROWS, "held_out", {**ROWS["held_out"], "num_rows": held_out})
+    with pytest.raises(PlanError) as caught:
+        planned(stop_early={}, **changes)
+    assert key in str(caught.value)
+    assert planned(**changes).num_steps == 94
+
+
+def test_a_run_that_may_stop_early_is_planned():
+    assert planned(stop_early={}, eval={"every": "93 steps"}).eval_every == 93
+
+
 def test_a_batch_larger_than_the_data_is_noted():
     assert any("rows repeat" in note for note in planned(train={"batch": "2k samples"}).notes)
 

@@ -1,6 +1,7 @@
 """Labelled rows: kept, read back, dealt to steps, micro-batches and ranks."""
 
 import pickle
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -24,6 +25,7 @@ def measured(count=ROWS):
         [number % 7 + 1 for number in range(count)],
         [1] * count,
         [number % 5 == 0 for number in range(count)],
+        range(count),
     )
 
 
@@ -62,7 +64,7 @@ def test_rows_come_back_as_they_were_kept(folder):
     assert rows.lengths.tolist() == list(measured().lengths)
     assert rows.facts == {
         "num_rows": 40, "num_tokens": sum(measured().lengths), "num_targets": 40, "longest": 7, "num_idle": 0,
-        "num_cut": 8, "tokens_cut": 8,
+        "num_cut": 8, "tokens_cut": 8, "num_passed_over": 0,
     }  # fmt: skip
     again = pickle.loads(pickle.dumps(rows))
     assert again[17] == rows[17]
@@ -152,6 +154,23 @@ def test_held_out_rows_come_once_and_every_rank_has_as_many_rounds(world_size):
         assert max(lengths) * len(lengths) <= 14
     few = list(held_out_batches(rows, tokens=14, max_rows=5, world_size=1, rank=0))
     assert sorted(number for batch in few for number, _ in batch) == [0, 4, 9, 13, 18]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_of_held_out_rows_whole_groups_are_chosen(tmp_path, world_size, kept):
+    """Six texts of 1, 4, 2, 1, 5 and 3 windows; three of them are the first, the third and the fifth."""
+    groups = [number for number, count in enumerate((1, 4, 2, 1, 5, 3)) for _ in range(count)]
+    made = replace(measured(len(groups)), groups=groups)
+    write_samples(tmp_path / "rows", {"train": measured(), "held_out": made}, {})
+    rows = Samples(tmp_path / "rows", "held_out") if kept else RowsHeld(made)
+    numbers = [
+        number
+        for rank in range(world_size)
+        for batch in held_out_batches(rows, tokens=14, max_rows=3, world_size=world_size, rank=rank)
+        for number, _ in batch or ()
+    ]
+    assert sorted(numbers) == [0, 5, 6, 8, 9, 10, 11, 12]
 
 
 def test_places_name_the_rows_of_a_step(folder):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tuning import model, recipe
@@ -270,6 +272,44 @@ def test_another_search_in_the_same_place_is_refused(search, tmp_path):
     with pytest.raises(UsageError, match="the search has changed since it began: space") as caught:
         carry_out(search("finetune.train.optim.lr=1e-5..1e-2:log", trials=1), tmp_path)
     assert "--fresh" in caught.value.hint
+
+
+def test_an_edited_recipe_is_another_search(search, tmp_path):
+    carry_out(search(trials=1), tmp_path)
+    path = tmp_path / "toy.yaml"
+    before = path.read_text()
+    edited = json.loads(before)
+    edited["finetune"]["train"]["length"] = "7 steps"
+    path.write_text(json.dumps(edited))
+    with pytest.raises(UsageError, match="has changed since it began: settings of the recipe") as caught:
+        carry_out(search(trials=1), tmp_path)
+    assert "--fresh" in caught.value.hint
+    path.write_text(before)
+    carry_out(search(trials=1), tmp_path)
+
+
+def test_other_rows_in_the_same_file_are_another_search(search, tmp_path):
+    carry_out(search(trials=1), tmp_path)
+    rows = Path(json.loads((tmp_path / "toy.yaml").read_text())["finetune"]["data"]["files"])
+    rows.write_text(rows.read_text() + rows.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(UsageError, match="has changed since it began: files of rows"):
+        carry_out(search(trials=1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [(1, "failed"), (2, "failed"), (-9, "failed"), (75, "pruned"), (130, "pruned"), (-15, "pruned")],
+)
+def test_a_trial_that_fails_while_it_stops_has_failed(search, tmp_path, code, state):
+    work = module._Sweep(search(), Options(runs=tmp_path), make_reporter(quiet=True), tmp_path / "toy")
+    trial = Trial(1, {}, "running", curve={5: 0.5})
+    (tmp_path / "toy" / "sweep").mkdir(parents=True)
+    work._log(trial).write_text("error: disk full\n")
+    process = SimpleNamespace(returncode=code)
+    work._judge(module._Running(trial, process, None, 0, given_up=True))
+    assert (trial.state, trial.value, trial.error) == (
+        (state, None, "error: disk full") if state == "failed" else (state, 0.5, trial.error)
+    )
 
 
 # --- what is refused before anything runs ---------------------------------------------------------------------

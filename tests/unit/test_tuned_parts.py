@@ -131,6 +131,28 @@ def test_a_merge_that_changes_the_model_is_not_exported(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "cls" / "finetune"
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
     assert not (folder / "model").exists()
+    # What the error offers exports the same checkpoints.
+    last = folder / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors"
+    before = last.stat().st_mtime_ns
+    finetune(tmp_path, "cls", finetune__adapter={**strict, "merge": False})
+    assert report(folder)["status"] == "done"
+    assert not (folder / "model").exists()
+    monkeypatch.undo()
+    finetune(tmp_path, "cls", finetune__adapter={**LORA, "max_kl": 0.1})
+    assert (folder / "model" / "model.safetensors").exists(), "a merged model was asked for, and is not there"
+    assert last.stat().st_mtime_ns == before, "trained again"
+
+
+@pytest.mark.parametrize(
+    ("task", "targets"), [("sft", "lm_head|q_proj"), ("sft", "lm_head"), ("seq2seq", "lm_head")]
+)
+def test_an_adapter_of_the_output_layer_learns(tmp_path, task, targets):
+    short = {"finetune__train__length": "2 steps", "finetune__eval": {"every": "never"}}
+    run = finetune(tmp_path, task, finetune__adapter={**LORA, "targets": targets, "merge": False}, **short)
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    second = {name: tensor for name, tensor in tensors.items() if "lora_B" in name}
+    assert any("lm_head" in name for name in second)
+    assert all(tensor.abs().max() > 0 for tensor in second.values())
 
 
 def test_an_adapter_alone_is_a_finished_run(tmp_path, capsys):

@@ -12,7 +12,7 @@ from llmkit.errors import DataError, MissingError, UsageError
 from llmkit.recipe import load_recipe
 from llmkit.report.console import make_reporter
 from llmkit.run import plan_finetune
-from llmkit.run.rows import prepare_rows
+from llmkit.run.rows import prepare_rows, read_and_measure
 
 
 def prepared(folder, task="cls", **changes):
@@ -104,3 +104,26 @@ def test_rows_whose_answers_were_all_cut_off_may_come_first(tmp_path):
         finetune__train__length="1 steps",
     )  # fmt: skip
     assert (folder / "model").is_dir()
+
+
+def test_answers_that_melt_into_the_prompt_are_counted_and_told(tmp_path):
+    said = [("user", "Where?"), ("assistant", " " * 8 + "There."), ("user", "Far?"), ("assistant", "No.")]
+    path = tmp_path / "melting.jsonl"
+    rows = [
+        [
+            {"role": role, "content": f"{text}{n}" if role == "user" else text}
+            for role, text in said[0 if n % 4 else 2 :]
+        ]
+        for n in range(12)
+    ]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    loaded = load_recipe(recipe(tmp_path, "sft", finetune__data={"files": str(path)}))
+    notes = []
+    facts = read_and_measure(loaded, options(tmp_path), notes.append).facts
+    counts = [facts[part]["num_passed_over"] for part in ("train", "held_out")]
+    assert sum(counts) == 9
+    assert [note for note in notes if "characters make one token" in note] == [
+        "9 answers are not learned: their first characters make one token with the end of the prompt"
+    ]
+    plain = read_and_measure(load_recipe(recipe(tmp_path, "sft")), options(tmp_path), notes.append).facts
+    assert plain["train"]["num_passed_over"] == 0

@@ -16,7 +16,7 @@ Each task has one canonical row, whatever the file looked like; keys that end in
 and `place` beside them: where it was found, `reviews.csv:17`.
 """
 
-from llmkit.data.records.found import Found, fingerprint, read_rows
+from llmkit.data.records.found import Found, count_classes, fingerprint, read_rows
 from llmkit.data.records.split import num_shared, split_rows
 
-__all__ = ["Found", "fingerprint", "num_shared", "read_rows", "split_rows"]
+__all__ = ["Found", "count_classes", "fingerprint", "num_shared", "read_rows", "split_rows"]

@@ -88,7 +88,7 @@ def read_rows(
         raise _nothing(data, tally)
     if form.finish is not None:
         form.finish(rows)
-    classes = _classes(rows, form.label_key)
+    classes = count_classes(rows, form.label_key)
     if training and task == "cls":
         _check_several(rows, classes)
     labels = (NUMBER,) if task == "regression" else tuple(classes)
@@ -130,7 +130,13 @@ def _made(form: Form, records: Iterable[Record], tally: Tally, skip: bool) -> It
             yield row
 
 
-def _classes(rows: Sequence[Row], key: str) -> dict[str, int]:
+def count_classes(rows: Sequence[Row], key: str) -> dict[str, int]:
+    """How many rows have each label, or how many tokens each tag, in their order.
+
+    Args:
+        rows: In canonical form.
+        key: `label`, `tags`, or nothing where rows have no classes.
+    """
     if key == "label":
         often = Counter(label for row in rows for label in labels_of(row))
         return {label: often[label] for label in sorted(often, key=natural_key)}
