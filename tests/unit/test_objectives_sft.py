@@ -211,7 +211,7 @@ def test_variables_of_the_template_are_saved_with_it():
 def test_without_a_template_one_is_offered(tmp_path):
     with pytest.raises(UsageError, match="has no chat template") as caught:
         finetune(tmp_path, "sft", finetune__model={"name": _without_template(tmp_path), "context": CONTEXT})
-    assert "chat_template: chatml" in caught.value.hint
+    assert "finetune.chat_template=chatml" in caught.value.hint
 
 
 @pytest.mark.parametrize(
