@@ -11,7 +11,7 @@ from llmkit.recipe.architectures import (
 )
 from llmkit.recipe.emit import scalar_text
 from llmkit.recipe.schema import Finetune, Preset, Pretrain, Recipe, Source, Tokenize, tokenize_of
-from llmkit.registry import goal_of
+from llmkit.registry import TASKS, goal_of
 
 _STEPS = 20
 _VOCAB = 1000
@@ -63,7 +63,7 @@ def _tiny(block: Pretrain) -> str:
 
 def _finetune(block: Finetune) -> Iterator[str]:
     for name, source in (("data", block.data), ("validation", block.validation)):
-        if source is not None:
+        if source is not None and block.task in TASKS:  # text has no rows to count
             yield f"finetune.{name}.limit={min(source.limit or _LABELLED, _LABELLED)}"
     train = block.train
     yield f"finetune.model.context={min(block.model.context, _CONTEXT)}"

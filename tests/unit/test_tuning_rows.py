@@ -11,6 +11,7 @@ from llmkit.data.records.tags import completed
 from llmkit.errors import DataError, MissingError, UsageError
 from llmkit.recipe import load_recipe
 from llmkit.report.console import make_reporter
+from llmkit.run import finetune as verb
 from llmkit.run import plan_finetune
 from llmkit.run.rows import prepare_rows, read_and_measure
 
@@ -127,3 +128,26 @@ def test_answers_that_melt_into_the_prompt_are_counted_and_told(tmp_path):
     ]
     plain = read_and_measure(load_recipe(recipe(tmp_path, "sft")), options(tmp_path), notes.append).facts
     assert plain["train"]["num_passed_over"] == 0
+
+
+@pytest.mark.parametrize(("task", "family"), [("clm", "llama"), ("mlm", "bert")])
+def test_going_on_with_pre_training_works_shrunk_too_and_for_vocabularies_without_an_end(
+    tmp_path, task, family
+):
+    """BERT's own vocabularies have no end of text."""
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"the red cat {number} sat on the green mat\n" * 40)
+    made = {
+        "llmkit": 1,
+        "name": "on",
+        "finetune": {
+            "task": task,
+            "model": {"name": model(family), "context": 32},
+            "data": {"files": str(tmp_path / "*.txt")},
+            "train": {"length": "2 steps", "batch": "4 samples"},
+        },
+        "machine": {"device": "cpu"},
+    }
+    loaded = load_recipe(made, smoke=True)
+    ended = verb(loaded, options(tmp_path), make_reporter(quiet=True))
+    assert (ended.folder / "model" / "config.json").is_file()

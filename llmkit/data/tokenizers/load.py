@@ -261,18 +261,21 @@ def _put_around(backend: Tokenizer, frame: processors.TemplateProcessing) -> Non
 
 
 def eos_id(tokenizer: Any) -> int:
-    """The id that ends a document.
+    """The id that ends a document; BERT's vocabularies have no end of text, and `[SEP]` stands there.
 
     Raises:
-        DataError: The tokenizer has none.
+        DataError: The tokenizer has neither.
     """
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id
+    if end is None and tokenizer.mask_token_id is not None:  # one that fills gaps, and writes no text
+        end = tokenizer.sep_token_id
+    if end is None:
         raise DataError(
             f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token, "
             "so a model could never learn to stop",
             hint='add `"eos_token": "..."` (a token of its vocabulary) to its tokenizer_config.json',
         )
-    return int(tokenizer.eos_token_id)
+    return int(end)
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:
