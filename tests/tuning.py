@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from training import options
@@ -36,6 +37,9 @@ from llmkit.recipe import load_recipe
 from llmkit.report.console import make_reporter
 
 TASKS = [name for name, goal in registry.TASKS.items() if find_spec(goal.code.split(":")[0])]
+FAST = ("cls", "qa", "sft")
+"""Padded rows, windows of rows and packed ones: the others' long tests are among the slow ones."""
+EACH = [pytest.param(task, marks=() if task in FAST else pytest.mark.slow) for task in TASKS]
 STEPS = 6
 VOCAB_SIZE = 700
 CONTEXT = 64

@@ -5,7 +5,7 @@ import json
 import pytest
 from sessions import shared_server
 from training import losses, same_bits, weights
-from tuning import TASKS, folder_of, model_of, rows_file, words
+from tuning import EACH, folder_of, model_of, rows_file, words
 
 from llmkit.report.run_log import read_metrics
 
@@ -51,7 +51,7 @@ def compare(one, other):
     assert max(abs(mine[name] - its[name]).max() for name in mine) < 2e-5
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EACH)
 def test_two_processes_and_any_micro_batches_learn_what_one_process_learns(tmp_path, task):
     one = trained(tmp_path, task, "one")
     large = trained(tmp_path, task, "large", "machine.micro_batch=8")
@@ -63,7 +63,7 @@ def test_two_processes_and_any_micro_batches_learn_what_one_process_learns(tmp_p
     compare(one, two)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EACH)
 def test_without_a_recipe_one_is_written_that_gives_the_same_bits(tmp_path, task):
     data = rows_file(tmp_path, task)
     options = ["--task", task, "--model", model_of(task), "--data", str(data), "--name", "bare"]
