@@ -180,12 +180,106 @@ TASKS: Mapping[str, Goal] = {
 """What a model can be fine-tuned for on labelled rows; the objectives above, too, on text."""
 
 
-_LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "detector_loss", "mse", "mae", "ece"})
+@dataclass(frozen=True)
+class Evaluation:
+    """A way to measure a model, as far as it is known without its code.
+
+    Attributes:
+        code: `module:function`; called with a `Subject` and what is `Asked`, it gives a `Measurement`.
+        metrics: Figures that it can give, in the order in which they are shown.
+        best: The figure that tells a better model.
+        shared: Whether several processes can share the work.
+    """
+
+    code: str
+    metrics: tuple[str, ...]
+    best: str
+    shared: bool = False
+
+
+_WRITTEN = (
+    "exact_match",
+    "f1",
+    "bleu",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "distinct_1",
+    "distinct_2",
+    "repetition",
+)
+
+_TIMED = (
+    "latency_ms_p50",
+    "latency_ms_p95",
+    "rows_per_s",
+    "tokens_per_s",
+    "first_token_ms_p50",
+    "first_token_ms_p95",
+    "decode_tokens_per_s",
+    "memory_bytes",
+    "num_parameters",
+    "file_bytes",
+)
+
+EVALUATIONS: Mapping[str, Evaluation] = {
+    "text": Evaluation(
+        "llmkit.run.measure.text:measure",
+        ("loss", "perplexity", "bits_per_byte", "char_perplexity"),
+        best="bits_per_byte",
+        shared=True,
+    ),
+    "labelled": Evaluation("llmkit.run.measure.labelled:measure", (), best="", shared=True),
+    "choice": Evaluation(
+        "llmkit.run.measure.choice:measure",
+        ("accuracy", "accuracy_norm", "accuracy_bytes", "perplexity"),
+        best="accuracy",
+    ),
+    "harness": Evaluation("llmkit.run.measure.harness:measure", (), best=""),
+    "generation": Evaluation("llmkit.run.measure.generation:measure", _WRITTEN, best="f1"),
+    "retrieval": Evaluation(
+        "llmkit.run.measure.retrieval:measure",
+        ("recall_at_1", "recall_at_5", "recall_at_10", "mrr", "exact_match", "f1"),
+        best="mrr",
+    ),
+    "speed": Evaluation("llmkit.run.measure.speed:measure", _TIMED, best="latency_ms_p50"),
+}
+"""What a model can be asked. `labelled` stands for every task: its figures are the task's."""
+
+_LOWER_IS_BETTER = frozenset(
+    {
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "char_perplexity",
+        "detector_loss",
+        "mse",
+        "mae",
+        "ece",
+        "repetition",
+        "latency_ms_p50",
+        "latency_ms_p95",
+        "first_token_ms_p50",
+        "first_token_ms_p95",
+        "memory_bytes",
+        "num_parameters",
+        "file_bytes",
+    }
+)
 
 MEASURED = tuple(
     sorted({f"eval/{name}" for goal in (*OBJECTIVES.values(), *TASKS.values()) for name in goal.metrics})
 )
 """What evaluations while training measure; not each of every objective."""
+
+FIGURES = tuple(
+    sorted(
+        {name.removeprefix("eval/") for name in MEASURED}
+        | {name for evaluation in EVALUATIONS.values() for name in evaluation.metrics}
+    )
+)
+"""What `llmkit eval` measures; not each of every model."""
 
 
 def lower_is_better(metric: str) -> bool:

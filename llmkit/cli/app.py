@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from llmkit import __version__
-from llmkit.cli import commands, doctor, recipe, sweep, verify
+from llmkit.cli import commands, doctor, explain, recipe, report, runs, sweep, verify
 from llmkit.cli.options import described
 from llmkit.cli.output import give, say
 from llmkit.errors import ExitCode
@@ -54,5 +54,8 @@ def start(
 commands.register(app)
 verify.register(app)
 sweep.register(app)
+explain.register(app)
+runs.register(app)
+report.register(app)
 recipe.register(app)
 doctor.register(app)

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from llmkit.cli import evaluate as evaluating
 from llmkit.cli import fill as filling
 from llmkit.cli import finetune as finetuning
 from llmkit.cli import generate as generating
@@ -32,7 +33,6 @@ from llmkit.cli.options import (
     Smoke,
     deadline_of,
     described,
-    run_name,
 )
 from llmkit.cli.output import as_columns, as_typed, give, give_json, say
 from llmkit.errors import UsageError
@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
     app.command("tokenize", help=tokenizing.HELP, short_help=tokenizing.SHORT_HELP)(tokenizing.tokenize)
     _add_verb(app, "pretrain", **VERBS["pretrain"])
     app.command("finetune", help=finetuning.HELP, short_help=finetuning.SHORT_HELP)(finetuning.finetune)
-    app.command("eval", help=EVAL_HELP, short_help="Measure a model on held-out text.")(evaluate)
+    app.command("eval", help=evaluating.HELP, short_help=evaluating.SHORT_HELP)(evaluating.evaluate)
     app.command("generate", help=generating.HELP, short_help=generating.SHORT_HELP)(generating.generate)
     app.command("fill", help=filling.HELP, short_help=filling.SHORT_HELP)(filling.fill)
     app.command("predict", help=predicting.HELP, short_help=predicting.SHORT_HELP)(predicting.predict)
@@ -191,6 +191,8 @@ def finish(result: "Result | None", settings: Settings) -> None:
         if result.table:
             give(as_columns(result.table))
         say(f"next: {as_typed(result.next_command)}")
+    if result.failed is not None:
+        raise result.failed
 
 
 PLAN_HELP = described(
@@ -267,70 +269,6 @@ def _plan_of(loaded: "Loaded", settings: Settings) -> tuple[list[tuple[str, str,
     for section, key, value in rows:
         sections.setdefault(section, {})[key] = value
     return rows, sections
-
-
-EVAL_HELP = described(
-    """
-    llmkit eval my.yaml                             the model that this recipe trained
-    llmkit eval runs/my                             the same, by its run folder
-    llmkit eval path/to/model --data 'texts/*.txt'  any model, on text of yours
-    """,
-    "Measure a model on held-out text: loss, perplexity, bits per byte.",
-)
-
-
-def evaluate(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|RUN|MODEL", help="A recipe, a run folder or a model.", show_default=False
-        ),
-    ],
-    overrides: OverrideWords = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="FILES", help="Other text to measure on: a path, glob or folder.")
-    ] = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    smoke: Smoke = False,
-    runs: Runs = Path("runs"),
-    debug: Debug = False,
-) -> None:
-    """`llmkit eval`."""
-    from llmkit import run
-
-    settings = Settings(runs, quiet=quiet, as_json=as_json, smoke=smoke)
-    model, loaded = choose_target(target, overrides or (), data, settings)
-    with reporting(settings) as reporter:
-        result = run.evaluate(model, loaded, to_options(settings), reporter)
-    finish(result, settings)
-
-
-def choose_target(
-    target: str, overrides: Sequence[str], data: str | None, settings: Settings
-) -> "tuple[str | None, Loaded | None]":
-    """What `llmkit eval TARGET` means: a model (folder, run, Hub name), a recipe, or a model on other text.
-
-    Raises:
-        UsageError: `data` or overrides are given where they have no meaning.
-    """
-    from llmkit.recipe import load_recipe
-
-    is_model = not target.endswith((".yaml", ".yml")) and (
-        "/" in target or Path(target).is_dir() or (settings.runs / target).is_dir()
-    )
-    if data is not None:
-        if not is_model:
-            raise UsageError(
-                "--data goes with a model, not with a recipe", hint=f"eval.data.files={shlex.quote(data)}"
-            )
-        made = {"llmkit": 1, "name": run_name(target), "eval": {"model": target, "data": {"files": data}}}
-        return target, load_recipe(made, overrides=overrides)
-    if not is_model:
-        return None, load_recipe(target, overrides=overrides, smoke=settings.smoke)
-    if overrides:
-        raise UsageError(f"{overrides[0]!r} changes a recipe, but {target} is a model")
-    return target, None
 
 
 DEMO_HELP = described(

@@ -1,6 +1,5 @@
 """The options that commands share, each declared once."""
 
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +92,9 @@ def deadline_of(max_time: str | None) -> float | None:
 
 def run_name(path: str) -> str:
     """A recipe name made from a path: `data/my model.yaml` -> `my-model`."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).absolute().stem).strip("._-")
-    return plain[:64] or "run"
+    from llmkit.run import folders
+
+    return folders.run_name(path)
 
 
 def described(examples: str, text: str = "") -> str:

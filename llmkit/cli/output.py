@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+CALLED = "LLMKIT_CALLED"
+"""In a worker's environment: how the command that started it was called."""
+
 
 def program() -> str:
     """How llmkit was called, so that a printed command can be typed again: `llmkit`, `.venv/bin/llmkit`."""
+    if CALLED in os.environ:  # by the process that started this one
+        return os.environ[CALLED]
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{Path(sys.executable).name} -m llmkit"

@@ -180,18 +180,26 @@ def separated(pieces: "Sequence[Piece]") -> list[str]:
 
 
 def coloured(pieces: "Sequence[Piece]", terminal: Terminal) -> list[str]:
-    """Lines no wider than the terminal, each piece on another background than the one before.
-
-    The lines are cut here, by the width of each character, for a terminal that wraps by itself may fill the rest
-    of the line with the colour.
-    """
-    lines, column, tint = [""], 0, 0
+    """Lines no wider than the terminal, each piece on another background than the one before."""
+    stretches, tint = [], 0
     for piece in pieces:
         style = ""
         if piece.id is not None:
             style, tint = terminal.tints[tint % len(terminal.tints)], tint + 1
             style = style if isinstance(piece.content, str) else _UNDERLINED + style
-        parts, column = _in_columns(_visible(piece), column, terminal.columns)
+        stretches.append((_visible(piece), style))
+    return painted(stretches, terminal.columns)
+
+
+def painted(stretches: Iterable[tuple[str, str]], columns: int) -> list[str]:
+    """Lines no wider than `columns`, of stretches of text, each with the codes of its colours.
+
+    The lines are cut here, by the width of each character, for a terminal that wraps by itself may fill the rest
+    of the line with the colour.
+    """
+    lines, column = [""], 0
+    for text, style in stretches:
+        parts, column = _in_columns(text, column, columns)
         lines[-1] += _painted(parts[0], style)
         lines += [_painted(part, style) for part in parts[1:]]
     return lines if lines[-1] else lines[:-1]

@@ -127,16 +127,28 @@ def unigram_entropy(shards: Sequence[TokenShards]) -> float:
     Each id up to the largest that occurs counts once more than it does, so that none is impossible. Where nothing is
     held out, the training tokens stand in for it.
     """
-    train, held_out = (_occurrences(shards, split) for split in SPLITS)
+    train, held_out = (occurrences(shards, split) for split in SPLITS)
     measured = held_out if held_out.any() else train
     if not measured.any():
         return 0.0
-    size = max(len(train), len(held_out))
+    return unigram_loss(train, measured, max(len(train), len(held_out)))
+
+
+def unigram_loss(train: Ints, measured: Ints, size: int = 0) -> float:
+    """The loss, in nats a token, of the frequencies that tokens have in one text, on another.
+
+    Args:
+        train: How often each id occurs in the first.
+        measured: In the second.
+        size: Ids that count once more than they occur; at least all that occur.
+    """
+    size = max(size, len(train), len(measured))
     p = (np.pad(train, (0, size - len(train))) + 1) / (train.sum() + size)
     return float(-(measured * np.log(p[: len(measured)])).sum() / measured.sum())
 
 
-def _occurrences(shards: Sequence[TokenShards], split: Split) -> Ints:
+def occurrences(shards: Sequence[TokenShards], split: Split) -> Ints:
+    """How often each id occurs in one split of some sources."""
     found = np.zeros(0, dtype=np.int64)
     for shard in shards:
         found = add_counts(found, shard.token_counts(split))

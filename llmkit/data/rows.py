@@ -105,7 +105,7 @@ class Rows:
         stream = self.streams[source]
         found: Row = {"ids": stream.read(start, stop).astype(np.int64)}
         if isolate:
-            found["positions"] = _restarting_positions(
+            found["positions"] = restarting_positions(
                 stream.document_starts(start, stop) - start, stop - start
             )
         return found
@@ -154,7 +154,7 @@ class Rows:
         return first, min(self.sizes[source], -(-ends // self.stride))
 
 
-def _restarting_positions(starts: Ints, length: int) -> Ints:
+def restarting_positions(starts: Ints, length: int) -> Ints:
     """0..length-1, counted anew from each of `starts`."""
     count = np.arange(length, dtype=np.int64)
     begin = np.zeros(length, dtype=np.int64)

@@ -109,6 +109,7 @@ class TokenStream:
         num_tokens: Tokens, each document's end included.
         num_documents: Documents.
         num_bytes: UTF-8 bytes of the text.
+        num_chars: Characters of the text.
     """
 
     def __init__(self, folder: Path, split: Split, name: str, counts: SplitCounts) -> None:
@@ -117,6 +118,7 @@ class TokenStream:
         self.num_tokens = counts.tokens
         self.num_documents = counts.documents
         self.num_bytes = counts.bytes
+        self.num_chars = counts.chars
         self._tokens_per_file = counts.tokens_per_file
         num_files = -(-counts.tokens // counts.tokens_per_file) if counts.tokens else 0
         self._files = [_mapped(_token_file(folder, split, i)) for i in range(num_files)]

@@ -15,13 +15,14 @@ both fsyncs).
 """
 
 from llmkit.durable.calls import foreign_write
-from llmkit.durable.locks import RunLock, one_at_a_time, scratch_folder
+from llmkit.durable.locks import RunLock, lock_holder, one_at_a_time, scratch_folder
 from llmkit.durable.manifest import MANIFEST, hash_file, read_manifest, verify_folder
 from llmkit.durable.refusals import naming_full_disks
 from llmkit.durable.removing import discard, remove_file, remove_folder, sweep, sweep_beside
 from llmkit.durable.writing import (
     make_folders,
     open_log,
+    replace_in_folder,
     sync_log,
     write_file,
     write_folder,
@@ -35,6 +36,7 @@ __all__ = [
     "discard",
     "foreign_write",
     "hash_file",
+    "lock_holder",
     "make_folders",
     "naming_full_disks",
     "one_at_a_time",
@@ -42,6 +44,7 @@ __all__ = [
     "read_manifest",
     "remove_file",
     "remove_folder",
+    "replace_in_folder",
     "scratch_folder",
     "sweep",
     "sweep_beside",

@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from llmkit.durable.writing import make_folders
 from llmkit.errors import RunError
 
 _SCRATCH = ".scratch-"
+_LOCK = ".lock"
+_TRIES, _TRY_EVERY_S = 3, 0.02
+"""Who only looks whether a folder is locked (`lock_holder`) holds its lock for a moment."""
 
 
 @contextmanager
@@ -65,11 +69,40 @@ def _held(folder: Path) -> Iterator[bool]:
         yield folder.is_dir()
 
 
+def lock_holder(folder: Path) -> str | None:
+    """Who writes in a run folder now, in words; None when nobody does, or it cannot be known. Changes nothing."""
+    try:
+        with (folder / _LOCK).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(200).decode(errors="replace").strip() or "another process"
+    except OSError:  # no lock file, none of ours to read, or a file system without locks
+        return None
+    return None
+
+
+def _lock(file: TextIO) -> None:
+    """Take a file's lock alone.
+
+    Raises:
+        BlockingIOError: Another process holds it, and not only to look.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_TRY_EVERY_S)
+        else:
+            return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class RunLock:
     """One writer a run folder. The kernel drops the lock when its holder dies, so a lock is never stale."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
+        self.path = folder / _LOCK
         self._file: TextIO | None = None
 
     def __enter__(self) -> "RunLock":
@@ -83,7 +116,7 @@ class RunLock:
                     hint="Choose another place with --runs DIR or LLMKIT_RUNS.",
                 ) from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"

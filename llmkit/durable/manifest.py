@@ -17,7 +17,11 @@ def manifest_text(folder: Path, files: Collection[Path], facts: Mapping[str, obj
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
         for file in sorted(files)
     }
-    body = {"files": entries, **facts}
+    return sealed({"files": entries, **facts})
+
+
+def sealed(body: Mapping[str, object]) -> str:
+    """A manifest's text: its entries, and the hash of them."""
     return json.dumps({**body, "sha256": _hash_of(body)}, indent=1, ensure_ascii=False)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from llmkit.durable import calls
-from llmkit.durable.manifest import MANIFEST, manifest_text
+from llmkit.durable.manifest import MANIFEST, hash_file, manifest_text, read_manifest, sealed
 from llmkit.durable.refusals import naming_full_disks
 from llmkit.durable.removing import beside, discard
 
@@ -56,6 +56,28 @@ def write_folder(path: Path, *, facts: Mapping[str, object] | None = None) -> It
         calls.sync_path(path.parent)
         if replaced is not None:
             discard(replaced)
+
+
+def replace_in_folder(path: Path, name: str, content: bytes | str) -> None:
+    """Replace a file of a published folder, and its entry in the manifest.
+
+    The folder agrees with its manifest at every moment: first the entry goes, then the file changes, then it is entered
+    again. Whoever calls this holds the folder's lock, for two at a time would enter each other's hashes.
+
+    Args:
+        path: A published folder.
+        name: The file, by its path in the folder; it may be new.
+        content: What it holds from now on.
+
+    Raises:
+        CorruptError: The folder has no readable manifest.
+    """
+    body = {key: value for key, value in read_manifest(path).items() if key != "sha256"}
+    others = {key: entry for key, entry in body["files"].items() if key != name}
+    write_file(path / MANIFEST, sealed({**body, "files": others}))
+    write_file(path / name, content)
+    entry = {"bytes": (path / name).stat().st_size, "sha256": hash_file(path / name)}
+    write_file(path / MANIFEST, sealed({**body, "files": dict(sorted({**others, name: entry}.items()))}))
 
 
 def make_folders(path: Path) -> None:

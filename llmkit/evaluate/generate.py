@@ -1,6 +1,6 @@
 """Text from a model, in batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,7 @@ def generate(
     *,
     seed: int,
     batch_size: int = 16,
+    more: Mapping[str, Any] | None = None,
 ) -> list[Continuation]:
     """Continue each prompt, `batch_size` at a time.
 
@@ -51,12 +52,14 @@ def generate(
         sampling: How to draw.
         seed: The draw is a function of this, the prompts and the batch size.
         batch_size: Prompts computed together.
+        more: Further arguments of transformers' `generate`; they stand above `sampling`.
     """
     torch.manual_seed(seed)
     results: list[Continuation] = []
     with _ready_to_generate(model):
         for start in range(0, len(prompts), batch_size):
-            results += _generate_batch(model, tokenizer, prompts[start : start + batch_size], sampling)
+            some = prompts[start : start + batch_size]
+            results += _generate_batch(model, tokenizer, some, sampling, more or {})
     return results
 
 
@@ -81,9 +84,10 @@ def _generate_batch(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     sampling: Sampling,
+    more: Mapping[str, Any],
 ) -> list[Continuation]:
     if model.config.is_encoder_decoder:
-        return _answer_batch(model, tokenizer, prompts, sampling)
+        return _answer_batch(model, tokenizer, prompts, sampling, more)
     limit = max_length(model.config) or 1 << 30
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = [tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"] or [start] for p in prompts]
@@ -102,7 +106,7 @@ def _generate_batch(
         use_cache=True,  # whatever the configuration says: without it generation is eight times slower
         pad_token_id=pad,
         eos_token_id=_ends(model, tokenizer),
-        **_draw(sampling),
+        **{**_draw(sampling), **more},
     )
     rows = output[:, width:].tolist()
     return [
@@ -116,6 +120,7 @@ def _answer_batch(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     sampling: Sampling,
+    more: Mapping[str, Any],
 ) -> list[Continuation]:
     """What an encoder-decoder writes when it has read each prompt."""
     limit = max_length(model.config) or 1 << 30
@@ -133,7 +138,7 @@ def _answer_batch(
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=_ends(model, tokenizer),
-        **_draw(sampling),
+        **{**_draw(sampling), **more},
     )
     rows = output[:, 1:].tolist()  # without the start token
     return [

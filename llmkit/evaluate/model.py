@@ -1,6 +1,5 @@
 """Measure a saved model on token streams, by the code that training's own evaluation uses."""
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmkit.data.loader import evaluation_rows
+from llmkit.data.loader import evenly_spaced
 from llmkit.data.rows import Rows
 from llmkit.data.shards import TokenStream
-from llmkit.errors import DataError, MissingError
-from llmkit.evaluate.split import sum_over
+from llmkit.errors import MissingError
+from llmkit.evaluate.sharing import ALONE, Share
+from llmkit.evaluate.text import Found, measure_rows, measure_windows, windows_of
 from llmkit.models.attention import use_attention
 from llmkit.models.build import kind_of, load_weights
 from llmkit.models.heads import choose_heads
@@ -20,27 +20,106 @@ from llmkit.objectives.base import HasParts, LossModule, Objective
 from llmkit.objectives.make import make_objective
 from llmkit.plan import layout_of
 from llmkit.recipe.schema import Pretrain
-from llmkit.registry import goal_of
+from llmkit.registry import ModelKind, goal_of
 
 
-def load_model(folder: Path, *, trusted: bool = False) -> PreTrainedModel:
+def load_model(folder: Path, *, trusted: bool = False, kind: ModelKind | None = None) -> PreTrainedModel:
     """A model from a folder, in float32 on CPU, for measuring or generating.
 
     Args:
         folder: The model folder.
         trusted: Code that comes with it may run.
+        kind: What it is loaded as; None: as its configuration says.
 
     Raises:
         MissingError: The folder holds no model that can be loaded.
         UsageError: It brings code or pickles, or its weights do not belong to its configuration.
     """
     try:
-        return load_weights(str(folder), kind_of(str(folder)), trusted=trusted)
+        return load_weights(str(folder), kind or kind_of(str(folder)), trusted=trusted)
     except (OSError, ValueError) as error:
         raise MissingError(
             f"{folder}: no model that can be loaded ({str(error).splitlines()[0]})",
             hint="give a run, its folder, or a folder with config.json and model.safetensors",
         ) from error
+
+
+def core_of(
+    model: PreTrainedModel,
+    section: Pretrain,
+    tokenizer: Any,
+    *,
+    device: str,
+    folder: Path | None = None,
+    bf16: bool = False,
+) -> LossModule:
+    """A model and what it learned, ready to be measured.
+
+    Args:
+        model: A model of the objective's kind.
+        section: What was learned, and in which rows: a recipe's `pretrain` section.
+        tokenizer: The model's.
+        device: `cpu`, `cuda` or `mps`.
+        folder: The model's; what was trained beside it lies beside it.
+        bf16: Matrix products in bfloat16.
+
+    Raises:
+        MissingError: What was trained beside the model is not there.
+    """
+    objective = make_objective(section, tokenizer)
+    use_attention(model, "sdpa", isolate=section.isolate_documents)
+    choose_heads(model, goal_of(section.objective).model)
+    core = LossModule(model, objective, bf16=bf16, parts=_load_parts(objective, model, folder)).to(device)
+    core.eval()
+    return core
+
+
+def measure_streams(
+    core: LossModule,
+    streams: Sequence[TokenStream],
+    section: Pretrain,
+    *,
+    device: str,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    max_rows: int | None = None,
+    share: Share = ALONE,
+) -> Found:
+    """The losses of all targets in a text.
+
+    Args:
+        core: From `core_of`.
+        streams: The text as tokens of the model's own tokenizer.
+        section: What was learned.
+        device: Where the model is.
+        context: Tokens that the model sees at once; by default the section's. Only of the next token's prediction.
+        stride: See `text.windows_of`. Likewise.
+        batch_size: Rows computed together.
+        max_rows: At most so many rows, evenly spaced; None takes all.
+        share: This process's part of the work.
+
+    Raises:
+        DataError: There is nothing to measure on.
+    """
+    goal, layout, isolate = goal_of(section.objective), layout_of(section), section.isolate_documents
+    if section.objective == "clm":
+        windows = windows_of(streams, context or layout.stride, stride)
+        chosen = [windows[number] for number in evenly_spaced(len(windows), max_rows).tolist()]
+        return measure_windows(
+            core, streams, chosen, device=device, batch_size=batch_size, isolate=isolate, share=share
+        )
+    rows = Rows(streams, layout.stride, overlap=layout.overlap, partial=True)
+    return measure_rows(
+        core,
+        rows,
+        goal,
+        device=device,
+        batch_size=batch_size,
+        isolate=isolate,
+        max_rows=max_rows,
+        share=share,
+    )
 
 
 def evaluate_model(
@@ -53,59 +132,28 @@ def evaluate_model(
     folder: Path | None = None,
     bf16: bool = False,
     batch_size: int = 8,
-    max_rows: int | None = None,
-) -> dict[str, Any]:
-    """Loss and what follows from it, over all rows of `streams`.
-
-    Windowing: consecutive rows of the section's context. A model that predicts the next token predicts every token of a
-    stream but its first, each from those before it in its row.
-
-    Args:
-        model: A model of the objective's kind.
-        streams: The text as tokens of the model's own tokenizer.
-        section: What was learned, and in which rows: a recipe's `pretrain` section.
-        tokenizer: The model's.
-        device: `cpu`, `cuda` or `mps`.
-        folder: The model's; what was trained beside it lies beside it.
-        bf16: Matrix products in bfloat16.
-        batch_size: Rows computed together.
-        max_rows: At most so many rows, evenly spaced; None takes all.
+) -> dict[str, float]:
+    """Loss and what follows from it, over all rows of `streams`; see `core_of` and `measure_streams`.
 
     Raises:
         DataError: There is nothing to measure on.
         MissingError: What was trained beside the model is not there.
     """
-    goal, layout, isolate = goal_of(section.objective), layout_of(section), section.isolate_documents
-    objective = make_objective(section, tokenizer)
-    use_attention(model, "sdpa", isolate=isolate)
-    choose_heads(model, goal.model)
-    parts = _load_parts(objective, model, folder)
-    core = LossModule(model, objective, bf16=bf16, parts=parts).to(device)
-    rows = Rows(streams, layout.stride, overlap=layout.overlap, partial=True)
-    if len(rows) == 0:
-        raise DataError("no text to measure on: nothing was held out", hint="give other text: --data FILES")
-    found = evaluation_rows(
-        rows,
-        micro_batch_size=batch_size,
-        max_rows=max_rows,
-        isolate=isolate or goal.positions,
-        other=goal.other,
-    )
-    batches = (
-        {
-            name: tensor.to(device)
-            for name, tensor in objective.collate(list(map(objective.encode, micro))).items()
-        }
-        for micro in found
-    )
-    started = time.perf_counter()
-    sums = sum_over(core, batches)
-    seconds = time.perf_counter() - started
-    if "bits_per_byte" in goal.metrics:
+    core = core_of(model, section, tokenizer, device=device, folder=folder, bf16=bf16)
+    found = measure_streams(core, streams, section, device=device, batch_size=batch_size)
+    return summarise(core, section, streams, found.sums)
+
+
+def summarise(
+    core: LossModule, section: Pretrain, streams: Sequence[TokenStream], sums: Mapping[str, float]
+) -> dict[str, float]:
+    """Metrics of a text, bits per byte among them where the objective predicts all of it."""
+    totals = dict(sums)
+    if "bits_per_byte" in goal_of(section.objective).metrics:
         num_bytes = sum(stream.num_bytes for stream in streams)
         num_tokens = sum(stream.num_tokens for stream in streams)
-        sums["num_bytes"] = sums["num_targets"] * num_bytes / num_tokens
-    return {**objective.summarise(sums), "tokens_per_s": sums["num_targets"] / seconds}
+        totals["num_bytes"] = totals["num_targets"] * num_bytes / num_tokens
+    return core.objective.summarise(totals)
 
 
 def _load_parts(objective: Objective, model: PreTrainedModel, folder: Path | None) -> Mapping[str, nn.Module]:

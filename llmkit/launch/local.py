@@ -127,10 +127,16 @@ def _shared_environment(env: Mapping[str, str], num_processes: int, rendezvous: 
     merged = {**env, **ours}
     if num_processes > 1:  # one alone computes as it would without a parent
         merged.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_processes)))
+    return finding_our_code(merged)
+
+
+def finding_our_code(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that imports llmkit from where this one has it."""
     root = Path(llmkit.__file__).parent.parent
-    if root.name not in ("site-packages", "dist-packages"):  # a checkout that may not be installed
-        merged["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [env.get("PYTHONPATH")])])
-    return merged
+    if root.name in ("site-packages", "dist-packages"):
+        return dict(env)
+    # A checkout may not be installed.
+    return {**env, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [env.get("PYTHONPATH")])])}
 
 
 def _free_port() -> int:

@@ -18,12 +18,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from llmkit.errors import DataError
-from llmkit.metrics.inputs import Floats, check_rows, finite
+from llmkit.metrics.inputs import Booleans, Floats, Integers, check_rows, finite
 from llmkit.metrics.treebank import words_of
 
 Rules = Literal["squad", "squad2", "cmrc"]
@@ -155,23 +156,77 @@ def answer_metrics(
         DataError: There are no questions, or one has no answer where the rules know none.
         RunError: A number of `no_answer_N` is not finite.
     """
-    exact_N, f1_N = score_answers(predictions, answers, rules)
-    has_N = np.array([bool(alternatives) for alternatives in answers])
-    result: dict[str, float] = {}
-    refused_N = np.zeros(len(has_N), dtype=bool)
-    if no_answer_N is not None:
-        no_answer_N = finite(no_answer_N, "the no-answer scores")
-        refused_N = no_answer_N > threshold
-    for name, raw_N in (("exact_match", exact_N), ("f1", f1_N)):
-        scores_N = np.where(refused_N, ~has_N, raw_N)
-        result[name] = 100 * float(scores_N.mean())
-        if has_N.any() and not has_N.all():
-            result[f"has_answer_{name}"] = 100 * float(scores_N[has_N].mean())
-            result[f"no_answer_{name}"] = 100 * float(scores_N[~has_N].mean())
-        if no_answer_N is not None:
-            best, place = best_threshold(raw_N, has_N, no_answer_N, [bool(text) for text in predictions])
-            result[f"best_{name}"], result[f"best_{name}_threshold"] = best, place
-    return result
+    scored = AnswerRows.of(predictions, answers, rules=rules, no_answer_N=no_answer_N, threshold=threshold)
+    return scored.figures(np.arange(len(scored.has_N)))
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """The scores of each question, made once, so that the figures of any of them are quick.
+
+    Attributes:
+        exact_N: Its exact match, 0 or 1, were it answered.
+        f1_N: Its F1, 0 to 1, likewise.
+        has_N: Whether it has an answer.
+        answered_N: Whether the prediction is not empty.
+        no_answer_N: How much it seems to have none; None: that was not asked.
+        threshold: A question above it counts as answered with the empty text.
+    """
+
+    exact_N: Floats
+    f1_N: Floats
+    has_N: Booleans
+    answered_N: Booleans
+    no_answer_N: Floats | None
+    threshold: float
+
+    @classmethod
+    def of(
+        cls,
+        predictions: Sequence[str],
+        answers: Sequence[Sequence[str]],
+        *,
+        rules: Rules = "squad",
+        no_answer_N: Any = None,
+        threshold: float = 1.0,
+    ) -> "AnswerRows":
+        """See `answer_metrics`.
+
+        Raises:
+            DataError: There are no questions, or one has no answer where the rules know none.
+            RunError: A number of `no_answer_N` is not finite.
+        """
+        exact_N, f1_N = score_answers(predictions, answers, rules)
+        return cls(
+            exact_N,
+            f1_N,
+            np.array([bool(alternatives) for alternatives in answers]),
+            np.array([bool(text) for text in predictions]),
+            None if no_answer_N is None else finite(no_answer_N, "the no-answer scores"),
+            threshold,
+        )
+
+    def given(self, raw_N: Floats) -> Floats:
+        """Each question's score where those above the threshold are not answered."""
+        if self.no_answer_N is None:
+            return raw_N
+        return np.where(self.no_answer_N > self.threshold, ~self.has_N, raw_N).astype(np.float64)
+
+    def figures(self, items: Integers) -> dict[str, float]:
+        """As `answer_metrics`, of some questions, one of them several times if it is named so."""
+        has_N = self.has_N[items]
+        result: dict[str, float] = {}
+        for name, raw_N in (("exact_match", self.exact_N), ("f1", self.f1_N)):
+            scores_N = self.given(raw_N)[items]
+            result[name] = 100 * float(scores_N.mean())
+            if has_N.any() and not has_N.all():
+                result[f"has_answer_{name}"] = 100 * float(scores_N[has_N].mean())
+                result[f"no_answer_{name}"] = 100 * float(scores_N[~has_N].mean())
+            if self.no_answer_N is not None:
+                doubts_N, answered_N = self.no_answer_N[items], self.answered_N[items]
+                best, place = best_threshold(raw_N[items], has_N, doubts_N, answered_N)
+                result[f"best_{name}"], result[f"best_{name}_threshold"] = best, place
+        return result
 
 
 def best_threshold(scores_N: Any, has_N: Any, no_answer_N: Any, answered_N: Any) -> tuple[float, float]:

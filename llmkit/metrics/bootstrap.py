@@ -3,7 +3,7 @@
 All chance is a function of the seed. Shape suffix: N rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import comb
 from typing import Any
@@ -14,6 +14,9 @@ from llmkit.metrics.inputs import Floats, Integers, check_rows
 
 Metric = Callable[[Integers], float]
 """Numbers of rows, some of them several times -> the metric over them."""
+
+Figures = Callable[[Integers], Mapping[str, float]]
+"""The same, several metrics by name."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,65 @@ def compare(
     check_rows(rows, rows)
     value = second(rows) - first(rows)
     draws = resampled(lambda some: second(some) - first(some), num_rows, seed=seed, resamples=resamples)
+    return _comparison(value, draws, level)
+
+
+def _comparison(value: float, draws: Floats, level: float) -> Comparison:
     # A hair of tolerance: a draw of the same rows in another order adds up to another last bit.
     extreme = int((np.abs(draws - value) >= abs(value) * (1 - 1e-12)).sum())
-    return Comparison(_interval(value, draws, level), (1 + extreme) / (1 + resamples))
+    return Comparison(_interval(value, draws, level), (1 + extreme) / (1 + len(draws)))
+
+
+def intervals(
+    figures: Figures, num_rows: int, *, seed: int, resamples: int = 1000, level: float = 0.95
+) -> dict[str, Interval]:
+    """The percentile interval of each of several metrics, all from the same draws.
+
+    Args:
+        figures: From numbers of rows, metrics by name.
+        num_rows: How many rows there are.
+        seed: The draws are a function of this.
+        resamples: How many.
+        level: Share of the draws that the interval holds.
+
+    Raises:
+        DataError: There are no rows.
+    """
+    rows = np.arange(num_rows)
+    check_rows(rows, rows)
+    drawn = _drawn(figures, num_rows, seed=seed, resamples=resamples)
+    return {
+        name: _interval(value, np.array([one[name] for one in drawn]), level)
+        for name, value in figures(rows).items()
+        if all(name in one for one in drawn)
+    }
+
+
+def compare_all(
+    first: Figures, second: Figures, num_rows: int, *, seed: int, resamples: int = 1000, level: float = 0.95
+) -> dict[str, Comparison]:
+    """Each metric that both have, of the second model less the first one's; see `compare`.
+
+    Raises:
+        DataError: There are no rows.
+    """
+    rows = np.arange(num_rows)
+    check_rows(rows, rows)
+    pairs = [
+        _drawn(figures, num_rows, seed=seed, resamples=resamples) for figures in (first, second)
+    ]  # of the same rows: the draws follow from the seed
+    before, after = first(rows), second(rows)
+    found = {}
+    for name in before:
+        if name in after and all(name in one for drawn in pairs for one in drawn):
+            draws = np.array([b[name] - a[name] for a, b in zip(*pairs, strict=True)])
+            found[name] = _comparison(after[name] - before[name], draws, level)
+    return found
+
+
+def _drawn(figures: Figures, num_rows: int, *, seed: int, resamples: int) -> list[Mapping[str, float]]:
+    chance = np.random.default_rng(seed)
+    return [figures(chance.integers(num_rows, size=num_rows)) for _ in range(resamples)]
 
 
 def mcnemar(first_right_N: Any, second_right_N: Any) -> float:

@@ -130,9 +130,17 @@ def calibration_error(targets_N: Any, probabilities_NC: Any, *, bins: int = CALI
     probabilities_NC = finite(probabilities_NC, "the probabilities")
     confidence_N = probabilities_NC.max(axis=1)
     right_N = probabilities_NC.argmax(axis=1) == np.asarray(targets_N)
-    bin_N = np.clip(np.ceil(confidence_N * bins).astype(np.int64) - 1, 0, bins - 1)
+    return _calibration_error(right_N, confidence_N, bins)
+
+
+def _calibration_error(right_N: Booleans, confidence_N: Floats, bins: int) -> float:
+    bin_N = _bins(confidence_N, bins)
     right, confident = (np.bincount(bin_N, weights=each, minlength=bins) for each in (right_N, confidence_N))
     return float(np.abs(right - confident).sum() / len(bin_N))
+
+
+def _bins(confidence_N: Floats, bins: int) -> Integers:
+    return np.clip(np.ceil(confidence_N * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
 def classification_metrics(targets_N: Any, probabilities_NC: Any, labels: Sequence[str]) -> dict[str, float]:
@@ -151,16 +159,83 @@ def classification_metrics(targets_N: Any, probabilities_NC: Any, labels: Sequen
         DataError: There are no rows.
         RunError: A probability is not finite.
     """
-    probabilities_NC = finite(probabilities_NC, "the probabilities")
-    matrix_CC = confusion_matrix(targets_N, probabilities_NC.argmax(axis=1), len(labels))
-    counts = counts_of(matrix_CC)
-    seen_C = (counts.found > 0) | (counts.true > 0)
-    return {
-        "accuracy": float(np.trace(matrix_CC) / matrix_CC.sum()),
-        **averages(counts.of(seen_C)),
-        "mcc": matthews(matrix_CC),
-        "ece": calibration_error(targets_N, probabilities_NC),
-    }
+    counted = ClassRows.of(targets_N, probabilities_NC, len(labels))
+    return counted.figures(np.arange(len(counted.cells_N)))
+
+
+@dataclass(frozen=True)
+class ClassRows:
+    """What each row contributes to the figures of classes, counted once, so that figures of any rows are quick.
+
+    Attributes:
+        cells_N: Each row's place in the matrix of truth and prediction, row by row of it.
+        confidence_N: The probability of the class that was predicted.
+        num_classes: C.
+    """
+
+    cells_N: Integers
+    confidence_N: Floats
+    num_classes: int
+
+    @classmethod
+    def of(cls, targets_N: Any, probabilities_NC: Any, num_classes: int) -> "ClassRows":
+        """See `classification_metrics`.
+
+        Raises:
+            DataError: There are no rows.
+            RunError: A probability is not finite.
+        """
+        probabilities_NC = finite(probabilities_NC, "the probabilities")
+        predicted_N = probabilities_NC.argmax(axis=1)
+        confusion_matrix(targets_N, predicted_N, num_classes)  # refuses what is no class
+        cells_N = np.asarray(targets_N, dtype=np.int64) * num_classes + predicted_N
+        return cls(cells_N, probabilities_NC.max(axis=1), num_classes)
+
+    def right(self) -> Booleans:
+        """Whether each row's prediction is its target."""
+        right_N: Booleans = self.cells_N % (self.num_classes + 1) == 0
+        return right_N
+
+    def matrix(self, items: Integers) -> Integers:
+        """[C, C] of some rows, one of them several times if it is named so."""
+        flat = np.bincount(self.cells_N[items], minlength=self.num_classes**2)
+        return flat.reshape(self.num_classes, self.num_classes).astype(np.int64)
+
+    def figures(self, items: Integers) -> dict[str, float]:
+        """As `classification_metrics`, of some rows."""
+        matrix_CC = self.matrix(items)
+        counts = counts_of(matrix_CC)
+        seen_C = (counts.found > 0) | (counts.true > 0)
+        return {
+            "accuracy": float(np.trace(matrix_CC) / matrix_CC.sum()),
+            **averages(counts.of(seen_C)),
+            "mcc": matthews(matrix_CC),
+            "ece": _calibration_error(self.right()[items], self.confidence_N[items], CALIBRATION_BINS),
+        }
+
+
+def calibration_table(
+    right_N: Any, confidence_N: Any, *, bins: int = CALIBRATION_BINS
+) -> list[dict[str, Any]]:
+    """The bins of `calibration_error` that hold rows: `low`, `high`, `num`, mean `confidence`, share right `accuracy`.
+
+    Args:
+        right_N: Whether each row's likeliest class is the true one.
+        confidence_N: The probability of that class.
+        bins: How many.
+    """
+    right_N, confidence_N = np.asarray(right_N), np.asarray(confidence_N)
+    bin_N = _bins(confidence_N, bins)
+    return [
+        {
+            "low": number / bins,
+            "high": (number + 1) / bins,
+            "num": int((bin_N == number).sum()),
+            "confidence": float(confidence_N[bin_N == number].mean()),
+            "accuracy": float(right_N[bin_N == number].mean()),
+        }
+        for number in np.unique(bin_N).tolist()
+    ]
 
 
 def class_table(counts: Counts, labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -4,19 +4,22 @@ Two readings of tags. The **lenient** one (seqeval's default) takes IOB1, BIO an
 S, and at an I or E that follows no tag of its own type; what a tagger leaves half-said still counts. The **strict** one
 takes the tags at their word: `bio` wants a B first, `bioes` a B ... E or an S, and anything else is no entity.
 
+Shape suffixes: S sentences, Y types of entities, 3 counts.
+
 **Source**: Tjong Kim Sang and Buchholz, "Introduction to the CoNLL-2000 Shared Task", 2000 (conlleval); Ramshaw and
 Marcus, "Text Chunking using Transformation-Based Learning", 1995 (IOB).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from llmkit.errors import DataError
 from llmkit.metrics.classification import Counts, averages, class_table
-from llmkit.metrics.inputs import check_rows
+from llmkit.metrics.inputs import Integers, check_rows
 
 Scheme = Literal["lenient", "bio", "bioes"]
 
@@ -132,22 +135,71 @@ def entity_counts(
         DataError: There are no sentences, or a strict scheme has no such tag.
         ValueError: A sentence has more or fewer tags than it should.
     """
-    check_rows(targets, predicted)
-    hits, found, true = Counter[str](), Counter[str](), Counter[str]()
-    for number, (wanted, said) in enumerate(zip(targets, predicted, strict=True), 1):
-        if len(wanted) != len(said):
-            raise ValueError(f"sentence {number} has {len(wanted)} tags, but {len(said)} were predicted")
-        true_spans, found_spans = set(spans_of(wanted, scheme)), set(spans_of(said, scheme))
-        true.update(_types(true_spans))
-        found.update(_types(found_spans))
-        hits.update(_types(true_spans & found_spans))
-    types = sorted({*true, *found})
-    columns = (np.array([count[type_] for type_ in types], dtype=np.int64) for count in (hits, found, true))
-    return types, Counts(*columns)
+    counted = EntityRows.of(targets, predicted, scheme)
+    return list(counted.types), counted.counts(np.arange(len(counted.tags_S)))
 
 
-def _types(spans: Iterable[Span]) -> list[str]:
-    return [span.type for span in spans]
+@dataclass(frozen=True)
+class EntityRows:
+    """What each sentence contributes to the figures of entities, counted once, so that those of any are quick.
+
+    Attributes:
+        types: Those that occur, sorted.
+        parts_3SY: Entities found and true, found, and true, of each sentence and type.
+        right_S: Right tags of each sentence.
+        tags_S: Its tags.
+    """
+
+    types: tuple[str, ...]
+    parts_3SY: Integers
+    right_S: Integers
+    tags_S: Integers
+
+    @classmethod
+    def of(
+        cls, targets: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], scheme: Scheme = "lenient"
+    ) -> "EntityRows":
+        """See `entity_metrics`.
+
+        Raises:
+            DataError: There are no sentences, or a strict scheme has no such tag.
+            ValueError: A sentence has more or fewer tags than it should.
+        """
+        check_rows(targets, predicted)
+        rows = []
+        for number, (wanted, said) in enumerate(zip(targets, predicted, strict=True), 1):
+            if len(wanted) != len(said):
+                raise ValueError(f"sentence {number} has {len(wanted)} tags, but {len(said)} were predicted")
+            true, found = set(spans_of(wanted, scheme)), set(spans_of(said, scheme))
+            rows.append([Counter(span.type for span in spans) for spans in (true & found, found, true)])
+        types = sorted({type_ for row in rows for some in row for type_ in some})
+        parts = [[[row[part][type_] for type_ in types] for row in rows] for part in range(3)]
+        right = [
+            sum(one == other for one, other in zip(wanted, said, strict=True))
+            for wanted, said in zip(targets, predicted, strict=True)
+        ]
+        return cls(
+            tuple(types),
+            np.array(parts, dtype=np.int64).reshape(3, len(rows), len(types)),
+            np.array(right, dtype=np.int64),
+            np.array([len(wanted) for wanted in targets], dtype=np.int64),
+        )
+
+    def counts(self, items: Integers) -> Counts:
+        """Those of each type over some sentences."""
+        times_S = np.bincount(items, minlength=len(self.tags_S))
+        return Counts(*(times_S @ part_SY for part_SY in self.parts_3SY))
+
+    def figures(self, items: Integers) -> dict[str, float]:
+        """As `entity_metrics`, of some sentences, one of them several times if it is named so."""
+        counts = self.counts(items)
+        figures = averages(counts.of((counts.found > 0) | (counts.true > 0)))
+        tags = int(self.tags_S[items].sum())
+        return {
+            **{name: figures.pop(f"micro_{name}") for name in ("precision", "recall", "f1")},
+            **figures,
+            "accuracy": int(self.right_S[items].sum()) / tags if tags else 0.0,
+        }
 
 
 def entity_metrics(
@@ -169,19 +221,8 @@ def entity_metrics(
         DataError: There are no sentences, or a strict scheme has no such tag.
         ValueError: A sentence has more or fewer tags than it should.
     """
-    _, counts = entity_counts(targets, predicted, scheme)
-    figures = averages(counts)
-    pairs = [
-        pair
-        for wanted, said in zip(targets, predicted, strict=True)
-        for pair in zip(wanted, said, strict=True)
-    ]
-    right = sum(wanted == said for wanted, said in pairs)
-    return {
-        **{name: figures.pop(f"micro_{name}") for name in ("precision", "recall", "f1")},
-        **figures,
-        "accuracy": right / len(pairs) if pairs else 0.0,
-    }
+    counted = EntityRows.of(targets, predicted, scheme)
+    return counted.figures(np.arange(len(counted.tags_S)))
 
 
 def entity_table(

@@ -134,12 +134,21 @@ def retrieval_metrics(ranks: Sequence[Integers], cutoffs: Sequence[int] = (1, 5,
     Raises:
         DataError: There are no queries.
     """
+    return {name: float(values_Q.mean()) for name, values_Q in retrieval_rows(ranks, cutoffs).items()}
+
+
+def retrieval_rows(ranks: Sequence[Integers], cutoffs: Sequence[int] = (1, 5, 10)) -> dict[str, Floats]:
+    """As `retrieval_metrics`, but the figures of each query, [Q] for each name.
+
+    Raises:
+        DataError: There are no queries.
+    """
     check_rows(ranks, ranks)
     result = {}
     for k in cutoffs:
-        result[f"recall_at_{k}"] = float(np.mean([(own <= k).mean() for own in ranks]))
-        result[f"ndcg_at_{k}"] = float(np.mean([_gain(own[own <= k]) / _ideal(len(own), k) for own in ranks]))
-    return {**result, "mrr": float(np.mean([1 / own[0] for own in ranks]))}
+        result[f"recall_at_{k}"] = np.array([(own <= k).mean() for own in ranks])
+        result[f"ndcg_at_{k}"] = np.array([_gain(own[own <= k]) / _ideal(len(own), k) for own in ranks])
+    return {**result, "mrr": np.array([1 / own[0] for own in ranks])}
 
 
 def _gain(ranks: Integers) -> float:

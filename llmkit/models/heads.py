@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from llmkit.models.cross_entropy import NOT_LEARNED, linear_cross_entropy, nll_of_logits
+from llmkit.models.cross_entropy import NOT_LEARNED, linear_cross_entropy, linear_nll, nll_of_logits
 
 if TYPE_CHECKING:  # loader workers import objectives, which import this, and transformers takes seconds
     from transformers import PretrainedConfig, PreTrainedModel
@@ -75,6 +75,15 @@ class Scores:
             gather=True if self.sparse else None,
         )
 
+    @torch.no_grad()
+    def each(self, targets_N: torch.Tensor) -> torch.Tensor:
+        """-log p(target) of each position [N] in nats, 0 where there is none; `nll` is their sum."""
+        if self.weight_VH is None:
+            wide_NV = self.features_NH.float()
+            return functional.cross_entropy(wide_NV, targets_N, ignore_index=NOT_LEARNED, reduction="none")
+        gather = True if self.sparse else None
+        return linear_nll(self.features_NH, self.weight_VH, targets_N, bias=self.bias_V, gather=gather)
+
     def log_probs(self, targets_N: torch.Tensor) -> torch.Tensor:
         """The log-probability of each position's target [N] in nats, 0 where there is none; gradients go through it.
 
@@ -114,7 +123,10 @@ _ROWS_AT_ONCE = 512
 
 
 def causal_scores(
-    model: "PreTrainedModel", input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    model: "PreTrainedModel",
+    input_ids_BT: torch.Tensor,
+    position_ids_BT: torch.Tensor | None = None,
+    seen_B1TT: torch.Tensor | None = None,
 ) -> Scores:
     """What a causal model says of the token after each of `input_ids_BT`.
 
@@ -122,8 +134,10 @@ def causal_scores(
         model: A causal language model.
         input_ids_BT: Token ids.
         position_ids_BT: Positions that restart where a document begins: it does not see those before it.
+        seen_B1TT: Which tokens each token sees; where it is given, positions say nothing about that.
     """
-    positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+    given = {"position_ids": position_ids_BT, "attention_mask": seen_B1TT}
+    positions = {name: value for name, value in given.items() if value is not None}
     if _gives_own_logits(model):
         logits_BTV = model(input_ids=input_ids_BT, use_cache=False, **positions).logits
         return Scores(logits_BTV.flatten(0, 1))

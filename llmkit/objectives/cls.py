@@ -5,13 +5,22 @@ Shape suffixes: B rows, T positions, C classes, L labels of a row in bits.
 **Source**: Devlin et al., "BERT", 2019, section 4.1; for decoders Radford et al. 2018, section 3.2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from llmkit.metrics.classification import classification_metrics, multilabel_metrics
+from llmkit.metrics.classification import (
+    ClassRows,
+    calibration_table,
+    class_table,
+    classification_metrics,
+    confusions,
+    counts_of,
+    label_counts,
+    multilabel_metrics,
+)
 from llmkit.models.heads import Scores
 from llmkit.objectives.base import (
     NOT_LEARNED,
@@ -19,16 +28,21 @@ from llmkit.objectives.base import (
     Batch,
     Criterion,
     Example,
+    Ints,
     Loss,
     Material,
     cross_entropy,
 )
+from llmkit.objectives.detail import Detail, worst_first
 from llmkit.objectives.losses import agreeing, doubled, twofold
 from llmkit.objectives.texts import encode_texts, stack_texts
 from llmkit.recipe.schema import Finetune
 
 if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
     from transformers import PreTrainedModel
+
+MOST_SHOWN = 30
+"""Classes of a matrix of confusions that a person can read."""
 
 
 def build(section: Finetune, material: Material) -> "Classification | MultiLabel":
@@ -99,6 +113,32 @@ class Classification:
         targets_N = np.array([self._number[row["label"]] for row in rows])
         return classification_metrics(targets_N, np.stack(found), self._labels)
 
+    def detail(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> Detail:
+        """By class, which classes are taken for each other, how sure the model is, and where it is sure and wrong."""
+        targets_N = np.array([self._number[row["label"]] for row in rows])
+        counted = ClassRows.of(targets_N, np.stack(found), len(self._labels))
+        right = counted.right().tolist()
+        matrix_CC = counted.matrix(np.arange(len(rows)))
+        lines = [self._line(row, one) for row, one in zip(rows, found, strict=True)]
+        tables, files = confusion_tables(matrix_CC, self._labels)
+        return Detail(
+            keys=[row["place"] for row in rows],
+            owner=range(len(rows)),
+            figures=counted.figures,
+            lines=lines,
+            errors=worst_first(counted.confidence_N.tolist(), [not one for one in right]),
+            right=right,
+            tables={**tables, "calibration": calibration_table(counted.right(), counted.confidence_N)},
+            files=files,
+            warnings=all_one({line["prediction"] for line in lines}, {row["label"] for row in rows}),
+        )
+
+    def _line(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
+        said = self.predict(row, found)
+        confidence = said["probabilities"][said["label"]]
+        more = {"input": asked_of(row), "target": row["label"], "prediction": said["label"]}
+        return {**more, "score": confidence, "probabilities": said["probabilities"]}
+
     def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
         """What the model says of a row, for people: the likeliest class, and the probability of each."""
         probabilities = dict(zip(self._labels, map(float, found), strict=True))
@@ -138,6 +178,38 @@ class MultiLabel(Classification):
         figures = multilabel_metrics(targets_NL, np.stack(found) >= 0.5, self._labels)
         return {**figures, "accuracy": figures["exact_match"]}
 
+    def detail(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> Detail:
+        """By label, and the rows with a wrong label that the model is surest of."""
+        targets_NL = np.stack([self._bits(row["label"]) for row in rows]).astype(bool)
+        probabilities_NL = np.stack(found)
+        predicted_NL = probabilities_NL >= 0.5
+        right = (targets_NL == predicted_NL).all(axis=1).tolist()
+        # How sure the model is of the label that is most wrong.
+        gaps_NL = np.where(targets_NL, 1 - probabilities_NL, probabilities_NL)
+
+        def figures(items: Ints) -> dict[str, float]:
+            of_items = multilabel_metrics(targets_NL[items], predicted_NL[items], self._labels)
+            return {**of_items, "accuracy": of_items["exact_match"]}
+
+        lines = []
+        for row, one, gap in zip(rows, found, gaps_NL.max(axis=1).tolist(), strict=True):
+            said = self.predict(row, one)
+            line = {"input": asked_of(row), "target": row["label"], "prediction": said["label"]}
+            lines.append({**line, "score": gap, "probabilities": said["probabilities"]})
+        return Detail(
+            keys=[row["place"] for row in rows],
+            owner=range(len(rows)),
+            figures=figures,
+            lines=lines,
+            errors=worst_first(gaps_NL.max(axis=1).tolist(), [not one for one in right]),
+            right=right,
+            tables={"classes": class_table(label_counts(targets_NL, predicted_NL), self._labels)},
+            warnings=all_one(
+                {tuple(line["prediction"]) for line in lines},
+                {tuple(sorted(line["target"])) for line in lines},
+            ),
+        )
+
     def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
         """What the model says of a row, for people: the labels that apply, and the probability of each."""
         probabilities = dict(zip(self._labels, map(float, found), strict=True))
@@ -145,6 +217,35 @@ class MultiLabel(Classification):
             "label": [name for name, p in probabilities.items() if p >= 0.5],
             "probabilities": probabilities,
         }
+
+
+def asked_of(row: Mapping[str, Any]) -> Any:
+    """The text of a row, or its two texts."""
+    return row["text"] if "other" not in row else [row["text"], row["other"]]
+
+
+def all_one(predicted: Set[Any], true: Set[Any]) -> list[str]:
+    """A warning where every prediction is the same, and the truth is not."""
+    if len(predicted) != 1 or len(true) < 2:
+        return []
+    return [f"every row was said to be {next(iter(predicted))!r}: the model tells nothing apart"]
+
+
+def confusion_tables(matrix_CC: Any, labels: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tables by class and of confusions, and the whole matrix as a file where it has too many classes to be shown."""
+    counts = counts_of(matrix_CC)
+    whole = {"labels": list(labels), "counts": matrix_CC.tolist()}
+    tables = {"classes": class_table(counts, labels), "confusions": confusions(matrix_CC, labels)}
+    if len(labels) <= MOST_SHOWN:
+        return {**tables, "confusion": whole}, {}
+    wrong_C = (counts.found - counts.hits) + (counts.true - counts.hits)
+    chosen = np.sort(np.argsort(-wrong_C, kind="stable")[:MOST_SHOWN])
+    shown = {
+        "labels": [labels[number] for number in chosen],
+        "counts": matrix_CC[np.ix_(chosen, chosen)].tolist(),
+        "left_out": len(labels) - MOST_SHOWN,
+    }
+    return {**tables, "confusion": shown}, {"confusion.json": whole}
 
 
 def head_logits(model: "PreTrainedModel", batch: Batch) -> torch.Tensor:

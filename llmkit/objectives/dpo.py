@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -30,6 +31,7 @@ from llmkit.objectives.base import (
     cross_entropy,
     padded,
 )
+from llmkit.objectives.detail import Detail, worst_first
 from llmkit.objectives.pairs import Pairs
 from llmkit.objectives.texts import CUT
 from llmkit.recipe.schema import Finetune
@@ -129,7 +131,14 @@ class Dpo:
         nll = -log_probs.chunk(2)[0].sum()
         if self._settings.loss == "orpo":
             totals = {TARGETS: self._beta * totals[TARGETS], ANSWERS: nll}
-        return Loss(totals, {} if model.training else self._sums(chosen_B, rejected_B, counted_B, nll))
+        if model.training:
+            return Loss(totals)
+        found = [chosen_B, rejected_B, counted_B, self._losses(chosen_B - rejected_B)]
+        if self._settings.loss == "orpo":
+            found[3] = self._beta * found[3]
+            found += [-log_probs.chunk(2)[0], lengths.chunk(2)[0]]
+        each = torch.stack([column.double().cpu() for column in found], dim=1).tolist()
+        return Loss(totals, self._sums(chosen_B, rejected_B, counted_B, nll), each)
 
     def _log_probs_of_reference(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
         """The answers' log-probabilities under the model as it was at first: a copy, or without its adapter."""
@@ -184,6 +193,30 @@ class Dpo:
         }
         return {**sums, "nll": nll} if self._settings.loss == "orpo" else sums
 
+    def detail(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> Detail:
+        """The pairs whose rejected answer is worth most above the chosen one."""
+        found_NK = np.array(found, dtype=np.float64)
+        known_N = np.flatnonzero(found_NK[:, 2])
+        found_NK = found_NK[known_N]
+        margins = (found_NK[:, 0] - found_NK[:, 1]).tolist()
+        owner = np.full(len(rows), -1)
+        owner[known_N] = np.arange(len(known_N))
+        lines = []
+        for number, margin in zip(known_N.tolist(), margins, strict=True):
+            row = rows[number]
+            answers = {side: row[side][-1].get("content") for side in SIDES if side in row}
+            said = answers.get("chosen" if margin > 0 else "rejected")
+            line = {"input": row["prompt"], "target": answers.get("chosen"), "prediction": said}
+            lines.append({**line, "score": margin, "rejected": answers.get("rejected")})
+        return Detail(
+            keys=[rows[number]["place"] for number in known_N.tolist()],
+            owner=owner.tolist(),
+            figures=lambda items: _figures(found_NK[items]),
+            lines=lines,
+            errors=worst_first([-margin for margin in margins], [margin <= 0 for margin in margins]),
+            right=[margin > 0 for margin in margins],
+        )
+
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The loss a pair; the share of pairs in which the chosen answer is worth more; by how much; what each is."""
         pairs = sums[TARGETS]
@@ -193,6 +226,24 @@ class Dpo:
             metrics["chosen_loss"] = sums["nll"] / sums[ANSWERS]
             metrics["loss"] += metrics["chosen_loss"]
         return {**metrics, TARGETS: pairs}
+
+
+def _figures(found_NK: npt.NDArray[np.float64]) -> dict[str, float]:
+    """As `Dpo.summarise`, from what was found of pairs of which both answers have something to learn."""
+    if not len(found_NK):
+        return {}
+    chosen, rejected = found_NK[:, 0], found_NK[:, 1]
+    loss = float(found_NK[:, 3].mean())
+    figures = {
+        "accuracy": float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean()),
+        "margin": float((chosen - rejected).mean()),
+        "chosen": float(chosen.mean()),
+        "rejected": float(rejected.mean()),
+    }
+    if found_NK.shape[1] > 4:
+        figures["chosen_loss"] = float(found_NK[:, 4].sum() / found_NK[:, 5].sum())
+        loss += figures["chosen_loss"]
+    return {"loss": loss, **figures}
 
 
 def sequence_log_probs(model: "PreTrainedModel", batch: Batch) -> torch.Tensor:

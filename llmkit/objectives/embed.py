@@ -41,7 +41,8 @@ from llmkit.objectives.base import (
     cross_entropy,
     padded,
 )
-from llmkit.objectives.retrieval import pair_figures, score_figures
+from llmkit.objectives.detail import Detail
+from llmkit.objectives.retrieval import pair_detail, pair_figures, score_figures, scored_detail
 from llmkit.objectives.texts import CUT, encode_texts, pad_id
 from llmkit.recipe.schema import Finetune
 from llmkit.recipe.tasks import Embeddings
@@ -257,6 +258,12 @@ class Embedding:
         if self._is_scored:
             return score_figures(rows, found, self._settings.scored, SHARPNESS)
         return pair_figures(rows, found, self._settings.temperature)
+
+    def detail(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> Detail:
+        """Of pairs the anchors whose document is found last; of scored ones those whose cosine is most out of place."""
+        if self._is_scored:
+            return scored_detail(rows, found, self._settings.scored)
+        return pair_detail(rows, found, self._settings.temperature)
 
     def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
         """A text's vector; of a pair also the cosine."""

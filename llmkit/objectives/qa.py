@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from llmkit.data.records.answers import IMPOSSIBLE
-from llmkit.metrics.answers import Rules, answer_metrics
+from llmkit.metrics.answers import AnswerRows, Rules
 from llmkit.metrics.scripts import shares_of
 from llmkit.models.heads import Scores
 from llmkit.objectives.base import (
@@ -30,6 +30,8 @@ from llmkit.objectives.base import (
     cross_entropy,
     padded,
 )
+from llmkit.objectives.cls import all_one
+from llmkit.objectives.detail import Detail, Recording
 from llmkit.objectives.texts import CUT, stack_texts
 from llmkit.objectives.windows import Window, Windows
 from llmkit.recipe.schema import Finetune
@@ -145,23 +147,66 @@ class Answering:
 
     def measure(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> dict[str, float]:
         """Exact match and F1 in 0-100 of the questions of which all windows were measured."""
-        questions: dict[Any, list[int]] = {}
-        for number, row in enumerate(rows):
-            questions.setdefault((row.get("place"), row["id"]), []).append(number)
-        whole = [some for some in questions.values() if len(some) == rows[some[0]].get(WINDOWS, 1)]
-        if not whole:
-            return {}
-        answers = [[answer["text"] for answer in rows[some[0]]["answers"]] for some in whole]
-        best = [self._best(rows[some[0]]["context"], [found[number] for number in some]) for some in whole]
+        questions = _questions(rows)
+        return self._scored(rows, questions, found)[0].figures(np.arange(len(questions))) if questions else {}
+
+    def detail(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> Detail:
+        """The questions that were answered worst, the surest first."""
+        questions = _questions(rows)
+        owner = [-1] * len(rows)
+        for number, some in enumerate(questions):
+            for place in some:
+                owner[place] = number
+        if not questions:
+            return Detail((), owner, lambda _: {}, ())
+        scored, best = self._scored(rows, questions, found)
+        f1, exact = (scored.given(scores_N).tolist() for scores_N in (scored.f1_N, scored.exact_N))
+        lines = []
+        for some, (candidates, over), score, hit in zip(questions, best, f1, exact, strict=True):
+            row = rows[some[0]]
+            refused = not candidates or (scored.no_answer_N is not None and over > scored.threshold)
+            line = {
+                "input": {"question": row["question"], "context": row["context"]},
+                "target": [answer["text"] for answer in row["answers"]],
+                "prediction": "" if refused else candidates[0]["text"],
+                "score": score,
+            }
+            lines.append({"id": row["id"], **line, "exact_match": hit, "no_answer": over})
+        sure = [-abs(1e9 if not candidates else over) for candidates, over in best]
+        order = sorted((n for n in range(len(lines)) if f1[n] < 1), key=lambda n: (f1[n], sure[n]))
+        return Detail(
+            keys=[f"{rows[some[0]].get('place')} {rows[some[0]]['id']}" for some in questions],
+            owner=owner,
+            figures=scored.figures,
+            lines=lines,
+            errors=order,
+            warnings=all_one(
+                {line["prediction"] for line in lines}, {tuple(line["target"]) for line in lines}
+            ),
+        )
+
+    def whole(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The question, without the window."""
+        return {name: value for name, value in parts[0].items() if name not in (WINDOW, WINDOWS)}
+
+    def _scored(
+        self, rows: Sequence[Mapping[str, Any]], questions: Sequence[Sequence[int]], found: Sequence[Any]
+    ) -> tuple[AnswerRows, list[tuple[list[dict[str, Any]], float]]]:
+        """The scores of each question, and its best answers."""
+        answers = [[answer["text"] for answer in rows[some[0]]["answers"]] for some in questions]
+        best = [
+            self._best(rows[some[0]]["context"], [found[number] for number in some]) for some in questions
+        ]
         rules = self._rules(rows, answers)
         may_refuse = rules == "squad2" or self._unanswerable or not all(answers)
-        return answer_metrics(
+        scored = AnswerRows.of(
             [candidates[0]["text"] if candidates else "" for candidates, _ in best],
             answers,
             rules=rules,
             no_answer_N=np.array([over for _, over in best]) if may_refuse else None,
             threshold=self._settings.no_answer_threshold if may_refuse else 1.0,
         )
+        return scored, best
 
     def _rules(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[str]]) -> Rules:
         if self._settings.rules != "auto":
@@ -200,6 +245,14 @@ class Answering:
         return {"answer": best["text"], "start": best["start"], "no_answer": over, "candidates": candidates}
 
 
+def _questions(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The numbers of the windows of each question of which all are there."""
+    questions: dict[Any, list[int]] = {}
+    for number, row in enumerate(rows):
+        questions.setdefault((row.get("place"), row["id"]), []).append(number)
+    return [some for some in questions.values() if len(some) == rows[some[0]].get(WINDOWS, 1)]
+
+
 def _targets(window: Window, row: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
     if "answers" not in row:
         return np.full(2, NOT_LEARNED)
@@ -212,7 +265,7 @@ def _targets(window: Window, row: Mapping[str, Any]) -> np.ndarray[Any, np.dtype
 def _nll(
     logits_BT: torch.Tensor, is_read_BT: torch.Tensor, targets_B: torch.Tensor, criterion: Criterion
 ) -> torch.Tensor:
-    if criterion is cross_entropy:
+    if criterion is cross_entropy or isinstance(criterion, Recording):
         return criterion(Scores(logits_BT.masked_fill(~is_read_BT, -torch.inf)), targets_B)
     # Label smoothing spreads over all positions that there are, so each row has only its own.
     rows = zip(logits_BT, is_read_BT, targets_B.split(1), strict=True)

@@ -21,11 +21,13 @@ from llmkit.objectives.base import (
     Batch,
     Criterion,
     Example,
+    Ints,
     Loss,
     Material,
     cross_entropy,
 )
-from llmkit.objectives.cls import head_logits
+from llmkit.objectives.cls import asked_of, head_logits
+from llmkit.objectives.detail import Detail, worst_first
 from llmkit.objectives.texts import encode_texts, stack_texts
 from llmkit.recipe.schema import Finetune
 
@@ -82,6 +84,28 @@ class Regression:
     def measure(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> dict[str, float]:
         """Pearson's and Spearman's correlation, and errors; see `metrics.regression`."""
         return regression_metrics([row["label"] for row in rows], found)
+
+    def detail(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> Detail:
+        """The largest errors first."""
+        targets_N, predicted_N = np.array([float(row["label"]) for row in rows]), np.array(found)
+
+        def figures(items: Ints) -> dict[str, float]:
+            of_items = regression_metrics(targets_N[items], predicted_N[items])
+            return {"loss": of_items["mse"], **of_items}
+
+        lines = [
+            {"input": asked_of(row), "target": target, "prediction": said, "score": said - target}
+            for row, target, said in zip(rows, targets_N.tolist(), predicted_N.tolist(), strict=True)
+        ]
+        same = len(rows) > 1 and np.ptp(predicted_N) == 0 and np.ptp(targets_N) > 0
+        return Detail(
+            keys=[row["place"] for row in rows],
+            owner=range(len(rows)),
+            figures=figures,
+            lines=lines,
+            errors=worst_first(np.abs(predicted_N - targets_N).tolist()),
+            warnings=[f"every row was given the same number, {predicted_N[0]:g}"] if same else [],
+        )
 
     def predict(self, row: Mapping[str, Any], found: Any) -> dict[str, Any]:
         """What the model says of a row, for people."""

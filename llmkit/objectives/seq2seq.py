@@ -17,19 +17,22 @@ import torch
 
 from llmkit.data.tables import short
 from llmkit.errors import DataError, UsageError
-from llmkit.metrics.bleu import bleu, chrf
-from llmkit.metrics.rouge import rouge
+from llmkit.metrics.bleu import OverlapRows, bleu, bleu_rows, chrf, chrf_rows
+from llmkit.metrics.rouge import rouge, rouge_rows
 from llmkit.metrics.scripts import shares_of
 from llmkit.objectives.base import (
     NOT_LEARNED,
     Batch,
     Criterion,
     Example,
+    Ints,
     Loss,
     Material,
     cross_entropy,
     token_metrics,
 )
+from llmkit.objectives.cls import all_one
+from llmkit.objectives.detail import Detail, worst_first
 from llmkit.objectives.encoder_decoder import collate_two_sides, decoder_loss
 from llmkit.objectives.texts import CUT, pad_id
 from llmkit.recipe.schema import Finetune
@@ -159,6 +162,38 @@ class Writing:
             figures["bleu"] = bleu(found, references, language=language).value
             figures["chrf"] = chrf(found, references).value
         return figures
+
+    def detail(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> Detail:
+        """The rows whose text is least like its reference."""
+        keys, owner = [row["place"] for row in rows], range(len(rows))
+        if not found:
+            lines = [{"input": row["source"], "target": row["target"]} for row in rows]
+            return Detail(keys, owner, lambda _: {}, lines)
+        references = [[row["target"]] for row in rows]
+        language = self._language_of([row["target"] for row in rows])
+        scores = rouge_rows(found, references, language=language)
+        likeness, overlaps = list[float](scores["rougeL"]), dict[str, OverlapRows]()
+        if find_spec("sacrebleu") is not None:
+            overlaps["bleu"] = bleu_rows(found, references, language=language)
+            overlaps["chrf"] = chrf_rows(found, references)
+            likeness = [overlaps["chrf"].value(np.array([number])) for number in owner]
+
+        def figures(items: Ints) -> dict[str, float]:
+            means = {name: float(values_N[items].mean()) for name, values_N in scores.items()}
+            return {**means, **{name: one.value(items) for name, one in overlaps.items()}}
+
+        lines = [
+            {"input": row["source"], "target": row["target"], "prediction": said, "score": float(score)}
+            for row, said, score in zip(rows, found, likeness, strict=True)
+        ]
+        return Detail(
+            keys,
+            owner,
+            figures,
+            lines,
+            errors=worst_first([-score for score in likeness]),
+            warnings=all_one(set(found), {row["target"] for row in rows}),
+        )
 
     def _language_of(self, targets: Sequence[str]) -> str:
         """What is written: as the recipe says; else Chinese or English by their letters, where its own does not fit."""

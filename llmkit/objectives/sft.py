@@ -29,6 +29,7 @@ from llmkit.objectives.base import (
     padded,
     token_metrics,
 )
+from llmkit.objectives.detail import Detail
 from llmkit.objectives.texts import CUT, PASSED_OVER
 from llmkit.recipe.schema import Finetune
 
@@ -95,6 +96,19 @@ class Sft:
         total = criterion(scores, targets_N)
         return Loss({TARGETS: total}, {} if model.training else {"correct": scores.num_correct(targets_N)})
 
+    def owners(self, examples: Sequence[Example]) -> Ints:
+        """The number of the conversation that each position of a batch is of [N]; -1: of none."""
+        if self._pack:
+            return in_lines(_numbered(examples), -1)["input_ids"].numpy().ravel()
+        return padded(_numbered(examples), {"input_ids": -1})["input_ids"].numpy().ravel()
+
+    def detail(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> Detail:
+        """The conversations; what the model finds of each is its loss."""
+        lines = [
+            {"input": row["messages"][:-1], "target": row["messages"][-1].get("content")} for row in rows
+        ]
+        return Detail([row["place"] for row in rows], range(len(rows)), lambda _: {}, lines)
+
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Loss in nats a learned token, its perplexity, and the share of such tokens that were the likeliest."""
         return token_metrics(sums)
@@ -115,6 +129,15 @@ def next_tokens(encoded: Encoded) -> dict[str, Ints]:
     targets = np.where(encoded.learned[1:], after, NOT_LEARNED)
     counts = {CUT: np.asarray(encoded.cut), PASSED_OVER: np.asarray(encoded.passed_over)}
     return {"input_ids": ids[:-1], "targets": targets, **counts}
+
+
+def _numbered(examples: Sequence[Example]) -> list[dict[str, Ints]]:
+    """Examples of the same lengths whose tokens are their own number."""
+    names = ("input_ids", "targets")
+    return [
+        {name: np.full_like(example["input_ids"], number) for name in names}
+        for number, example in enumerate(examples)
+    ]
 
 
 def in_lines(examples: Sequence[Example], pad_id: int, longest: int = LINE) -> dict[str, torch.Tensor]:

@@ -9,15 +9,15 @@ Shape suffixes: B rows, T positions, C tags, W words of a row.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from llmkit.metrics.classification import averages, confusion_matrix, counts_of
-from llmkit.metrics.entities import entity_metrics, spans_of
+from llmkit.metrics.classification import averages, class_table, confusion_matrix, counts_of
+from llmkit.metrics.entities import EntityRows, entity_metrics, spans_of
 from llmkit.models.heads import Scores
 from llmkit.objectives.base import (
     NOT_LEARNED,
@@ -25,12 +25,14 @@ from llmkit.objectives.base import (
     Batch,
     Criterion,
     Example,
+    Ints,
     Loss,
     Material,
     cross_entropy,
     padded,
 )
-from llmkit.objectives.cls import head_logits
+from llmkit.objectives.cls import all_one, confusion_tables, head_logits
+from llmkit.objectives.detail import Detail, worst_first
 from llmkit.objectives.losses import agreeing, doubled
 from llmkit.objectives.pieces import Pieces, WordPieces, windows, words_of
 from llmkit.objectives.texts import CUT, pad_id
@@ -153,8 +155,51 @@ class Tagging:
 
         Of tags that mark no beginning and inside, such as parts of speech, those of single words: the means over tags.
         """
+        wanted, said, _ = self._sentences(rows, found)
+        if self._marked:
+            return entity_metrics(wanted, said)
+        return _of_words(self._words_tagged(wanted, said))
+
+    def detail(self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]) -> Detail:
+        """By type or tag, and the sentences with the most wrong tags."""
+        wanted, said, owner = self._sentences(rows, found)
+        parts: list[list[Mapping[str, Any]]] = [[] for _ in wanted]
+        for row, number in zip(rows, owner, strict=True):
+            parts[number].append(row)
+        wrong = [sum(a != b for a, b in zip(*pair, strict=True)) for pair in zip(wanted, said, strict=True)]
+        figures, tables = self._counted(wanted, said)
+        lines = [
+            {"input": _words(self.whole(some)), "target": true, "prediction": tags, "score": count}
+            for some, true, tags, count in zip(parts, wanted, said, wrong, strict=True)
+        ]
+        predicted = {tag for tags in said for tag in tags}
+        return Detail(
+            keys=[some[0]["place"] for some in parts],
+            owner=owner,
+            figures=figures,
+            lines=lines,
+            errors=worst_first(wrong, [count > 0 for count in wrong]),
+            tables=tables,
+            warnings=all_one(predicted, {tag for tags in wanted for tag in tags}),
+        )
+
+    def whole(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The sentence that these windows are of."""
+        if _SHARE not in parts[0]:
+            return dict(parts[0])
+        more = {name: value for name, value in parts[0].items() if name not in (_SHARE, _WHERE)}
+        for name in ("tokens", "tags"):
+            if name in more:
+                more[name] = [one for part in parts for one in part[name][slice(*part[_SHARE])]]
+        return more
+
+    def _sentences(
+        self, rows: Sequence[Mapping[str, Any]], found: Sequence[Any]
+    ) -> tuple[list[list[str]], list[list[str]], list[int]]:
+        """The true and the predicted tags of each sentence, and the number of the sentence that each row is of."""
         wanted: list[list[str]] = []
         said: list[list[str]] = []
+        owner: list[int] = []
         before: Mapping[str, Any] = {}
         for row, tags_W in zip(rows, found, strict=True):
             first, last = row.get(_SHARE, (0, len(row["tags"])))
@@ -163,16 +208,41 @@ class Tagging:
                 said.append([])
             wanted[-1] += row["tags"][first:last]
             said[-1] += self._names(tags_W, last - first)
+            owner.append(len(wanted) - 1)
             before = row
-        return entity_metrics(wanted, said) if self._marked else self._of_words(wanted, said)
+        return wanted, said, owner
 
-    def _of_words(self, wanted: Sequence[Sequence[str]], said: Sequence[Sequence[str]]) -> dict[str, float]:
+    def _counted(
+        self, wanted: Sequence[Sequence[str]], said: Sequence[Sequence[str]]
+    ) -> tuple[Callable[[Ints], dict[str, float]], dict[str, Any]]:
+        """The figures of any sentences, and tables of all."""
+        everything = np.arange(len(wanted))
+        if self._marked:
+            entities = EntityRows.of(wanted, said)
+            return entities.figures, {"classes": class_table(entities.counts(everything), entities.types)}
+        cells = [self._cells(*pair) for pair in zip(wanted, said, strict=True)]
+        owner_W = np.repeat(everything, [len(some) for some in cells])
+        cells_W, size = np.concatenate(cells), len(self._labels)
+
+        def matrix(items: Ints) -> Ints:
+            times_S = np.bincount(items, minlength=len(cells))
+            flat = np.bincount(cells_W, weights=times_S[owner_W], minlength=size**2)
+            return flat.astype(np.int64).reshape(size, size)
+
+        tables, _ = confusion_tables(matrix(everything), self._labels)
+        return lambda items: _of_words(matrix(items)), tables
+
+    def _cells(self, wanted: Sequence[str], said: Sequence[str]) -> Ints:
+        """The place of each word in the matrix of truth and prediction."""
+        pairs = [
+            self._number[a] * len(self._labels) + self._number[b] for a, b in zip(wanted, said, strict=True)
+        ]
+        return np.array(pairs, dtype=np.int64)
+
+    def _words_tagged(self, wanted: Sequence[Sequence[str]], said: Sequence[Sequence[str]]) -> Ints:
+        """The matrix of truth and prediction of single words."""
         true, found = ([self._number[tag] for tags in some for tag in tags] for some in (wanted, said))
-        matrix_CC = confusion_matrix(true, found, len(self._labels))
-        counts = counts_of(matrix_CC)
-        figures = averages(counts.of((counts.found > 0) | (counts.true > 0)))
-        means = {name: figures[f"macro_{name}"] for name in ("precision", "recall", "f1")}
-        return {**means, **figures, "accuracy": float(np.trace(matrix_CC) / matrix_CC.sum())}
+        return confusion_matrix(true, found, len(self._labels))
 
     def join(self, found: Sequence[Any]) -> list[int]:
         """The tags of all words of a sentence, from those of its windows."""
@@ -218,6 +288,14 @@ class Tagging:
         starts_T = made.starts
         further = inside_W[made.words_T] if self._all_pieces else np.full_like(made.words_T, NOT_LEARNED)
         return np.where(mine_T, np.where(starts_T, numbers_W[made.words_T], further), NOT_LEARNED)
+
+
+def _of_words(matrix_CC: Ints) -> dict[str, float]:
+    """The means over tags, and the share of words with the right one."""
+    counts = counts_of(matrix_CC)
+    figures = averages(counts.of((counts.found > 0) | (counts.true > 0)))
+    means = {name: figures[f"macro_{name}"] for name in ("precision", "recall", "f1")}
+    return {**means, **figures, "accuracy": float(np.trace(matrix_CC) / matrix_CC.sum())}
 
 
 def _words(row: Mapping[str, Any]) -> list[str]:

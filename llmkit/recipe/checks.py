@@ -14,6 +14,7 @@ from llmkit.recipe.architectures import (
     family_of_preset,
     misfit,
 )
+from llmkit.recipe.evaluation_checks import check_evaluation
 from llmkit.recipe.faults import written
 from llmkit.recipe.finetune_checks import check_finetune
 from llmkit.recipe.objectives import BERT_LIKE, other_sections, tokens_for
@@ -362,4 +363,5 @@ _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _settings_of_the_objective,
     _measures_of_the_objective,
     check_finetune,
+    check_evaluation,
 )

@@ -21,6 +21,7 @@ from llmkit.recipe import fields
 from llmkit.recipe.architectures import KINDS, NOT_COUNTED, OWN, family_of_preset
 from llmkit.recipe.block import Block
 from llmkit.recipe.checks import BUILT_IN_TOKENS, BYTES
+from llmkit.recipe.evaluation_checks import add_evaluation_rules
 from llmkit.recipe.finetune_published import add_finetune_rules
 from llmkit.recipe.optimizers import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, PARTIAL_SETTINGS, SCHEDULES
 from llmkit.recipe.schema import Preset, Recipe
@@ -327,3 +328,4 @@ def _add_rules(blocks: Json) -> None:
         *(rule for _, rule in measured),
     ]
     add_finetune_rules(blocks, _ENV_REF)
+    add_evaluation_rules(blocks, _ENV_REF)

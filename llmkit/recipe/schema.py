@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, mod
 
 from llmkit.recipe.architectures import with_default_model
 from llmkit.recipe.block import Block, Files, as_list
+from llmkit.recipe.evaluation import Choices, Figure, Gate, Generation, Harness, Noise, Retrieval, Speed
 from llmkit.recipe.labelled import Labelled
 from llmkit.recipe.objectives import (
     Denoise,
@@ -516,18 +517,48 @@ Section = Pretrain | Finetune
 
 
 class Eval(Block):
-    """Measure a model on held-out text."""
+    """Measure a model on data that it did not learn from."""
 
     model: str | None = None
-    """The model: a run or a model folder; by default what this recipe trained."""
+    """The model: a run, a checkpoint or a model folder; by default what this recipe trained."""
+    task: Literal[
+        "auto", "text", "cls", "regression", "tag", "qa", "seq2seq", "sft", "dpo", "embed", "choice", "generation",
+        "retrieval",
+    ] = "auto"  # fmt: skip
+    """What the model is asked: how likely a `text` is; a task that it was fine-tuned for; which of some answers is
+    likeliest (`choice`); to write (`generation`), to find passages (`retrieval`). `auto`: what it was trained for."""
     data: Sources | None = None
-    """Other text to measure on, all of it; by default the held-out documents of the training data."""
-    metrics: list[
-        Literal["loss", "perplexity", "bits_per_byte", "accuracy", "pair_accuracy", "detector_loss", "recall"]
-    ] = []
-    """What to report; by default all that the model's objective measures."""
+    """Other data to measure on, all of it; by default what was held out. Rows of a task are read in the form and by
+    the columns of the run's own."""
+    labelled: Labelled | None = None
+    """Rows of a task, of a form and columns of their own."""
+    metrics: list[Figure] = []
+    """What to report; by default all that is measured."""
     rows: Count | None = None
     """At most so many rows; `null` takes all."""
+    context: Several | None = None
+    """With text: tokens that the model sees at once; by default those that it was trained with."""
+    stride: Count | None = None
+    """With text: by how many tokens the window moves on; only these are measured, each seen with those before it in
+    the window. By default windows do not overlap, as in training."""
+    reference: list[Literal["unigram", "ngram"]] = ["unigram"]
+    """With text: simple models counted on the run's training text, to compare with."""
+    resamples: Annotated[Whole, Field(ge=0)] = 1000
+    """Draws from which the intervals are made; 0: none."""
+    choice: Choices = Choices()
+    """With `choice`: how choices are scored."""
+    generation: Generation = Generation()
+    """With `generation`: how the model writes."""
+    retrieval: Retrieval = Retrieval()
+    """With `retrieval`: what is searched."""
+    harness: Harness | None = None
+    """Tasks of lm-evaluation-harness, instead of `task`."""
+    noise: Noise = Noise()
+    """How well the model bears damaged text; for tasks on rows."""
+    speed: Speed | None = None
+    """Time the model, instead of asking it."""
+    gate: Gate = Gate()
+    """What must hold."""
 
 
 class Slurm(Block):

@@ -17,6 +17,7 @@ from llmkit.report.formatting import (
     one_line,
     visible,
 )
+from llmkit.report.results import index_line, result_of
 from llmkit.report.trying import GAP, try_command
 
 Facts = Mapping[str, Any]
@@ -72,6 +73,9 @@ def _front_matter(facts: Facts) -> str:
     if head["license"] in ("other", "unknown"):
         head["license"] = ""
     lines = [line for key, value in head.items() if value for line in _yaml(key, value)]
+    result = result_of({**facts, "pipeline": head["pipeline_tag"]})
+    if result is not None and head["pipeline_tag"]:
+        lines.append(index_line(str(facts.get("name") or "model"), [result]))
     return "\n".join(["---", *lines, "---"])
 
 

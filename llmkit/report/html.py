@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmkit.registry import TASKS
-from llmkit.report import html_text, html_tokenizer
+from llmkit.report import evaluation, html_text, html_tokenizer
+from llmkit.report.explained import explained
 from llmkit.report.formatting import (
     format_bytes,
     format_count,
@@ -24,15 +25,18 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def render(report: Facts) -> str:
     """The page for a report as `report.collect` makes it; what the report lacks is left out."""
+    judged = evaluation.evaluation(report)
     title = f"{report['name']} · {report['kind']}"
     parts = (
-        _header(report),
-        _headline(report),
+        _header(report, evaluation.sentence(report) if judged else _sentence(report)),
+        evaluation.headline(report) if judged else _headline(report),
+        judged,
         html_text.preparation(report),
         html_text.dropped(report.get("dropped_examples")),
         html_text.skipped(report),
         _learning(report),
         _samples(report["samples"]),
+        explained(report),
         _speed(report),
         _data(report["data"]),
         html_tokenizer.tokenizer(report),
@@ -64,16 +68,17 @@ def document(title: str, *parts: str) -> str:
 # --- the top of the page
 
 
-def _header(report: Facts) -> str:
+def _header(report: Facts, lead: str) -> str:
     status = str(report["status"])
     tone = {"done": "good", "failed": "bad"}.get(status, "wait")
     problems = [*([report["error"]] if report.get("error") else []), *report["damaged"]]
     boxes = "".join(f'<p class="problem">{escape(problem)}</p>' for problem in problems)
+    boxes += evaluation.warnings(report)
     day = str(report["made"])[:16].replace("T", " ")
     return (
         f'<header><p class="eyebrow">llmkit {escape(report["kind"])} '
         f'<span class="pill {tone}">{escape(status)}</span> {escape(day)} UTC</p>'
-        f'<h1>{escape(report["name"])}</h1><p class="lead">{escape(_sentence(report))}</p>{boxes}</header>'
+        f'<h1>{escape(report["name"])}</h1><p class="lead">{escape(lead)}</p>{boxes}</header>'
     )
 
 

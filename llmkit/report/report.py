@@ -32,8 +32,9 @@ def write_report(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
             `status` (`done`, `interrupted`, `failed`); `error`; `command` (text or words; secrets masked);
             `next_command`; `tokenizer` (facts to show, `example` a list of pieces); `final` (metric name to
             value, such as `eval/loss`); `timings` (part of the work to seconds); `references` (label to nats:
-            lines in the loss chart); `preparation` and `dropped_examples` (as `llmkit tokenize` leaves them: what
-            each step did to the text, and some of what it took out). Others are kept in report.json.
+            lines in the loss chart); `figures` (of an evaluation: each figure's `value`, `low`, `high`);
+            `preparation` and `dropped_examples` (as `llmkit tokenize` leaves them: what each step did to the text,
+            and some of what it took out). Others are kept in report.json.
 
     Returns:
         What report.json holds.

@@ -3,9 +3,21 @@
 import shlex
 from collections.abc import Sequence
 
-from llmkit.registry import ModelKind
+from llmkit.registry import ModelKind, goal_of
 
 GAP = "[MASK]"
+
+
+def try_trained(objective: str, word: str, prompts: Sequence[str] = ()) -> str:
+    """The command for a model that was trained so; one that answers is asked a question where the recipe has none.
+
+    Args:
+        objective: An objective or a task.
+        word: The run or model folder.
+        prompts: The recipe's.
+    """
+    goal = goal_of(objective)
+    return try_command(goal.model, word, prompts or (["What can you do?"] if goal.chats else []))
 
 
 def try_command(kind: ModelKind, word: str, prompts: Sequence[str] = ()) -> str:

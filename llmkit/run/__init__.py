@@ -57,7 +57,9 @@ def run_all(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     if recipe.finetune is not None:
         done["finetune"] = finetune(loaded, options, reporter)
     if recipe.eval is not None and first:
-        done["eval"] = evaluate(None, loaded, options, reporter)
+        done["eval"] = evaluate(None, loaded, options, reporter, alone=True)
+        for name, *figures in done["eval"].table[1:]:
+            reporter.note(f"{name} {' '.join(figures)}")
     if not done and first:
         raise UsageError("the recipe has no section to run", hint="`llmkit init gpt` shows a whole one")
     summary: dict[str, Any] = {verb: result.summary for verb, result in done.items()}

@@ -1,25 +1,31 @@
-"""`llmkit eval`: a model's figures on held-out text."""
+"""`llmkit eval`: models measured, compared, and held against what must be."""
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
-from llmkit.durable import write_json
-from llmkit.errors import MissingError, UsageError
+from llmkit.durable import write_file, write_json
+from llmkit.errors import GateError, UsageError
+from llmkit.evaluate.measurement import Measurement
+from llmkit.evaluate.sharing import ALONE, Share, gather_everywhere
+from llmkit.evaluate.verdict import Difference, Held, check_gates, check_names, differences, intervals_of
 from llmkit.hardware import detect_hardware
+from llmkit.launch.world import detect_world
 from llmkit.recipe import Loaded, load_recipe
-from llmkit.recipe.preparation import Prepare
-from llmkit.recipe.schema import Model, Pretrain, Train
-from llmkit.recipe.units import Amount
-from llmkit.registry import ModelKind, goal_of
+from llmkit.recipe.schema import Eval, Recipe
+from llmkit.registry import EVALUATIONS, TASKS, load
 from llmkit.report.console import Reporter
-from llmkit.report.formatting import format_number
+from llmkit.report.formatting import format_number, format_value
 from llmkit.report.report import write_report
-from llmkit.report.trying import try_command
+from llmkit.report.results import update_card
+from llmkit.report.trying import try_command, try_trained
+from llmkit.run.checkpoints import exported_checkpoint, is_checkpoint
 from llmkit.run.folders import (
-    CACHE,
     Options,
     Result,
     base_of,
@@ -28,178 +34,399 @@ from llmkit.run.folders import (
     leave_record,
     locked,
     refuse_variants,
-    run_folder,
+    run_name,
 )
-from llmkit.run.tasks import data_for, evaluate_run, task_run
+from llmkit.run.measure.asked import Asked, Subject
+from llmkit.run.tasks import task_run
 
-if TYPE_CHECKING:
-    from llmkit.data.shards import TokenShards, TokenStream
-
-_LONGEST_ROW = 2048
-_FIRST: dict[ModelKind, Literal["clm"]] = {"causal": "clm"}
+_SAME_FOLDER = ("model", "task", "metrics", "rows", "reference", "resamples", "gate")
+"""Settings that change nothing in what is asked, or ask less of it."""
+_HELD_OUT = ("text", "labelled")
+"""What measures on what the model's run held out, where nothing else is named."""
 
 
 @dataclass(frozen=True)
-class _Text:
-    """What to measure on: shards, and which part of them."""
+class _Judged:
+    """A measurement with all that follows from it."""
 
-    shards: "Sequence[TokenShards]"
-    held_out: bool
+    subject: Subject
+    way: str
+    measured: Measurement
+    intervals: dict[str, tuple[float, float]]
+    differences: Sequence[Difference] = ()
+    gates: Sequence[Held] = ()
+    warnings: list[str] = field(default_factory=list)
 
-    def streams(self) -> "list[TokenStream]":
-        return [shard.split("held_out" if self.held_out else "train") for shard in self.shards]
 
-
-def evaluate(target: str | None, loaded: Loaded | None, options: Options, reporter: Reporter) -> Result:
-    """Measure a model: the one a recipe trained, a run's, or any folder's on text that the recipe names.
+def evaluate(
+    target: str | Sequence[str] | None,
+    loaded: Loaded | None,
+    options: Options,
+    reporter: Reporter,
+    *,
+    alone: bool = False,
+) -> Result:
+    """Measure models: those named, the one a recipe trained, on what was held out or on data that the recipe names.
 
     Args:
-        target: A run or a model folder; None: the one `loaded` names or made.
+        target: Runs or model folders, the first of them what the others are compared with; None: the one that `loaded`
+            names or made.
         loaded: A recipe whose `eval` section says how; None: as training measured.
         options: As for every verb.
         reporter: Told what happens.
+        alone: This process does it all, also where a launcher started several.
 
     Raises:
-        UsageError: Nothing says what to measure on.
-        MissingError: There is no such model.
+        UsageError: Nothing says what to measure on, or what is asked does not fit.
+        MissingError: There is no such model, or its data is gone.
     """
-    from llmkit.data.tokenizers import load_tokenizer
-    from llmkit.evaluate.model import evaluate_model, load_model
-    from llmkit.models.build import kind_of, max_length
-
     if loaded is not None:
         refuse_variants(loaded)
-    section = loaded.recipe.eval if loaded else None
-    word = target or (section.model if section else None) or (loaded.recipe.name if loaded else "")
-    place = find_model(word, options.runs)
-    tuned = task_run(place)
-    if tuned is not None:
-        reporter.phase("eval", str(place))
-        data, base = data_for(tuned, loaded)
-        return evaluate_run(tuned, data, base, options, reporter, section.rows if section else None)
-    run = _trained_by(place)
-    trained = run.recipe.pretrain if run else None
-    if loaded is None and run is None:
-        raise UsageError(f"{word}: nothing says what to measure it on", hint="give text: --data FILES")
-    about = loaded or run
-    assert about is not None
-    reporter.phase("eval", str(place))
-    text = _text(place, loaded, options, reporter)
-    folder = _folder(place, about, options, text)
+    section = (loaded.recipe.eval if loaded else None) or Eval()
+    words = [target] if isinstance(target, str) else list(target or ())
+    if not words:
+        words = [section.model or (loaded.recipe.name if loaded else "")]
+    subjects = [find_subject(word, options, reporter) for word in words]
+    against = find_subject(section.gate.against, options, reporter) if section.gate.against else None
+    everyone = [*subjects, *([against] if against is not None else [])]
+    with _sharing(alone) as share:
+        measured = [_measure(one, everyone, section, loaded, options, reporter, share) for one in everyone]
+    if share.rank:
+        return Result(Path(), {}, "")
+    found = _judge(measured, bool(against), section, _recipe(loaded, subjects[0]).seed)
+    folders = [_write(one, loaded, options, section) for one in found]
+    for one in found:
+        for warning in one.warnings:
+            reporter.warn(f"{one.subject.word}: {warning}" if len(found) > 1 else warning)
+    return _result(found, folders, section)
+
+
+def find_subject(word: str, options: Options, reporter: Reporter) -> Subject:
+    """The model that a person named, and what is known of it; of a checkpoint, its model.
+
+    Raises:
+        MissingError: There is no such model.
+        CorruptError: The checkpoint is damaged.
+    """
+    checkpoint = Path(word)
+    if not is_checkpoint(checkpoint):
+        return _subject(word, find_model(word, options.runs))
+    place = exported_checkpoint(checkpoint, options, reporter)
+    home = checkpoint.parent.parent.parent
+    return replace(_subject(word, place), home=home, step=checkpoint.name)
+
+
+def _subject(word: str, place: Path) -> Subject:
+    recipe, plan = place.parent / "resolved.yaml", place.parent / "plan.json"
+    precision = str(json.loads(plan.read_bytes())["precision"]) if plan.is_file() else "fp32"
+    trained = load_recipe(recipe) if recipe.is_file() else None
+    section = (trained.recipe.finetune or trained.recipe.pretrain) if trained else None
+    trusted = section.model.trust_remote_code if section is not None else False
+    return Subject(word, place, trained, task_run(place), precision, trusted)
+
+
+def way_of(subject: Subject, section: Eval) -> str:
+    """Which of `registry.EVALUATIONS` is meant."""
+    if section.speed is not None:
+        return "speed"
+    if section.harness is not None:
+        return "harness"
+    if section.task == "auto":
+        return "labelled" if subject.task is not None or section.labelled is not None else "text"
+    return "labelled" if section.task in TASKS else section.task
+
+
+def _recipe(loaded: Loaded | None, subject: Subject) -> Recipe:
+    """The recipe that says how: the one given, else that of the model's run."""
+    about = loaded or subject.trained
+    return about.recipe if about is not None else Recipe(llmkit=1)
+
+
+@contextmanager
+def _sharing(alone: bool) -> Iterator[Share]:
+    """This process's part of the work, where a launcher started several."""
+    world = None if alone else detect_world(os.environ)
+    if world is None or world.world_size == 1:
+        yield ALONE
+        return
+    from llmkit.train.devices import join_others, leave, naming_lost_workers
+
+    os.environ.update(world.environment())
+    with naming_lost_workers():
+        join_others("cpu")  # findings are small, and are gathered on the host
+        yield Share(world.rank, world.world_size, gather_everywhere)
+        leave()
+
+
+def _measure(
+    subject: Subject,
+    everyone: Sequence[Subject],
+    section: Eval,
+    loaded: Loaded | None,
+    options: Options,
+    reporter: Reporter,
+    share: Share,
+) -> tuple[Subject, str, Measurement]:
+    way = way_of(subject, section)
+    known = EVALUATIONS[way]
+    if share.world_size > 1 and not known.shared:
+        raise UsageError(
+            f"{way} is measured by one process, and there are {share.world_size}",
+            hint="leave --processes out",
+        )
+    recipe = _recipe(loaded, subject)
+    about = loaded or subject.trained
+    asked = Asked(
+        section=section,
+        base=base_of(about) if about is not None else Path.cwd(),
+        language=recipe.language,
+        seed=recipe.seed,
+        device=detect_hardware(recipe.machine).device,
+        options=options,
+        reporter=reporter,
+        share=share,
+        others=[one for one in everyone if one is not subject],
+        held_out_by=everyone[0],
+        machine=recipe.machine,
+    )
+    reporter.phase("eval", str(subject.place))
+    measured: Measurement = load(known.code)(subject, asked)
+    check_names(section.metrics, measured)
+    return subject, way, measured
+
+
+def _judge(
+    measured: Sequence[tuple[Subject, str, Measurement]], against: bool, section: Eval, seed: int
+) -> list[_Judged]:
+    """Intervals, differences and gates; what the others are compared with comes first, or is what gates name."""
+    draws = {"seed": seed, "resamples": section.resamples}
+    baseline = measured[-1][2] if against else measured[0][2]
+    found = []
+    for subject, way, one in measured:
+        pairs, why = ([], "") if one is baseline else differences(one, baseline, **draws)
+        held = [] if against and one is baseline else check_gates(section.gate, one, baseline)
+        warnings = [*one.warnings, *([f"compared without pairs: {why}"] if why else [])]
+        found.append(_Judged(subject, way, one, dict(intervals_of(one, **draws)), pairs, held, warnings))
+    return found
+
+
+def _write(one: _Judged, loaded: Loaded | None, options: Options, section: Eval) -> Path:
+    """Leave figures, predictions and a report beside the model's run."""
+    about = loaded or one.subject.trained
+    folder, measured = _folder(one, about, options, section), one.measured
     with locked(folder):
-        leave_record(folder, about)
-        model = load_model(place)
-        learned = trained or _learned_by(kind_of(str(place)), max_length(model.config))
-        figures = evaluate_model(
-            model,
-            text.streams(),
-            section=learned,
-            tokenizer=load_tokenizer(str(place)),
-            device=detect_hardware(about.recipe.machine).device,
-            folder=place,
-            bf16=_precision_of(place) == "bf16",
-            max_rows=section.rows if section else None,
-        )
-        final = {f"eval/{name}": value for name, value in figures.items() if name != "tokens_per_s"}
-        _write(folder, about, options, text, place, final)
-    known = goal_of(learned.objective).metrics
-    for name in section.metrics if section and section.metrics else known:
-        known_here = name in figures  # of held-out text that is one document there are no pairs, for one
-        reporter.note(
-            f"{name} {format_number(figures[name])}" if known_here else f"{name}: nothing to measure"
-        )
-    if section and section.rows:
-        reporter.note(f"measured on {section.rows:,} rows at most; a run's own last evaluation takes all")
-    kind = goal_of(learned.objective).model
-    metrics = {name.removeprefix("eval/"): value for name, value in final.items()}
+        if about is not None:
+            leave_record(folder, about)
+        if measured.predictions:
+            lines = (json.dumps(row, ensure_ascii=False, default=float) for row in measured.predictions)
+            write_file(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+        for name, content in measured.files.items():
+            write_json(folder / name, content)
+        report = write_report(folder, _facts(one, about, options, section))
+    if (
+        one.subject.trained is not None and not one.subject.step
+    ):  # a model of ours: its card says what it is worth
+        why = update_card(one.subject.place, report)
+        if why:
+            one.warnings.append(why)
+    return folder
+
+
+def _facts(one: _Judged, about: Loaded | None, options: Options, section: Eval) -> dict[str, Any]:
+    """What the report is made of."""
+    measured = one.measured
+    plain = dict(measured.figures)
+    figures = {
+        name: {"value": value, **dict(zip(("low", "high"), one.intervals.get(name, ()), strict=False))}
+        for name, value in plain.items()
+    }
+    return {
+        "name": about.recipe.name if about is not None else run_name(one.subject.word),
+        "kind": "eval",
+        "status": "done",
+        "command": options.command,
+        "model": {"folder": measured.model},
+        "task": measured.task,
+        **_dataset(section),
+        "data_address": measured.data,
+        "best": measured.best,
+        "final": {f"eval/{name}": value for name, value in plain.items()},
+        "figures": figures,
+        "tables": dict(measured.tables),
+        "references": dict(measured.tables.get("references", {})),
+        "settings": dict(measured.settings),
+        "warnings": list(one.warnings),
+        "comparison": [difference.to_dict() for difference in one.differences],
+        "gates": [gate.to_dict() for gate in one.gates],
+    }
+
+
+def _dataset(section: Eval) -> dict[str, Any]:
+    """What the data are called, where they were named."""
+    sources = [*(section.data or ()), *([section.labelled] if section.labelled is not None else [])]
+    names = [
+        one.name or one.dataset or ", ".join(Path(file).name for file in one.files or ()) for one in sources
+    ]
+    return {"dataset": {"name": ", ".join(names), "type": ", ".join(names)}} if names else {}
+
+
+def _folder(one: _Judged, about: Loaded | None, options: Options, section: Eval) -> Path:
+    """Where the figures go: beside the model's run where it has one, a folder for each thing that is measured.
+
+    `eval/` is for what the run held out; else the name says what was asked and on what, so that nothing is overwritten.
+    """
+    name = (
+        about.recipe.name if about is not None and about.recipe.name != "run" else run_name(one.subject.word)
+    )
+    home = one.subject.home or home_of(one.subject.place, options.runs) or options.runs / name
+    step = f"-{one.subject.step}" if one.subject.step else ""
+    if one.way in _HELD_OUT and one.measured.settings.get("held_out", False) and _is_plain(section):
+        return home / f"eval{step}"
+    kind = step if one.way in _HELD_OUT else f"{step}-{one.way}"
+    about_it = json.dumps([one.measured.data, dict(one.measured.settings)], sort_keys=True, default=str)
+    return home / f"eval{kind}-{hashlib.sha256(about_it.encode()).hexdigest()[:8]}"
+
+
+def _is_plain(section: Eval) -> bool:
+    """Whether a model is asked as its run asked it, or on fewer rows."""
+    asked, plain = section.model_dump(), Eval().model_dump()
+    return all(asked[name] == plain[name] for name in asked if name not in _SAME_FOLDER)
+
+
+def _result(found: Sequence[_Judged], folders: Sequence[Path], section: Eval) -> Result:
+    results = [_summary(one, folder) for one, folder in zip(found, folders, strict=True)]
+    summary = dict(results[0])
+    if len(found) > 1:
+        summary["results"] = results
+        summary["comparison"] = [pair.to_dict() for one in found for pair in one.differences]
+    failed = [gate for one in found for gate in one.gates if not gate.held]
     return Result(
-        folder,
-        {
-            "model": str(place),
-            "metrics": metrics,
-            "context": learned.model.context,
-            "report": str(folder / "report.html"),
-        },
-        try_command(kind, str(place), trained.prompts if trained else []),
+        folders[0],
+        summary,
+        _next(found[0]),
+        _table(found, section),
+        _gate_error(failed) if failed else None,
     )
 
 
-def _learned_by(kind: ModelKind, longest: int | None) -> Pretrain:
-    """What a model that comes without a recipe is measured by: what models of its kind learn first.
+def _summary(one: _Judged, folder: Path) -> dict[str, Any]:
+    measured = one.measured
+    found: dict[str, Any] = {
+        "subject": measured.subject,
+        "model": measured.model,
+        "task": measured.task,
+        "metrics": dict(measured.figures),
+        "intervals": {name: list(ends) for name, ends in one.intervals.items()},
+        "settings": dict(measured.settings),
+        "gates": [gate.to_dict() for gate in one.gates],
+        "warnings": list(one.warnings),
+        "report": str(folder / "report.html"),
+    }
+    if measured.predictions:
+        found["predictions"] = str(folder / "predictions.jsonl")
+    return found
 
-    Raises:
-        UsageError: Nothing is known to measure such a model by.
-    """
-    objective = _FIRST.get(kind)
-    if objective is None:
-        raise UsageError(
-            f"a model of this kind ({kind}) comes without a recipe, and nothing says what it learned",
-            hint="measure the run that trained it",
+
+def _table(found: Sequence[_Judged], section: Eval) -> list[tuple[str, ...]]:
+    """Figures with their intervals, a column for each model; differences and gates below."""
+    first = found[0].measured
+    names = section.metrics or [
+        name for name in first.shown if any(name in one.measured.figures for one in found)
+    ]
+    if len(found) == 1:
+        rows = [("figure", "value", "95% interval")]
+        rows += [(name, _number(name, first.figures.get(name)), _ends(found[0], name)) for name in names]
+        return [*(rows if names else []), *_noise_rows(first, names), *_gate_rows(found)]
+    table: list[tuple[str, ...]] = [("figure", *(one.subject.word for one in found))]
+    table += [(name, *(_number(name, one.measured.figures.get(name)) for one in found)) for name in names]
+    rows = [
+        (f"{pair.metric} of {pair.subject}", f"{pair.difference:+.4g}", _p(pair))
+        for one in found
+        for pair in one.differences
+        if pair.metric in names
+    ]
+    width = len(found) + 1
+    return [*table, *(_padded(row, width) for row in [*rows, *_ratio_rows(found), *_gate_rows(found)])]
+
+
+def _padded(row: Sequence[str], width: int) -> tuple[str, ...]:
+    """A row of as many cells: what is over stands in the last."""
+    cells = [*row[: width - 1], "  ".join(row[width - 1 :])] if len(row) > width else list(row)
+    return (*cells, *[""] * (width - len(cells)))
+
+
+def _noise_rows(measured: Measurement, names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What is left of each figure on damaged text, and how far the copies lie apart."""
+    rows = {row["seed"]: row for row in measured.tables.get("noise", ()) if isinstance(row["seed"], str)}
+    mean, spread = (rows.get(name, {}).get("metrics", {}) for name in ("mean", "deviation"))
+    typos = f"{rows['mean']['typos']:.0%} typos" if "mean" in rows else ""
+    return [
+        (
+            f"{name}, {typos}",
+            _number(name, mean[name]),
+            f"copies differ by {format_value(name, spread.get(name, 0.0))}",
         )
-    model = Model(preset=None, context=min(longest or 512, _LONGEST_ROW))
-    return Pretrain(objective=objective, model=model, train=Train(length=Amount(1, "steps")))
+        for name in names
+        if name in mean
+    ]
 
 
-def _write(
-    folder: Path, about: Loaded, options: Options, text: _Text, place: Path, final: dict[str, float]
-) -> None:
-    from llmkit.data.prepare import data_card
-
-    write_json(folder / "data.json", data_card(text.shards))
-    facts = {"name": about.recipe.name, "kind": "eval", "status": "done", "command": options.command}
-    write_report(folder, {**facts, "model": {"folder": str(place)}, "final": final})
-
-
-def _folder(place: Path, about: Loaded, options: Options, text: _Text) -> Path:
-    """Where the figures go: beside the model's run where it has one, one folder for each text.
-
-    `eval/` is for what the run held out; other text has its address in the name, so that nothing is overwritten.
-    """
-    home = home_of(place, options.runs) or run_folder(about, options, "eval").parent
-    if text.held_out:
-        return home / "eval"
-    return home / f"eval-{text.shards[0].folder.name[:8]}"
-
-
-def _precision_of(model: Path) -> str:
-    """What the model's run computed in, so that its own evaluation and this one agree; fp32 for other models."""
-    path = model.parent / "plan.json"
-    return str(json.loads(path.read_bytes())["precision"]) if path.is_file() else "fp32"
-
-
-def _trained_by(model: Path) -> Loaded | None:
-    """The recipe that the run around a model folder was trained with."""
-    path = model.parent / "resolved.yaml"
-    return load_recipe(path) if path.is_file() else None
-
-
-def _text(model: Path, loaded: Loaded | None, options: Options, reporter: Reporter) -> _Text:
-    """The recipe's own `eval.data`, all of it; else what the model's run held out."""
-    from llmkit.data.corpus import Corpus, engine_of
-    from llmkit.data.shards import TokenShards
-    from llmkit.data.tokenizers import load_tokenizer
-
-    section = loaded.recipe.eval if loaded else None
-    if loaded is not None and section is not None and section.data is not None:
-        text = Corpus(
-            section.data,
-            Prepare(),
-            held_out=0.0,
-            base=base_of(loaded),
-            cache=options.runs / CACHE,
-            engine=engine_of(loaded.recipe.machine),
-            reporter=reporter,
+def _ratio_rows(found: Sequence[_Judged]) -> list[tuple[str, str, str]]:
+    """How much faster models are than others, where they were timed in turn."""
+    return [
+        (
+            f"{row['model']} against {row['against']}, batch {row['batch']} of {row['length']}",
+            f"{row['times_as_fast']:.2f} times",
+            f"{row['low']:.2f} to {row['high']:.2f} in rounds",
         )
-        return _Text(text.shards(load_tokenizer(str(model))), held_out=False)
-    card = model.parent / "data.json"
-    if not card.is_file():
-        raise UsageError(f"{model}: nothing was held out for it", hint="give text: --data FILES")
-    cache = options.runs / CACHE / "shards"
-    folders = [cache / source["address"] for source in json.loads(card.read_bytes())["sources"]]
-    missing = [folder for folder in folders if not folder.is_dir()]
-    if missing:
-        raise MissingError(
-            f"{missing[0]}: the shards of the model's run are gone",
-            hint=f"make them again: llmkit tokenize {model.parent / 'resolved.yaml'}",
+        for row in found[0].measured.tables.get("speed_ratios", ())
+    ]
+
+
+def _gate_rows(found: Sequence[_Judged]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            f"gate {gate.metric}",
+            _number(gate.metric, gate.value),
+            f"{'held' if gate.held else 'NOT HELD'}: {gate.said}",
         )
-    return _Text([TokenShards.open(folder) for folder in folders], held_out=True)
+        for one in found
+        for gate in one.gates
+    ]
+
+
+def _number(name: str, value: float | None) -> str:
+    return "nothing to measure" if value is None else format_value(name, value)
+
+
+def _ends(one: _Judged, name: str) -> str:
+    ends = one.intervals.get(name)
+    return "" if ends is None else f"{format_value(name, ends[0])} to {format_value(name, ends[1])}"
+
+
+def _p(pair: Difference) -> str:
+    if pair.p is None:
+        return pair.verdict
+    return (
+        f"{pair.verdict} (p {pair.p:.2g}, {format_number(pair.low or 0)} to {format_number(pair.high or 0)})"
+    )
+
+
+def _gate_error(failed: Sequence[Held]) -> GateError:
+    lines = [
+        f"{gate.subject}: {gate.metric} is {format_value(gate.metric, gate.value)}, and must be {gate.said}"
+        for gate in failed
+    ]
+    return GateError("; ".join(lines), hint="the report stays; the model was not changed")
+
+
+def _next(one: _Judged) -> str:
+    trained, place = one.subject.trained.recipe if one.subject.trained else None, one.subject.place
+    if one.subject.task is not None:
+        task = one.subject.task.section
+        return try_trained(task.task, str(place.parent.parent), task.prompts)
+    if trained is not None and trained.pretrain is not None:
+        return try_trained(trained.pretrain.objective, str(place), trained.pretrain.prompts)
+    from llmkit.models.build import kind_of
+
+    return try_command(kind_of(str(place)), str(place))

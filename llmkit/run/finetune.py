@@ -15,9 +15,9 @@ from llmkit.recipe import Loaded, resolved_yaml
 from llmkit.recipe.resolved import without_secrets
 from llmkit.recipe.schema import Finetune, Pretrain, Recipe, Source, Train
 from llmkit.recipe.tasks import other_task_sections
-from llmkit.registry import OBJECTIVES, TASKS, goal_of
+from llmkit.registry import OBJECTIVES, TASKS
 from llmkit.report.console import Reporter
-from llmkit.report.trying import try_command
+from llmkit.report.trying import try_trained
 from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
 from llmkit.run.planning import plan as plan_ahead
 from llmkit.run.pretrain import pretrain
@@ -65,7 +65,7 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     with locked(folder, world):
         if options.fresh and first:
             clear(folder)
-        job = _prepare(loaded, options, reporter, folder, world)
+        job = prepare_job(loaded, options, reporter, folder, world)
         if is_trained(folder, job):
             reporter.note(f"{folder} is trained already; --fresh trains it anew")
         else:
@@ -87,14 +87,7 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
         "headline": report["headline"],
         "report": str(folder / "report.html"),
     }
-    return Result(
-        folder, summary, try_command(goal_of(section.task).model, str(folder.parent), prompts_of(section))
-    )
-
-
-def prompts_of(section: Finetune) -> list[str]:
-    """What a person may try the model with: the recipe's prompts, of a model that answers a question."""
-    return section.prompts or (["What can you do?"] if goal_of(section.task).chats else [])
+    return Result(folder, summary, try_trained(section.task, str(folder.parent), section.prompts))
 
 
 def plan_finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Plan:
@@ -168,7 +161,7 @@ def continued(loaded: Loaded) -> Loaded:
     return replace(loaded, recipe=recipe)
 
 
-def _prepare(
+def prepare_job(
     loaded: Loaded, options: Options, reporter: Reporter, folder: Path, world: World | None
 ) -> "Job":
     """Everything decided: rows, tokenizer, plan, identity. Nothing in the run folder is touched."""

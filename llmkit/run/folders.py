@@ -1,6 +1,7 @@
 """Run folders: where a verb's artefacts are, who may write there, what was made by what."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.durable import RunLock, naming_full_disks, sweep, write_file
-from llmkit.errors import MissingError, UsageError
+from llmkit.errors import LlmkitError, MissingError, UsageError
 from llmkit.launch.world import World
 from llmkit.recipe import Loaded
 from llmkit.report.environment import write_environment
@@ -56,12 +57,14 @@ class Result:
         summary: The figures a pipeline wants.
         next_command: What a person types next.
         table: Lines of cells to show on a terminal, the first of them headings.
+        failed: What ends the command, after its result was given: a gate that did not hold.
     """
 
     folder: Path
     summary: dict[str, Any]
     next_command: str
     table: Sequence[tuple[str, ...]] = ()
+    failed: LlmkitError | None = None
 
 
 def run_folder(loaded: Loaded, options: Options, verb: str) -> Path:
@@ -72,6 +75,12 @@ def run_folder(loaded: Loaded, options: Options, verb: str) -> Path:
     """
     refuse_variants(loaded)
     return options.runs / loaded.recipe.name / verb
+
+
+def run_name(path: str) -> str:
+    """A recipe name made from a path: `data/my model.yaml` -> `my-model`."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).absolute().stem).strip("._-")
+    return plain[:64] or "run"
 
 
 def refuse_variants(loaded: Loaded) -> None:

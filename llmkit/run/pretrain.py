@@ -75,7 +75,7 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
     with locked(folder, world):
         if options.fresh and first:
             clear(folder)
-        job, shards = _prepare(loaded, options, reporter, folder, world)
+        job, shards = prepare_job(loaded, options, reporter, folder, world)
         if is_trained(folder, job):
             reporter.note(f"{folder} is trained already; --fresh trains it anew")
         else:
@@ -99,7 +99,7 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
     return Result(folder, summary, try_command(kind, str(folder.parent), recipe.pretrain.prompts))
 
 
-def _prepare(
+def prepare_job(
     loaded: Loaded, options: Options, reporter: Reporter, folder: Path, world: World | None
 ) -> "tuple[Job, list[TokenShards]]":
     """Everything decided: tokenizer, shards, plan, identity. Nothing in the run folder is touched."""

@@ -32,7 +32,7 @@ def start_accelerator(plan: Plan) -> Accelerator:
             train by itself.
     """
     if plan.world_size > 1:
-        _join(plan)
+        join_others(plan.device)
     accelerator = Accelerator(
         cpu=plan.device == "cpu",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -46,7 +46,13 @@ def start_accelerator(plan: Plan) -> Accelerator:
     return accelerator
 
 
-def _join(plan: Plan) -> None:
+def join_others(device: str) -> None:
+    """Meet the other processes that the environment speaks of.
+
+    Raises:
+        RunError: They were not met.
+    """
+    world_size = int(os.environ["WORLD_SIZE"])
     meeting = os.environ.get("LLMKIT_RENDEZVOUS")
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -54,15 +60,15 @@ def _join(plan: Plan) -> None:
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         torch.distributed.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if plan.device == "cuda" else "gloo",
+            backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
             init_method=f"file://{meeting}" if meeting else "env://",
             rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            world_size=world_size,
             timeout=_TIMEOUT,
         )
     except torch.distributed.DistError as error:
         raise RunError(
-            f"rank {os.environ['RANK']} could not meet the other {plan.world_size - 1} processes: {error}",
+            f"rank {os.environ['RANK']} could not meet the other {world_size - 1} processes: {error}",
             hint="were all of them started, with the same MASTER_ADDR and MASTER_PORT?",
         ) from error
     finally:

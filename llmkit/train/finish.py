@@ -16,7 +16,7 @@ from llmkit.recipe.schema import Finetune
 from llmkit.registry import goal_of
 from llmkit.report.card import write_model_card
 from llmkit.report.report import collect, write_report
-from llmkit.report.trying import try_command
+from llmkit.report.trying import try_trained
 from llmkit.train.adapted import export_adapter
 from llmkit.train.job import Job
 from llmkit.train.state import TrainState
@@ -59,11 +59,7 @@ def finish(
         **({"task": section.objective, "base": str(section.model.name)} if job.rows else {}),
         "language": recipe.language,
         "command": job.command,
-        "next_command": try_command(
-            kind,
-            str(folder.parent),
-            section.prompts or (["What can you do?"] if goal_of(section.objective).chats else []),
-        ),
+        "next_command": try_trained(section.objective, str(folder.parent), section.prompts),
         "model": {
             "model_type": model.config.model_type,
             "num_parameters": plan.num_parameters if adapted else model.num_parameters(),

@@ -203,7 +203,7 @@ def _record(
             device="cpu",
             batch_size=plan.micro_batch_size,
         )
-        figures = {f"eval/{name}": value for name, value in measured.items() if name != "tokens_per_s"}
+        figures = {f"eval/{name}": value for name, value in measured.items()}
     samples = complete(model, "causal", data.tokenizer, section.prompts, section.sampling, seed=job.seed)
     for callback in callbacks:
         callback.on_record(record, num_steps=state.step)

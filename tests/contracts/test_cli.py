@@ -19,11 +19,14 @@ COMMANDS = [
     "show",
     "plan",
     "predict",
+    "explain",
     "sweep",
     "demo",
     "init",
     "doctor",
     "recipe",
+    "runs",
+    "report",
 ]
 RECIPE_COMMANDS = ["check", "show", "schema", "explain", "diff"]
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -51,7 +54,9 @@ def test_help_starts_with_examples_and_lists_every_command(llmkit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [[c] for c in COMMANDS] + [["recipe", c] for c in RECIPE_COMMANDS], ids=" ".join
+    "words",
+    [[c] for c in COMMANDS] + [["recipe", c] for c in RECIPE_COMMANDS] + [["runs", "diff"]],
+    ids=" ".join,
 )
 def test_every_command_has_help_with_examples(words, capsys):
     from llmkit.cli import main

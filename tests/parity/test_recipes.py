@@ -17,6 +17,7 @@ ELSEWHERE = {
     "clean-web": "its text is a crawl that no test has; tests/unit/test_data_planted.py runs its steps",
     "baselines": "several runs; tests/unit/test_variants.py and the slow tests have them",
     "distil": "it needs a teacher; see test_a_student_of_the_quickstart",
+    "rag": "it trains nothing; see test_questions_are_answered_from_what_was_found",
 }
 TUNES = [
     name
@@ -72,6 +73,8 @@ def test_a_shipped_recipe_that_tunes_runs(name, tmp_path):
     if section.validation is not None:
         held_out = tuning.rows_file(tmp_path, section.task, f"held-out-{tuning.FILES[section.task]}", 16)
         words.append(f"finetune.validation.files={held_out}")
+    if name == "retrieval":
+        words += searched(tmp_path)
     loaded = load_recipe(name, overrides=words, smoke=True)
     run_all(loaded, options(tmp_path), make_reporter(quiet=True))
     folder = tmp_path / "runs" / loaded.recipe.name / "finetune"
@@ -79,6 +82,37 @@ def test_a_shipped_recipe_that_tunes_runs(name, tmp_path):
     assert report["status"] == "done"
     assert math.isfinite(report["final"]["eval/loss"])
     assert (folder / "model" / "config.json").is_file()
+    for place in folder.parent.glob("eval*"):
+        measured = json.loads((place / "report.json").read_text())["figures"]
+        assert all(math.isfinite(figure["value"]) for figure in measured.values())
+
+
+def searched(folder):
+    """Passages with the questions that they answer, as settings of `eval`."""
+    passages = [{"id": f"p{number}", "text": f"The {word} sat there."} for number, word in enumerate(ANIMALS)]
+    questions = [
+        {"question": f"What did the {word} do?", "positive": f"p{number}", "answers": [word]}
+        for number, word in enumerate(ANIMALS)
+    ]
+    for name, rows in (("passages", passages), ("questions", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        f"eval.labelled.files={folder / 'questions.jsonl'}",
+        f"eval.retrieval.corpus={folder / 'passages.jsonl'}",
+    ]
+
+
+ANIMALS = ("cat", "dog", "bird", "fish", "mouse", "horse")
+
+
+def test_questions_are_answered_from_what_was_found(tmp_path):
+    models = {"eval.model": "embed", "eval.retrieval.reader": "sft"}
+    words = [f"{key}={tuning.model_of(task)}" for key, task in models.items()]
+    words += ["machine.device=cpu", "eval.generation.max_new_tokens=4", "eval.rows=6", *searched(tmp_path)]
+    loaded = load_recipe("rag", overrides=words)
+    found = run_all(loaded, options(tmp_path), make_reporter(quiet=True)).summary["eval"]["metrics"]
+    assert 0 <= found["recall_at_1"] <= found["recall_at_5"] <= 1
+    assert {"exact_match", "f1", "mrr"} <= found.keys()
 
 
 def test_a_student_of_the_quickstart(tmp_path):

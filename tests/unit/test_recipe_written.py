@@ -118,12 +118,12 @@ def test_show_says_where_each_value_came_from(tmp_path: Path) -> None:
 def test_the_difference_of_two_recipes_is_by_key(tmp_path: Path) -> None:
     a = load(tmp_path, FULL)
     b = load_recipe(
-        tmp_path / "r.yaml", overrides=["seed=1", "pretrain.train.batch=16 samples", "eval=null"], env={}
+        tmp_path / "r.yaml", overrides=["seed=1", "pretrain.train.batch=16 samples", "eval.rows=8"], env={}
     )
     assert [(d.key, d.a, d.b) for d in diff(a, b)] == [
         ("seed", 42, 1),
         ("pretrain.train.batch", "8 samples", "16 samples"),
-        ("eval.metrics", [], None),
+        ("eval.rows", None, 8),
     ]
     assert diff(a, a) == []
 

@@ -23,6 +23,32 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "other": _SECOND,
         "label": ("score", "target", "labels", "rating", "stars", "similarity", "value", "y"),
     },
+    "choice": {
+        "query": ("question", "prompt", "ctx", "goal"),
+        "choices": ("options", "endings", "answers"),
+        "gold": ("answer", "label", "answer_index", "correct", "target"),
+        "context": ("text", "prefix"),
+        "continuation": ("completion", "ending", "last_word"),
+    },
+    "generation": {
+        "prompt": ("source", "input", "question", "query", "instruction", "article", "document", "text", "src"),
+        "references": (
+            "reference", "target", "targets", "answers", "answer", "completion", "output", "summary", "highlights",
+            "response", "tgt",
+        ),
+        "messages": ("conversations", "conversation", "dialog", "dialogue", "turns"),
+    },
+    "retrieval": {
+        "question": ("query", "anchor", "prompt"),
+        "positive": (
+            "positives", "positive_id", "positive_ids", "relevant", "passage_id", "doc_id", "pos", "context", "passage",
+        ),
+        "answers": ("answer", "answer_text", "references", "target"),
+    },
+    "passages": {
+        "text": ("passage", "content", "contents", "body", "document", "context", "paragraph", "sentence"),
+        "id": ("_id", "passage_id", "doc_id", "docid", "pid"),
+    },
     "tag": {"tokens": ("words", "token"), "tags": ("ner_tags", "labels", "ner", "tag", "pos_tags", "entities")},
     "qa": {
         "id": ("qid", "question_id"),

@@ -1,0 +1,317 @@
+"""Tasks of lm-evaluation-harness, asked of a model through `requests.py`: the harness's tasks, our own arithmetic.
+
+Imported only where such a task is asked: the harness takes seconds to import, and to look through its own tasks many
+more, so these are looked at only if a name is not among the user's.
+"""
+
+import contextlib
+import fnmatch
+import io
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tqdm
+import yaml
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import PreTrainedModel
+
+from llmkit.data import hub
+from llmkit.errors import DataError, LlmkitError, MissingError, UsageError
+from llmkit.evaluate.requests import Request, Scorer
+from llmkit.registry import nearest
+
+Told = Callable[[int], object]
+
+_ROWS_AT_ONCE = 16
+_TASK_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, jinja2.TemplateError)
+"""What the harness raises of a task that it cannot build or ask."""
+_ALONE = "DISABLE_MULTIPROC"
+_KEY = re.compile(r"^(\w+)\s*:")
+
+
+class HarnessModel(HFLM):
+    """The harness's model of `transformers`; what it asks about likelihoods goes to our own scorer.
+
+    Args:
+        model: A causal or an encoder-decoder language model.
+        tokenizer: Its tokenizer.
+        device: `cpu`, `cuda` or `mps`.
+        native: Whether our scorer answers; else the harness's own code does.
+        bf16: Weights in bfloat16.
+        batch_size: Rows that the harness's own code computes together: where it answers, and where text is written.
+        told: Told how many requests our scorer has answered.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        device: str = "cpu",
+        native: bool = True,
+        bf16: bool = False,
+        batch_size: int = _ROWS_AT_ONCE,
+        told: Told = lambda _: None,
+    ) -> None:
+        model.eval()
+        with _quiet():  # it warns of being given a model that is loaded already
+            super().__init__(
+                pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size, device=device
+            )
+        self._scorer: Scorer | None = None
+        self._told = told
+        if native:
+            self._scorer = Scorer(model, tokenizer, device=device, bf16=bf16, longest=self.max_length)
+        elif bf16:
+            model.bfloat16()
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """What the harness asks, all of it at once: context and continuation as token ids."""
+        if self._scorer is None:
+            found = super()._loglikelihood_tokens(
+                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+            )
+            return list(found)
+        asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        answers = [(answer.loglikelihood, answer.greedy) for answer in self._scorer.score(asked, self._told)]
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes of the model; its own way asks the Hub, and this model is a folder."""
+        return {
+            "model_num_parameters": self._model.num_parameters(),
+            "model_dtype": str(self._model.dtype),
+            "model_revision": "",
+            "model_sha": "",
+        }
+
+
+def find_tasks(names: Sequence[str], include: Path | None) -> tuple[TaskManager, list[str]]:
+    """What knows the tasks, and their names.
+
+    Args:
+        names: Tasks, groups or tags, also as patterns.
+        include: A folder with the user's task files.
+
+    Raises:
+        UsageError: There is no such task, or no such folder.
+        DataError: A task file cannot be read; the message names its line.
+    """
+    if include is not None:
+        _check_files(include)
+        own = TaskManager(include_path=str(include), include_defaults=False)
+        if not _unknown(names, own):
+            return own, _matches(names, own)
+    every = TaskManager(include_path=str(include) if include else None)
+    unknown = _unknown(names, every)
+    if unknown:
+        guess = nearest(unknown[0], every.all_tasks)
+        raise UsageError(
+            f"lm-evaluation-harness has no task {unknown[0]!r}"
+            + (f", and {include} holds none of that name" if include else ""),
+            hint=f"did you mean {guess!r}?" if guess else "lm-eval ls tasks lists its own",
+        )
+    return every, _matches(names, every)
+
+
+def _matches(names: Sequence[str], manager: TaskManager) -> list[str]:
+    found = [task for name in names for task in sorted(fnmatch.filter(manager.all_tasks, name))]
+    return list(dict.fromkeys(found))
+
+
+def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
+    return [name for name in names if not fnmatch.filter(manager.all_tasks, name)]
+
+
+def _check_files(folder: Path) -> None:
+    """The harness passes by task files that it cannot read, and then knows no task of that name."""
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder}: no such folder", hint="eval.harness.include: the folder of your task files"
+        )
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            found = load_yaml(path, resolve_func=False)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
+            raise DataError(f"{place}: {error.problem or error}", hint="repair the task file") from error
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            raise DataError(f"{path}: {_first_line(error)}", hint="repair the task file") from error
+        if not isinstance(found, dict):
+            raise DataError(
+                f"{path}:1: a task file holds keys and values, such as `task: my_task`",
+                hint="repair the task file, or take it out of the folder",
+            )
+
+
+def ask(
+    model: HarnessModel,
+    manager: TaskManager,
+    names: Sequence[str],
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    resamples: int = 1000,
+) -> tuple[dict[str, Any], list[str]]:
+    """Ask a model tasks.
+
+    Args:
+        model: The model.
+        manager: What knows the tasks.
+        names: Their names.
+        shots: Solved examples before each question; None: as the task says.
+        limit: At most so many questions of each task.
+        chat: Put questions into the chat template.
+        resamples: Draws for the harness's own standard errors, of figures that need them.
+
+    Returns:
+        The harness's results, with samples, and what it warned of.
+
+    Raises:
+        DataError: A task cannot be built or asked; the message names its file and, where that can be told, its line.
+        MissingError: Its data are out of reach.
+    """
+    with _quiet() as said:
+        try:
+            results = evaluator.simple_evaluate(
+                model=model,
+                tasks=list(names),
+                task_manager=manager,
+                num_fewshot=shots,
+                limit=limit,
+                apply_chat_template=chat,
+                bootstrap_iters=resamples,
+                log_samples=True,
+            )
+        except LlmkitError:
+            raise
+        except hub.network_errors() as error:
+            raise MissingError(
+                f"the data of {', '.join(names)} are out of reach ({_first_line(error)})",
+                hint="go online once, or give tasks on local data: eval.harness.include=FOLDER",
+            ) from error
+        except _TASK_ERRORS as error:
+            raise _of_task(error, manager, names) from error
+    assert results is not None
+    return dict(results), said
+
+
+def _of_task(error: Exception, manager: TaskManager, names: Sequence[str]) -> DataError:
+    """Which task file is to blame, as far as it can be told."""
+    paths = [path for name in names if (path := _path_of(manager, name)) is not None]
+    place = next((where for path in paths if (where := _line_of(path, error))), "") or ", ".join(
+        map(str, paths)
+    )
+    return DataError(
+        f"{place or ', '.join(names)}: the harness cannot ask this task ({type(error).__name__}: "
+        f"{_first_line(error)})",
+        hint="repair the task file",
+    )
+
+
+def _path_of(manager: TaskManager, name: str) -> Path | None:
+    entry = manager.task_index.get(name)
+    return entry.yaml_path if entry is not None else None
+
+
+def _line_of(path: Path, error: Exception) -> str:
+    """The line of the key that the error speaks of: by its name, or by the template that is its value."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    template = isinstance(error, jinja2.TemplateError)
+    for number, line in enumerate(lines, 1):
+        key = _KEY.match(line)
+        broken = template and "{" in line and not _is_template(line)
+        if broken or (key is not None and re.search(rf"\b{key[1]}\b", str(error)) and key[1] != "task"):
+            return f"{path}:{number}"
+    return ""
+
+
+def _is_template(text: str) -> bool:
+    try:
+        jinja2.Environment(autoescape=False).parse(text)  # noqa: S701 - nothing is rendered
+    except jinja2.TemplateSyntaxError:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+_DEFAULT = "using default"
+"""In what it says of every task file that leaves something to it: nothing to warn of."""
+
+
+class _Heard(logging.Handler):
+    """Keeps what is warned of, each once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage().strip()
+        if text not in self.said and _DEFAULT not in text:
+            self.said.append(text)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """The harness prints, logs, draws bars, asks git for its commit and starts processes that would take our signals.
+
+    What it warns of is kept, and standard output stays ours.
+    """
+    logger, heard = logging.getLogger("lm_eval"), _Heard()
+    level, propagate, drawn = logger.level, logger.propagate, tqdm.tqdm.__init__
+    commit, alone = evaluator.get_git_commit_hash, os.environ.get(_ALONE)
+    logger.addHandler(heard)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    tqdm.tqdm.__init__ = lambda bar, *given, **more: drawn(bar, *given, **{**more, "disable": True})
+    evaluator.get_git_commit_hash = lambda: None
+    os.environ[_ALONE] = "1"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield heard.said
+    finally:
+        tqdm.tqdm.__init__ = drawn
+        evaluator.get_git_commit_hash = commit
+        if alone is None:
+            del os.environ[_ALONE]
+        logger.removeHandler(heard)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def rows_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The harness's figures as rows: `task`, `metric`, `value`, `stderr`, `num`; `filter` where that is not `none`."""
+    rows = []
+    for task, figures in results["results"].items():
+        num = results.get("n-samples", {}).get(task, {}).get("effective")
+        for name, value in figures.items():
+            metric, _, way = name.partition(",")
+            if not way or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{way}")
+            row = {"task": task, "metric": metric, "value": float(value), "num": num}
+            row["stderr"] = float(stderr) if isinstance(stderr, int | float) else None
+            rows.append(row if way == "none" else {**row, "filter": way})
+    return rows

@@ -1,0 +1,197 @@
+"""What follows from measurements: how models compare, and whether what must hold does. No torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from llmkit.errors import UsageError
+from llmkit.evaluate.measurement import Measurement
+from llmkit.metrics.bootstrap import Comparison, mcnemar
+from llmkit.recipe.evaluation import Gate
+from llmkit.registry import FIGURES, lower_is_better, nearest
+
+SMALL = 0.05
+"""Below this p a difference is said to be one."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of one model beside that of another.
+
+    Attributes:
+        subject: The model.
+        baseline: The other one.
+        metric: The figure.
+        value: The model's.
+        other: The other one's.
+        difference: `value` less `other`.
+        low: The lower end of the difference's 95% interval; None: it has none.
+        high: The upper end.
+        p: How often chance alone makes a difference of this size; None: it is not known.
+        mcnemar: The exact p of McNemar's test, of `accuracy`.
+    """
+
+    subject: str
+    baseline: str
+    metric: str
+    value: float
+    other: float
+    difference: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    mcnemar: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or that the two cannot be told apart."""
+        if self.p is None:
+            return "not paired"
+        if self.p >= SMALL or not self.difference:
+            return "no difference seen"
+        return "better" if (self.difference < 0) == lower_is_better(self.metric) else "worse"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Whether a gate held.
+
+    Attributes:
+        subject: The model.
+        metric: The figure.
+        value: Its value.
+        limit: The worst that is good enough.
+        held: Whether it is.
+        said: What was asked for, in words.
+    """
+
+    subject: str
+    metric: str
+    value: float
+    limit: float
+    held: bool
+    said: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
+
+
+def differences(
+    measured: Measurement, baseline: Measurement, *, seed: int, resamples: int
+) -> tuple[list[Difference], str]:
+    """Every figure that both have, and why they could not be paired; empty where they were.
+
+    Args:
+        measured: The model.
+        baseline: The one to compare it with.
+        seed: The draws follow from it.
+        resamples: How many draws.
+    """
+    why = _unpaired(measured, baseline)
+    found = {} if why else baseline.compare(measured, seed=seed, resamples=resamples)
+    names = [name for name in _shown(measured) if name in baseline.figures]
+    return [_difference(name, measured, baseline, found.get(name)) for name in names], why
+
+
+def _shown(measured: Measurement) -> list[str]:
+    """The figures in the order in which they are shown; counts are none."""
+    first = [name for name in measured.shown if name in measured.figures]
+    rest = [name for name in measured.figures if name not in first and not name.startswith("num_")]
+    return first + rest
+
+
+def _unpaired(measured: Measurement, baseline: Measurement) -> str:
+    if measured.task != baseline.task:
+        return f"{measured.subject} was asked {measured.task}, {baseline.subject} {baseline.task}"
+    if measured.items is None or baseline.items is None:
+        return "these figures are not made of items that could be compared one by one"
+    if measured.data != baseline.data or list(measured.items.keys) != list(baseline.items.keys):
+        return f"{measured.subject} and {baseline.subject} were not measured on the same data"
+    return ""
+
+
+def _difference(
+    name: str, measured: Measurement, baseline: Measurement, found: Comparison | None
+) -> Difference:
+    value, other = measured.figures[name], baseline.figures[name]
+    pair = (measured.subject, baseline.subject, name, value, other, value - other)
+    if found is None:
+        return Difference(*pair)
+    tested = None
+    if name == "accuracy" and measured.items and baseline.items:
+        ours, theirs = measured.items.right, baseline.items.right
+        if ours is not None and theirs is not None:
+            tested = mcnemar(np.asarray(theirs), np.asarray(ours))
+    return Difference(*pair, found.difference.low, found.difference.high, found.p, tested)
+
+
+def check_gates(gate: Gate, measured: Measurement, baseline: Measurement | None) -> list[Held]:
+    """What must hold of a model, and whether it does.
+
+    Args:
+        gate: What must.
+        measured: The model.
+        baseline: The one that `max_drop` compares with.
+
+    Raises:
+        UsageError: A figure is asked for that was not measured.
+    """
+    found = [_at_least(name, limit, measured) for name, limit in gate.fail_under.items()]
+    if gate.max_drop is not None and baseline is not None:
+        found.append(_no_drop(gate.metric or measured.best, gate.max_drop, measured, baseline))
+    return found
+
+
+def _value(name: str, measured: Measurement, asked_by: str) -> float:
+    if name not in measured.figures:
+        known = [one for one in measured.figures if not one.startswith("num_")]
+        guess = nearest(name, known)
+        hint = f"did you mean `{guess}`? " if guess else ""
+        raise UsageError(
+            f"{asked_by}: `{name}` {'does not fit' if name in FIGURES else 'is no figure of'} {measured.task} of "
+            f"{measured.subject}",
+            hint=f"{hint}it has {', '.join(known)}",
+        )
+    return measured.figures[name]
+
+
+def check_names(names: Sequence[str], measured: Measurement) -> None:
+    """Refuse figures that are asked for and were not measured.
+
+    Raises:
+        UsageError: Names those that were.
+    """
+    for name in names:
+        _value(name, measured, "eval.metrics")
+
+
+def _at_least(name: str, limit: float, measured: Measurement) -> Held:
+    value = _value(name, measured, "eval.gate.fail_under")
+    lower = lower_is_better(name)
+    held = value <= limit if lower else value >= limit
+    return Held(measured.subject, name, value, limit, held, f"at {'most' if lower else 'least'} {limit:g}")
+
+
+def _no_drop(name: str, max_drop: float, measured: Measurement, baseline: Measurement) -> Held:
+    value = _value(name, measured, "eval.gate.max_drop")
+    other = _value(name, baseline, "eval.gate.max_drop")
+    lower = lower_is_better(name)
+    room = abs(other) * max_drop
+    limit = other + room if lower else other - room
+    held = math.isclose(value, limit) or (value < limit if lower else value > limit)
+    said = f"at most {100 * max_drop:.3g}% worse than the {other:.4g} of {baseline.subject}"
+    return Held(measured.subject, name, value, limit, held, said)
+
+
+def intervals_of(measured: Measurement, *, seed: int, resamples: int) -> Mapping[str, tuple[float, float]]:
+    """Each figure's 95% interval, where it has one."""
+    found = measured.intervals(seed=seed, resamples=resamples)
+    return {name: (one.low, one.high) for name, one in found.items()}

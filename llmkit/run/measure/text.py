@@ -1,0 +1,442 @@
+"""How likely a model finds a text: loss, perplexity, bits per byte; by source, by length, beside simple models.
+
+Shape suffixes: D documents (or windows, where there are few documents), P pieces.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from llmkit.errors import MissingError, UsageError
+from llmkit.evaluate.measurement import Items, Measurement
+from llmkit.metrics.inputs import Integers
+from llmkit.recipe.preparation import Prepare
+from llmkit.recipe.schema import Model, Pretrain, Train
+from llmkit.recipe.units import Amount
+from llmkit.registry import ModelKind, goal_of
+from llmkit.run.folders import CACHE, base_of
+from llmkit.run.measure.asked import Asked, Subject
+
+if TYPE_CHECKING:
+    from llmkit.data.shards import Split, TokenShards, TokenStream
+    from llmkit.evaluate.text import Found
+    from llmkit.objectives.base import LossModule
+
+_LONGEST_ROW = 2048
+_FIRST: Mapping[ModelKind, Literal["clm", "mlm"]] = {"causal": "clm", "masked": "mlm"}
+_FEW_DOCUMENTS = 20
+"""With fewer, figures get their intervals from windows."""
+_LENGTHS = (1_000, 4_000, 16_000, 64_000)
+"""Bytes of a document at which another group of lengths begins."""
+_DECODED_AT_ONCE = 256
+_MANY_UNKNOWN = 0.05
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to measure on.
+
+    Attributes:
+        shards: The text as tokens of the model's tokenizer, one entry a source.
+        split: Which part of it.
+    """
+
+    shards: "Sequence[TokenShards]"
+    split: "Split"
+
+    def streams(self) -> "list[TokenStream]":
+        """The part's tokens."""
+        return [shard.split(self.split) for shard in self.shards]
+
+    @property
+    def address(self) -> str:
+        """What it is, whatever the tokenizer: equal for equal documents in the same order."""
+        known = [[shard.manifest["texts"], shard.manifest["held_out_below"]] for shard in self.shards]
+        return hashlib.sha256(json.dumps([known, self.split]).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What each item contributes, and what groups it belongs to."""
+
+    keys: Sequence[str]
+    nll_D: npt.NDArray[np.float64]
+    targets_D: npt.NDArray[np.float64]
+    bytes_D: npt.NDArray[np.float64]
+    chars_D: npt.NDArray[np.float64]
+    source_D: Integers
+
+    def figures(self, items: Integers) -> dict[str, float]:
+        """The figures over some items."""
+        nll, targets = self.nll_D[items].sum(), self.targets_D[items].sum()
+        if not targets:
+            return {}
+        loss = float(nll / targets)
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if num_bytes := self.bytes_D[items].sum():
+            found["bits_per_byte"] = float(nll / math.log(2) / num_bytes)
+            found["char_perplexity"] = math.exp(min(float(nll / self.chars_D[items].sum()), 700.0))
+        return found
+
+    def table(self, groups: Sequence[tuple[str, Integers]]) -> list[dict[str, Any]]:
+        """A line for each group of items that is not empty."""
+        return [
+            {
+                "name": name,
+                "num_documents": len(items),
+                "num_tokens": int(self.targets_D[items].sum()),
+                **self.figures(items),
+            }
+            for name, items in groups
+            if len(items) and self.targets_D[items].sum()
+        ]
+
+
+def measure(subject: Subject, asked: Asked) -> Measurement:
+    """Measure a model on held-out text, or on text of the recipe's.
+
+    Raises:
+        UsageError: Nothing says what to measure on, or the settings do not fit the model.
+        MissingError: The text of the run is gone.
+        DataError: There is no text.
+    """
+    from llmkit.data.prepare import data_card
+    from llmkit.data.tokenizers import load_tokenizer
+    from llmkit.evaluate.model import measure_streams, summarise
+
+    section, tokenizer = asked.section, load_tokenizer(str(subject.place))
+    text = text_of(subject, asked, tokenizer)
+    core, learned = _core(subject, asked, tokenizer)
+    streams = text.streams()
+    found = measure_streams(
+        core,
+        streams,
+        learned,
+        device=asked.device,
+        context=section.context,
+        stride=section.stride,
+        max_rows=section.rows,
+        share=asked.share,
+    )
+    figures = summarise(core, learned, streams, found.sums)
+    counted, per_length = _items(found, streams, tokenizer, learned)
+    if learned.objective == "clm" and counted is not None:
+        figures["char_perplexity"] = counted.figures(np.arange(len(counted.keys)))["char_perplexity"]
+    context = section.context or learned.model.context
+    return Measurement(
+        subject=subject.word,
+        model=str(subject.place),
+        task="text",
+        data=_address(text, asked, counted, learned),
+        figures=figures,
+        shown=[*goal_of(learned.objective).metrics, "char_perplexity"],
+        best="bits_per_byte" if "bits_per_byte" in figures else "loss",
+        items=None if counted is None else Items(counted.keys, counted.figures),
+        tables={
+            "per_source": _per_source(counted, text) if counted is not None else [],
+            "per_length": per_length,
+            "references": _references(subject, asked, text, learned, tokenizer),
+        },
+        settings={
+            "objective": learned.objective,
+            "context": context,
+            "stride": section.stride,
+            "windows": _said(context, section.stride),
+            "precision": subject.precision,
+            "held_out": section.data is None and asked.held_out_by in (None, subject),
+        },
+        files={"data.json": data_card(text.shards)},
+        warnings=_warnings(section.rows, text, tokenizer),
+    )
+
+
+def _core(subject: Subject, asked: Asked, tokenizer: Any) -> "tuple[LossModule, Pretrain]":
+    """The model, ready to be measured, and what it learned."""
+    from llmkit.evaluate.model import core_of, load_model
+    from llmkit.models.build import kind_of, max_length
+
+    model = load_model(subject.place, trusted=subject.trust_remote_code)
+    trained, longest = subject.trained.recipe.pretrain if subject.trained else None, max_length(model.config)
+    learned = trained or _learned_by(kind_of(str(subject.place)), longest)
+    _check_windows(asked.section.context or learned.model.context, asked.section.stride, learned, longest)
+    bf16 = subject.precision == "bf16"
+    core = core_of(model, learned, tokenizer, device=asked.device, folder=subject.place, bf16=bf16)
+    return core, learned
+
+
+def _items(
+    found: "Found", streams: "Sequence[TokenStream]", tokenizer: Any, learned: Pretrain
+) -> tuple[_Counted | None, list[dict[str, Any]]]:
+    """What the figures are made of, where that can be told, and figures by the documents' length."""
+    if learned.objective == "clm":
+        return _by_document(found, streams, tokenizer)
+    return (_by_row(found) if len(found.nll_P) else None), []
+
+
+def _check_windows(context: int, stride: int | None, learned: Pretrain, longest: int | None) -> None:
+    """Raise where windows were asked for that the model or its objective cannot have."""
+    if stride is not None and learned.objective != "clm":
+        raise UsageError(
+            f"eval.stride: windows slide over what a `clm` model predicts, and this one learned `{learned.objective}`",
+            hint="leave eval.stride out",
+        )
+    if stride is not None and stride >= context:
+        raise UsageError(
+            f"eval.stride is {stride}, and windows of {context} tokens that move so far do not overlap",
+            hint=f"eval.stride={max(1, context // 2)}",
+        )
+    if longest is not None and context > longest:
+        raise UsageError(
+            f"eval.context is {context}, and the model reads {longest} tokens at most",
+            hint=f"eval.context={longest}",
+        )
+
+
+def _learned_by(kind: ModelKind, longest: int | None) -> Pretrain:
+    """What a model that comes without a recipe is measured by: what models of its kind learn first.
+
+    Raises:
+        UsageError: Nothing is known to measure such a model by.
+    """
+    objective = _FIRST.get(kind)
+    if objective is None:
+        raise UsageError(
+            f"a model of this kind ({kind}) comes without a recipe, and nothing says what it learned",
+            hint="measure the run that trained it, or say what it is asked: --task cls, --task embed, ...",
+        )
+    model = Model(preset=None, context=min(longest or 512, _LONGEST_ROW))
+    return Pretrain(objective=objective, model=model, train=Train(length=Amount(1, "steps")))
+
+
+def text_of(subject: Subject, asked: Asked, tokenizer: Any) -> Text:
+    """The recipe's own `eval.data`, all of it; else what a run held out, in tokens of this model."""
+    from llmkit.data.corpus import Corpus, corpora_of, engine_of
+    from llmkit.data.tokenizers import fingerprint
+
+    cache, section = asked.options.runs / CACHE, asked.section
+    if section.data is not None:
+        corpus = Corpus(
+            section.data,
+            Prepare(),
+            held_out=0.0,
+            base=asked.base,
+            cache=cache,
+            engine=engine_of(asked.machine),
+            reporter=asked.reporter,
+        )
+        return Text(corpus.shards(tokenizer), "train")
+    holder = asked.held_out_by or subject
+    shards = shards_of_run(holder, asked.options.runs)
+    if not shards:
+        raise UsageError(f"{holder.word}: nothing says what to measure it on", hint="give text: --data FILES")
+    if shards[0].manifest["tokenizer"] == fingerprint(tokenizer):
+        return Text(shards, "held_out")
+    assert holder.trained is not None
+    for_model, _ = corpora_of(
+        holder.trained.recipe, base=base_of(holder.trained), cache=cache, reporter=asked.reporter
+    )
+    return Text(for_model.shards(tokenizer), "held_out")
+
+
+def shards_of_run(subject: Subject, runs: Path) -> "list[TokenShards]":
+    """The shards that the run around a model was trained with; empty where there is no such run.
+
+    Raises:
+        MissingError: They are gone.
+    """
+    from llmkit.data.shards import TokenShards
+
+    card = subject.place.parent / "data.json"
+    if not card.is_file() or subject.trained is None:
+        return []
+    addresses = [source["address"] for source in json.loads(card.read_bytes()).get("sources", ())]
+    caches = [runs / CACHE, *(place / CACHE for place in subject.place.absolute().parents)]
+    found = []
+    for address in addresses:
+        folder = next((c / "shards" / address for c in caches if (c / "shards" / address).is_dir()), None)
+        if folder is None:
+            raise MissingError(
+                f"{runs / CACHE / 'shards' / address}: the shards of the model's run are gone",
+                hint=f"make them again: llmkit tokenize {subject.place.parent / 'resolved.yaml'}",
+            )
+        found.append(TokenShards.open(folder))
+    return found
+
+
+def _by_document(
+    found: "Found", streams: "Sequence[TokenStream]", tokenizer: Any
+) -> tuple[_Counted, list[dict[str, Any]]]:
+    """The items of a text, and figures by the documents' length."""
+    lengths = [stream.document_lengths() for stream in streams]
+    tokens_D = np.concatenate(lengths).astype(np.float64)
+    sources_D = np.repeat(np.arange(len(streams)), [len(some) for some in lengths])
+    size = len(tokens_D)
+    sizes_D2 = _sizes(streams, tokenizer)
+    seen_D = _added(found.documents_P, found.targets_P, size)
+    share_D = seen_D / np.maximum(tokens_D, 1)
+    # Added up, they are what the figure over all is made of.
+    totals = [sum(s.num_bytes for s in streams), sum(s.num_chars for s in streams)]
+    bytes_D, chars_D = (
+        _scaled(sizes_D2[:, column] * share_D, total * seen_D.sum() / tokens_D.sum())
+        for column, total in enumerate(totals)
+    )
+    nll_D = _added(found.documents_P, found.nll_P, size)
+    known = np.flatnonzero(seen_D)
+    documents = _Counted(
+        [f"{sources_D[number]}:{number}" for number in known.tolist()],
+        nll_D[known],
+        seen_D[known],
+        bytes_D[known],
+        chars_D[known],
+        sources_D[known],
+    )
+    edges = np.searchsorted(_LENGTHS, sizes_D2[known, 0], side="right")
+    groups = [(_length_name(place), np.flatnonzero(edges == place)) for place in range(len(_LENGTHS) + 1)]
+    per_length = documents.table(groups)
+    if len(known) >= _FEW_DOCUMENTS:
+        return documents, per_length
+    return _by_window(found, bytes_D, chars_D, seen_D, sources_D), per_length
+
+
+def _added(place_P: Integers, weights_P: npt.NDArray[Any], size: int) -> npt.NDArray[np.float64]:
+    """The weights of each place, added up in their order."""
+    return np.asarray(np.bincount(place_P, weights=weights_P, minlength=size), dtype=np.float64)
+
+
+def _by_window(
+    found: "Found",
+    bytes_D: npt.NDArray[np.float64],
+    chars_D: npt.NDArray[np.float64],
+    seen_D: npt.NDArray[np.float64],
+    sources_D: Integers,
+) -> _Counted:
+    """Windows as the items; a document's bytes are shared out by its tokens."""
+    per_token = found.targets_P / np.maximum(seen_D[found.documents_P], 1)
+    numbers, place_P = np.unique(found.windows_P, return_inverse=True)
+
+    def added(weights_P: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        return _added(place_P, weights_P, len(numbers))
+
+    source_W = np.zeros(len(numbers), dtype=np.int64)
+    source_W[place_P] = sources_D[found.documents_P]
+    return _Counted(
+        [f"window {number}" for number in numbers.tolist()],
+        added(found.nll_P),
+        added(found.targets_P),
+        added(bytes_D[found.documents_P] * per_token),
+        added(chars_D[found.documents_P] * per_token),
+        source_W,
+    )
+
+
+def _by_row(found: "Found") -> _Counted:
+    """Rows of an objective that does not predict the whole text: there are no bytes to count."""
+    nothing = np.zeros(len(found.nll_P))
+    keys = [f"row {number}" for number in found.windows_P.tolist()]
+    targets_P = found.targets_P.astype(np.float64)
+    return _Counted(keys, found.nll_P, targets_P, nothing, nothing, np.zeros(len(keys), np.int64))
+
+
+def _sizes(streams: "Sequence[TokenStream]", tokenizer: Any) -> npt.NDArray[np.float64]:
+    """Bytes and characters [D, 2] of each document, as its tokens spell it."""
+    sizes = []
+    for stream in streams:
+        ends = np.append(stream.document_starts(0, stream.num_tokens), stream.num_tokens).tolist()
+        for first in range(0, stream.num_documents, _DECODED_AT_ONCE):
+            last = min(first + _DECODED_AT_ONCE, stream.num_documents)
+            lists = [stream.read(ends[n], ends[n + 1]).tolist() for n in range(first, last)]
+            texts = tokenizer.batch_decode(
+                lists, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            sizes += [(len(text.encode()), len(text)) for text in texts]
+    return np.array(sizes, dtype=np.float64).reshape(-1, 2)
+
+
+def _scaled(values: npt.NDArray[np.float64], total: float) -> npt.NDArray[np.float64]:
+    """The values, in proportion, so that they add up to the total: what a tokenizer drops is shared by all."""
+    added = values.sum()
+    return values * (total / added) if added else values
+
+
+def _length_name(place: int) -> str:
+    def short(number: int) -> str:
+        return f"{number // 1000} kB"
+
+    if place == 0:
+        return f"under {short(_LENGTHS[0])}"
+    if place == len(_LENGTHS):
+        return f"{short(_LENGTHS[-1])} and more"
+    return f"{short(_LENGTHS[place - 1])} to {short(_LENGTHS[place])}"
+
+
+def _per_source(counted: _Counted, text: Text) -> list[dict[str, Any]]:
+    if len(text.shards) < 2:
+        return []
+    groups = [(shard.name, np.flatnonzero(counted.source_D == n)) for n, shard in enumerate(text.shards)]
+    return counted.table(groups)
+
+
+def _references(
+    subject: Subject, asked: Asked, text: Text, learned: Pretrain, tokenizer: Any
+) -> dict[str, float]:
+    """What simple models that were counted on the run's training text lose on the same text, in nats a token."""
+    from llmkit.data.prepare import occurrences, unigram_loss
+    from llmkit.data.tokenizers import fingerprint
+
+    trained_on = shards_of_run(subject, asked.options.runs)
+    if not trained_on or trained_on[0].manifest["tokenizer"] != fingerprint(tokenizer):
+        return {}
+    lines: dict[str, float] = {}
+    if "unigram" in asked.section.reference:
+        train, measured = occurrences(trained_on, "train"), occurrences(text.shards, text.split)
+        lines["guessing by token frequency (unigram)"] = unigram_loss(train, measured)
+    if "ngram" in asked.section.reference and learned.objective == "clm" and asked.share.rank == 0:
+        from llmkit.evaluate.references import MOST_TOKENS, ORDER, ngram_loss
+
+        asked.reporter.phase("eval", f"counting {ORDER}-grams")
+        streams = [shard.split("train") for shard in trained_on]
+        cut = sum(stream.num_tokens for stream in streams) > MOST_TOKENS
+        name = f"{ORDER}-grams{f' of the first {MOST_TOKENS // 10**6}M tokens' if cut else ''} (Kneser-Ney)"
+        lines[name] = ngram_loss(streams, text.streams(), learned, tokenizer)
+    return lines
+
+
+def _address(text: Text, asked: Asked, counted: _Counted | None, learned: Pretrain) -> str:
+    """What it was measured on. Windows and chosen rows are other pieces of text under another tokenizer."""
+    own = counted is None or not counted.keys or ":" not in counted.keys[0] or asked.section.rows is not None
+    if not own:
+        return text.address
+    context = asked.section.context or learned.model.context
+    parts = [text.address, text.shards[0].manifest["tokenizer"], asked.section.rows, context]
+    parts += [asked.section.stride, learned.objective]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _said(context: int, stride: int | None) -> str:
+    if stride is None:
+        return f"rows of {context} tokens that do not overlap"
+    return f"windows of {context} tokens that move on by {stride}; each token is measured once"
+
+
+def _warnings(rows: int | None, text: Text, tokenizer: Any) -> list[str]:
+    from llmkit.data.prepare import occurrences
+
+    found = []
+    if rows is not None:
+        found.append(f"measured on {rows:,} rows at most; a run's own last evaluation takes all")
+    unknown = tokenizer.unk_token_id
+    counts = occurrences(text.shards, text.split)
+    if unknown is not None and unknown < len(counts) and counts[unknown] > _MANY_UNKNOWN * counts.sum():
+        share = counts[unknown] / counts.sum()
+        found.append(
+            f"{share:.0%} of the text's tokens are unknown to the tokenizer ({tokenizer.unk_token}): the figures "
+            "say little"
+        )
+    return found

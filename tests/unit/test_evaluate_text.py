@@ -1,0 +1,224 @@
+"""A model measured on text: windows, documents, several processes, models with other vocabularies, gates."""
+
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from training import losses, options, pretrain, start, write_corpus
+
+from llmkit.cli import main
+from llmkit.data.shards import TokenShards
+from llmkit.data.tokenizers import load_tokenizer
+from llmkit.errors import CorruptError, GateError, UsageError
+from llmkit.evaluate.model import core_of, load_model, measure_streams
+from llmkit.evaluate.text import windows_of
+from llmkit.recipe import load_recipe
+from llmkit.report.console import make_reporter
+from llmkit.run import evaluate
+from llmkit.run.folders import report_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("text")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    return pretrain(folder)
+
+
+@pytest.fixture(scope="module")
+def other(folder, run):
+    """Another vocabulary, the same text."""
+    return pretrain(folder, "letters", tokenize__algorithm="chars", tokenize__vocab_size=600)
+
+
+def measured(folder, target, /, **section):
+    made = {"llmkit": 1, "name": "m", "seed": 3, "eval": section}
+    return evaluate(target, load_recipe(made), options(folder), make_reporter(quiet=True))
+
+
+def all_text(folder):
+    """Every document, as text of its own."""
+    return {"files": str(write_corpus(folder / "corpus"))}
+
+
+def stream_of(run):
+    card = json.loads((run / "data.json").read_text())
+    cache = run.parents[1] / ".cache" / "shards"
+    return TokenShards.open(cache / card["sources"][0]["address"]).split("held_out")
+
+
+@pytest.mark.parametrize(("context", "stride"), [(32, 8), (32, 31), (24, 1)])
+def test_sliding_windows_are_those_of_the_documentation_of_transformers(folder, run, context, stride):
+    """Its loop, spelt out: each window's labels but the last `stride` are masked, losses weighted by their number."""
+    stream = stream_of(run)
+    ids = torch.from_numpy(stream.read(0, stream.num_tokens).astype(np.int64)).unsqueeze(0)[:, :700]
+    model = load_model(run / "model")
+    total, count, before = 0.0, 0, 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + context, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : -(end - before)] = -100
+        with torch.no_grad():
+            loss = model(ids[:, begin:end], labels=labels).loss
+        num = int((labels[:, 1:] != -100).sum())
+        total, count, before = total + float(loss) * num, count + num, end
+        if end == ids.shape[1]:
+            break
+
+    class Short:
+        num_tokens, name = 700, "short"
+        read, document_starts = stream.read, stream.document_starts
+
+    section = load_recipe(run / "resolved.yaml").recipe.pretrain
+    core = core_of(model, section, load_tokenizer(str(run / "model")), device="cpu")
+    found = measure_streams(
+        core, [Short()], section, device="cpu", context=context, stride=stride, batch_size=5
+    )
+    assert found.sums["num_targets"] == count == 699
+    assert found.sums["total"] / count == pytest.approx(total / count, abs=1e-5)
+
+
+def test_every_token_but_the_first_is_measured_once():
+    class Stream:
+        num_tokens = 100
+
+    for context, stride in ((7, None), (7, 3), (100, None), (200, None), (7, 6), (99, 50)):
+        seen = np.zeros(200, dtype=int)
+        for window in windows_of([Stream()], context, stride):
+            assert window.stop - window.start <= context + (stride is None)
+            assert window.start < window.first < window.stop
+            seen[window.first : window.stop] += 1
+        assert seen[1:100].tolist() == [1] * 99, (context, stride)
+        assert seen[0] == 0
+
+
+def test_the_figures_are_those_of_the_run_and_follow_from_each_other(folder, run):
+    result = evaluate("tiny", None, options(folder), make_reporter(quiet=True))
+    figures, stream = result.summary["metrics"], stream_of(run)
+    assert figures["loss"] == pytest.approx(report_of(run)["final"]["eval/loss"], abs=1e-6)
+    nats = figures["loss"] * figures["num_targets"]
+    chars = stream.num_chars * figures["num_targets"] / stream.num_tokens
+    assert figures["char_perplexity"] == pytest.approx(math.exp(nats / chars), rel=1e-7)
+    assert figures["bits_per_byte"] == pytest.approx(
+        nats / math.log(2) / (stream.num_bytes * figures["num_targets"] / stream.num_tokens), rel=1e-7
+    )
+    assert result.folder == run.parent / "eval"
+    report = report_of(result.folder)
+    assert report["figures"]["loss"]["low"] < figures["loss"] < report["figures"]["loss"]["high"]
+    assert report["tables"]["references"].keys() == {"guessing by token frequency (unigram)"}
+
+
+def test_documents_and_their_groups_add_up(folder, run):
+    result = measured(folder, "tiny", data=all_text(folder), reference=[])
+    report = report_of(result.folder)
+    rows = report["tables"]["per_length"]
+    assert sum(row["num_documents"] for row in rows) == 40
+    assert sum(row["num_tokens"] for row in rows) == report["final"]["eval/num_targets"]
+    mean = sum(row["loss"] * row["num_tokens"] for row in rows) / report["final"]["eval/num_targets"]
+    assert mean == pytest.approx(report["final"]["eval/loss"], abs=1e-6)
+    small = [row for row in rows if row["name"] == "under 1 kB"]
+    sizes = [path.stat().st_size for path in (folder / "corpus").glob("*.txt")]
+    assert [row["num_documents"] for row in small] == [sum(size < 1000 for size in sizes)]
+
+
+def test_models_with_other_vocabularies_are_compared_document_by_document(folder, run, other):
+    result = measured(folder, ["tiny", "letters"], data=all_text(folder), reference=[])
+    pairs = {pair["metric"]: pair for pair in result.summary["comparison"]}
+    pair = pairs["bits_per_byte"]
+    a, b = (one["metrics"]["bits_per_byte"] for one in result.summary["results"])
+    assert pair["difference"] == pytest.approx(b - a)
+    assert pair["low"] < pair["difference"] < pair["high"]
+    assert 0 < pair["p"] <= 1
+    assert pair["verdict"] in ("better", "worse", "no difference seen")
+    same = measured(folder, ["tiny", "tiny"], data=all_text(folder), reference=[]).summary["comparison"]
+    assert {pair["difference"] for pair in same} == {0.0}
+    assert {pair["p"] for pair in same} == {1.0}
+
+
+def test_the_held_out_text_of_the_first_is_put_to_the_second(folder, run, other):
+    result = measured(folder, ["tiny", "letters"])
+    one, two = result.summary["results"]
+    assert two["settings"]["held_out"] is False, "its own folder `eval` is for what it held out itself"
+    assert one["metrics"]["num_targets"] != two["metrics"]["num_targets"]
+    assert not (folder / "runs" / "letters" / "eval").exists()
+    # The bytes are the same, so bits per byte are over the same text.
+    bytes_of = [m["loss"] * m["num_targets"] / m["bits_per_byte"] for m in (one["metrics"], two["metrics"])]
+    assert bytes_of[0] == pytest.approx(bytes_of[1], rel=0.01)
+
+
+def test_two_processes_find_exactly_what_one_does(folder, run):
+    """Eleven windows in batches of eight: the last batch does not divide."""
+    words = [sys.executable, "-m", "llmkit", "eval", "tiny", "--runs", str(folder / "runs"), "--json"]
+    words += ["eval.rows=11"]
+    found = []
+    for more in ([], ["--processes", "2"], ["--processes", "3"]):
+        process = start([*words, *more])
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        found.append(json.loads(out))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["metrics"]["num_targets"] > 0
+
+
+def test_a_gate_that_does_not_hold_ends_the_command_with_4_after_its_result(folder, run, capsys):
+    words = ["eval", "tiny", "--runs", str(folder / "runs"), "--fail-under", "perplexity=2", "--json"]
+    assert main(words) == 4
+    given = json.loads(capsys.readouterr().out)
+    [gate] = given["gates"]
+    assert (gate["metric"], gate["limit"], gate["held"]) == ("perplexity", 2.0, False)
+    assert main([*words[:-2], "perplexity=2000"]) == 0
+    assert (
+        main(["eval", "tiny", "--runs", str(folder / "runs"), "--max-drop", "1%", "--against", "tiny"]) == 0
+    )
+
+
+def test_what_cannot_be_is_said(folder, run, capsys):
+    with pytest.raises(UsageError, match="overlap"):
+        measured(folder, "tiny", stride=32)
+    with pytest.raises(UsageError, match="`accuracy` does not fit text") as error:
+        measured(folder, "tiny", metrics=["accuracy"])
+    assert "perplexity" in error.value.hint
+    with pytest.raises(UsageError, match="no figure"):
+        measured(folder, "tiny", gate={"fail_under": {"perplexiti": 3}})
+    assert main(["eval", "tiny", "letters", "--runs", str(folder / "runs")]) == 2
+    assert "--compare" in capsys.readouterr().err
+    assert main(["eval", "tiny", "--fail-under", "loss", "--runs", str(folder / "runs")]) == 2
+
+
+def test_a_gate_is_about_the_worse_side(folder, run):
+    """2% of a loss is upwards."""
+    loss = measured(folder, "tiny").summary["metrics"]["loss"]
+    held = measured(folder, "tiny", gate={"fail_under": {"loss": loss * 1.001, "bits_per_byte": 0.1}})
+    assert isinstance(held.failed, GateError)
+    assert [gate["held"] for gate in held.summary["gates"]] == [True, False]
+
+
+def test_a_checkpoint_is_measured_as_the_model_that_it_would_have_been(folder, run):
+    """Its held-out loss is what training measured at that step."""
+    recorded = losses(run, "eval/loss")[10]
+    path = run / "checkpoints" / "step_00000010"
+    result = measured(folder, str(path))
+    assert result.summary["metrics"]["loss"] == pytest.approx(recorded, abs=1e-6)
+    assert result.folder == run.parent / "eval-step_00000010"
+    again = measured(folder, [str(path), "tiny"]).summary["comparison"]
+    assert {pair["verdict"] for pair in again} <= {"better", "worse", "no difference seen"}
+    last = measured(folder, str(run / "checkpoints" / "step_00000020")).summary["metrics"]
+    assert last == measured(folder, "tiny").summary["metrics"]
+
+
+def test_a_damaged_checkpoint_is_not_measured(folder, run, tmp_path):
+    place = tmp_path / "runs" / "tiny" / "pretrain"
+    shutil.copytree(run, place)
+    weights = place / "checkpoints" / "step_00000010" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CorruptError, match=r"model\.safetensors"):
+        evaluate(str(weights.parent), None, options(tmp_path), make_reporter(quiet=True))

@@ -1,0 +1,94 @@
+"""What follows from measurements: intervals, differences with their p, gates."""
+
+import numpy as np
+import pytest
+
+from llmkit.errors import UsageError
+from llmkit.evaluate.measurement import Items, Measurement
+from llmkit.evaluate.verdict import check_gates, check_names, differences, intervals_of
+from llmkit.metrics.bootstrap import compare, interval
+from llmkit.recipe.evaluation import Gate
+
+
+def answered(name, right, *, data="d", task="cls"):
+    """A measurement of accuracy, and of how many errors in a hundred."""
+    right_N = np.asarray(right, dtype=float)
+
+    def figures(items):
+        return {"accuracy": float(right_N[items].mean()), "loss": float(1 - right_N[items].mean())}
+
+    items = Items([str(number) for number in range(len(right))], figures, [bool(x) for x in right])
+    figures_now = {**figures(np.arange(len(right))), "num_targets": float(len(right))}
+    return Measurement(name, name, task, data, figures_now, ["accuracy"], "accuracy", items)
+
+
+RIGHT = np.random.default_rng(0).random(300) < 0.8
+WORSE = RIGHT & (np.random.default_rng(1).random(300) < 0.9)
+
+
+def test_intervals_are_those_of_the_plain_bootstrap():
+    measured = answered("a", RIGHT)
+    low, high = intervals_of(measured, seed=4, resamples=500)["accuracy"]
+    plain = interval(lambda rows: float(RIGHT[rows].mean()), 300, seed=4, resamples=500)
+    assert (low, high) == (plain.low, plain.high)
+    assert intervals_of(measured, seed=4, resamples=0) == {}
+
+
+def test_a_difference_is_the_models_less_the_baselines_and_is_named_by_its_direction():
+    found, why = differences(answered("b", WORSE), answered("a", RIGHT), seed=4, resamples=500)
+    assert why == ""
+    by = {pair.metric: pair for pair in found}
+    plain = compare(
+        lambda rows: float(RIGHT[rows].mean()),
+        lambda rows: float(WORSE[rows].mean()),
+        300,
+        seed=4,
+        resamples=500,
+    )
+    pair = by["accuracy"]
+    assert (pair.difference, pair.p) == (pytest.approx(plain.difference.value), plain.p)
+    assert (pair.low, pair.high) == pytest.approx((plain.difference.low, plain.difference.high))
+    assert pair.verdict == by["loss"].verdict == "worse"
+    # Only rows that one gets right and the other wrong count, and all of them are on one side: 2 / 2^n.
+    assert pair.mcnemar == pytest.approx(2 / 2 ** int((RIGHT & ~WORSE).sum()))
+    turned, _ = differences(answered("a", RIGHT), answered("b", WORSE), seed=4, resamples=500)
+    assert {pair.verdict for pair in turned} == {"better"}
+    assert "num_targets" not in by
+
+
+def test_what_was_not_measured_on_the_same_is_not_paired():
+    for other in (
+        answered("b", WORSE, data="e"),
+        answered("b", WORSE, task="tag"),
+        answered("b", WORSE[:200]),
+    ):
+        found, why = differences(other, answered("a", RIGHT), seed=0, resamples=100)
+        assert why
+        assert {pair.p for pair in found} == {None}
+        assert {pair.verdict for pair in found} == {"not paired"}
+
+
+def test_gates_hold_on_their_side_and_at_the_limit():
+    baseline, model = answered("a", [1, 1, 1, 1, 0]), answered("b", [1, 1, 1, 0, 0])
+    gate = Gate(fail_under={"accuracy": 0.6, "loss": 0.3})
+    assert [(g.metric, g.held) for g in check_gates(gate, model, None)] == [
+        ("accuracy", True),
+        ("loss", False),
+    ]
+    for share, held in (("30%", True), ("20%", False)):
+        [found] = check_gates(Gate(max_drop=share, against="a"), model, baseline)
+        assert found.held == held
+        assert found.limit == pytest.approx(0.8 * (1 - float(share[:-1]) / 100))
+    # Of a loss, worse is more: 0.2 may become 0.4 with 100% and not with 90%.
+    for share, held in (("100%", True), ("90%", False)):
+        [found] = check_gates(Gate(max_drop=share, against="a", metric="loss"), model, baseline)
+        assert found.held == held
+
+
+def test_figures_that_were_not_measured_are_named():
+    with pytest.raises(UsageError, match="`f1` does not fit cls") as error:
+        check_gates(Gate(fail_under={"f1": 0.5}), answered("a", RIGHT), None)
+    assert "accuracy" in error.value.hint
+    with pytest.raises(UsageError, match="`acuracy`") as error:
+        check_names(["acuracy"], answered("a", RIGHT))
+    assert "did you mean `accuracy`?" in error.value.hint
