@@ -177,7 +177,7 @@ def _as_its_run(made: dict[str, Any], model: str, runs: Path) -> dict[str, Any]:
     from llmkit.run.folders import find_model
 
     place = Path(model)
-    run = place.parent.parent if is_checkpoint(place) else find_model(model, runs).parent
+    run = place.parent.parent if is_checkpoint(place) else find_model(model, runs, adapters=True).parent
     if not (run / "resolved.yaml").is_file():
         return made
     recipe = load_recipe(run / "resolved.yaml").recipe

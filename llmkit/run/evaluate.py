@@ -110,7 +110,7 @@ def find_subject(word: str, options: Options, reporter: Reporter) -> Subject:
     """
     checkpoint = Path(word)
     if not is_checkpoint(checkpoint):
-        return _subject(word, find_model(word, options.runs))
+        return _subject(word, find_model(word, options.runs, adapters=True))
     place = exported_checkpoint(checkpoint, options, reporter)
     home = checkpoint.parent.parent.parent
     return replace(_subject(word, place), home=home, step=checkpoint.name)

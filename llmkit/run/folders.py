@@ -159,8 +159,13 @@ def anchored(loaded: Loaded) -> Loaded:
     return replace(loaded, recipe=recipe.model_copy(update=sections))
 
 
-def find_model(word: str, runs: Path) -> Path:
+def find_model(word: str, runs: Path, *, adapters: bool = False) -> Path:
     """The model folder that `word` means: a model folder, a run, a run's folder, or a run's name.
+
+    Args:
+        word: As a person typed it.
+        runs: The folder of run folders.
+        adapters: The folder of an adapter that was not merged will do where there is no model.
 
     Raises:
         MissingError: There is none.
@@ -170,6 +175,10 @@ def find_model(word: str, runs: Path) -> Path:
         tries = [place, place / "model", *(place / verb / "model" for verb in _MAKES_MODELS)]
         for folder in tries:
             if (folder / "config.json").is_file():
+                return folder
+    for place in places if adapters else ():
+        for folder in (place, place / "adapter", place / "finetune" / "adapter"):
+            if (folder / "adapter_config.json").is_file():
                 return folder
     names = sorted(
         str(place.relative_to(runs))

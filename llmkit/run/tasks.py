@@ -84,7 +84,7 @@ def predict(word: str, texts: Sequence[Mapping[str, Any]], *, runs: Path) -> lis
     from llmkit.evaluate.predict import predict as say
     from llmkit.objectives.base import Predicts
 
-    place = find_model(word, runs)
+    place = find_model(word, runs, adapters=True)
     run = task_run(place)
     if run is None:
         raise UsageError(f"{place}: not a model that a run fine-tuned", hint=f"llmkit generate {word} TEXT")

@@ -16,6 +16,7 @@ from llmkit.objectives.detail import Details
 from llmkit.recipe import load_recipe
 from llmkit.recipe.schema import Eval
 from llmkit.report.console import make_reporter
+from llmkit.report.run_log import read_metrics
 from llmkit.run.evaluate import find_subject
 from llmkit.run.measure.asked import Asked
 from llmkit.run.measure.labelled import measure
@@ -363,3 +364,29 @@ def test_han_characters_become_other_han_characters():
     made = damage.rows(0)[0]["text"]
     assert made != text
     assert set(made) <= set(text)
+
+
+def final_of(folder):
+    return json.loads((folder / "report.json").read_text())["final"]
+
+
+@pytest.mark.parametrize("task", ["cls", pytest.param("sft", marks=pytest.mark.slow)])
+def test_an_adapter_that_was_not_merged_is_measured_with_its_base(place, task):
+    more = {"finetune__train__length": "4 steps", "finetune__eval__every": "never"}
+    adapter = {"method": "lora", "merge": False}
+    run = tuning.finetune(place, task, f"alone-{task}", finetune__adapter=adapter, **more)
+    assert not (run / "model").exists()
+    found = of(run, place)
+    assert found.model == str(run / "adapter")
+    for name, value in final_of(run).items():
+        assert found.figures[name.removeprefix("eval/")] == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_checkpoint_of_a_task_is_measured_as_its_model(place):
+    more = {"finetune__train__length": "4 steps", "finetune__eval__every": "2 steps"}
+    run = tuning.finetune(place, "cls", "saved", finetune__checkpoint__every="2 steps", **more)
+    recorded = {record["step"]: record["eval/loss"] for record in read_metrics(run) if "eval/loss" in record}
+    for step in (2, 4):
+        found = of(run / "checkpoints" / f"step_{step:08d}", place)
+        assert found.task == "cls"
+        assert found.figures["loss"] == recorded[step]
