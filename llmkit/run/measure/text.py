@@ -1,22 +1,16 @@
-"""How likely a model finds a text: loss, perplexity, bits per byte; by source, by length, beside simple models.
-
-Shape suffixes: D documents (or windows, where there are few documents), P pieces.
-"""
+"""How likely a model finds a text: loss, perplexity, bits per byte; by source, by length, beside simple models."""
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from llmkit.errors import MissingError, UsageError
 from llmkit.evaluate.measurement import Items, Measurement
-from llmkit.metrics.inputs import Integers
 from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.schema import Model, Pretrain, Train
 from llmkit.recipe.units import Amount
@@ -26,16 +20,11 @@ from llmkit.run.measure.asked import Asked, Subject
 
 if TYPE_CHECKING:
     from llmkit.data.shards import Split, TokenShards, TokenStream
-    from llmkit.evaluate.text import Found
+    from llmkit.evaluate.documents import Counted
     from llmkit.objectives.base import LossModule
 
 _LONGEST_ROW = 2048
 _FIRST: Mapping[ModelKind, Literal["clm", "mlm"]] = {"causal": "clm", "masked": "mlm"}
-_FEW_DOCUMENTS = 20
-"""With fewer, figures get their intervals from windows."""
-_LENGTHS = (1_000, 4_000, 16_000, 64_000)
-"""Bytes of a document at which another group of lengths begins."""
-_DECODED_AT_ONCE = 256
 _MANY_UNKNOWN = 0.05
 
 
@@ -62,43 +51,6 @@ class Text:
         return hashlib.sha256(json.dumps([known, self.split]).encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """What each item contributes, and what groups it belongs to."""
-
-    keys: Sequence[str]
-    nll_D: npt.NDArray[np.float64]
-    targets_D: npt.NDArray[np.float64]
-    bytes_D: npt.NDArray[np.float64]
-    chars_D: npt.NDArray[np.float64]
-    source_D: Integers
-
-    def figures(self, items: Integers) -> dict[str, float]:
-        """The figures over some items."""
-        nll, targets = self.nll_D[items].sum(), self.targets_D[items].sum()
-        if not targets:
-            return {}
-        loss = float(nll / targets)
-        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        if num_bytes := self.bytes_D[items].sum():
-            found["bits_per_byte"] = float(nll / math.log(2) / num_bytes)
-            found["char_perplexity"] = math.exp(min(float(nll / self.chars_D[items].sum()), 700.0))
-        return found
-
-    def table(self, groups: Sequence[tuple[str, Integers]]) -> list[dict[str, Any]]:
-        """A line for each group of items that is not empty."""
-        return [
-            {
-                "name": name,
-                "num_documents": len(items),
-                "num_tokens": int(self.targets_D[items].sum()),
-                **self.figures(items),
-            }
-            for name, items in groups
-            if len(items) and self.targets_D[items].sum()
-        ]
-
-
 def measure(subject: Subject, asked: Asked) -> Measurement:
     """Measure a model on held-out text, or on text of the recipe's.
 
@@ -109,6 +61,7 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
     """
     from llmkit.data.prepare import data_card
     from llmkit.data.tokenizers import load_tokenizer
+    from llmkit.evaluate.documents import items_of
     from llmkit.evaluate.model import measure_streams, summarise
 
     section, tokenizer = asked.section, load_tokenizer(str(subject.place))
@@ -126,7 +79,7 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
         share=asked.share,
     )
     figures = summarise(core, learned, streams, found.sums)
-    counted, per_length = _items(found, streams, tokenizer, learned)
+    counted, per_length = items_of(found, streams, tokenizer, learned)
     if learned.objective == "clm" and counted is not None:
         figures["char_perplexity"] = counted.figures(np.arange(len(counted.keys)))["char_perplexity"]
     context = section.context or learned.model.context
@@ -169,15 +122,6 @@ def _core(subject: Subject, asked: Asked, tokenizer: Any) -> "tuple[LossModule, 
     bf16 = subject.precision == "bf16"
     core = core_of(model, learned, tokenizer, device=asked.device, folder=subject.place, bf16=bf16)
     return core, learned
-
-
-def _items(
-    found: "Found", streams: "Sequence[TokenStream]", tokenizer: Any, learned: Pretrain
-) -> tuple[_Counted | None, list[dict[str, Any]]]:
-    """What the figures are made of, where that can be told, and figures by the documents' length."""
-    if learned.objective == "clm":
-        return _by_document(found, streams, tokenizer)
-    return (_by_row(found) if len(found.nll_P) else None), []
 
 
 def _check_windows(context: int, stride: int | None, learned: Pretrain, longest: int | None) -> None:
@@ -270,113 +214,7 @@ def shards_of_run(subject: Subject, runs: Path) -> "list[TokenShards]":
     return found
 
 
-def _by_document(
-    found: "Found", streams: "Sequence[TokenStream]", tokenizer: Any
-) -> tuple[_Counted, list[dict[str, Any]]]:
-    """The items of a text, and figures by the documents' length."""
-    lengths = [stream.document_lengths() for stream in streams]
-    tokens_D = np.concatenate(lengths).astype(np.float64)
-    sources_D = np.repeat(np.arange(len(streams)), [len(some) for some in lengths])
-    size = len(tokens_D)
-    sizes_D2 = _sizes(streams, tokenizer)
-    seen_D = _added(found.documents_P, found.targets_P, size)
-    share_D = seen_D / np.maximum(tokens_D, 1)
-    # Added up, they are what the figure over all is made of.
-    totals = [sum(s.num_bytes for s in streams), sum(s.num_chars for s in streams)]
-    bytes_D, chars_D = (
-        _scaled(sizes_D2[:, column] * share_D, total * seen_D.sum() / tokens_D.sum())
-        for column, total in enumerate(totals)
-    )
-    nll_D = _added(found.documents_P, found.nll_P, size)
-    known = np.flatnonzero(seen_D)
-    documents = _Counted(
-        [f"{sources_D[number]}:{number}" for number in known.tolist()],
-        nll_D[known],
-        seen_D[known],
-        bytes_D[known],
-        chars_D[known],
-        sources_D[known],
-    )
-    edges = np.searchsorted(_LENGTHS, sizes_D2[known, 0], side="right")
-    groups = [(_length_name(place), np.flatnonzero(edges == place)) for place in range(len(_LENGTHS) + 1)]
-    per_length = documents.table(groups)
-    if len(known) >= _FEW_DOCUMENTS:
-        return documents, per_length
-    return _by_window(found, bytes_D, chars_D, seen_D, sources_D), per_length
-
-
-def _added(place_P: Integers, weights_P: npt.NDArray[Any], size: int) -> npt.NDArray[np.float64]:
-    """The weights of each place, added up in their order."""
-    return np.asarray(np.bincount(place_P, weights=weights_P, minlength=size), dtype=np.float64)
-
-
-def _by_window(
-    found: "Found",
-    bytes_D: npt.NDArray[np.float64],
-    chars_D: npt.NDArray[np.float64],
-    seen_D: npt.NDArray[np.float64],
-    sources_D: Integers,
-) -> _Counted:
-    """Windows as the items; a document's bytes are shared out by its tokens."""
-    per_token = found.targets_P / np.maximum(seen_D[found.documents_P], 1)
-    numbers, place_P = np.unique(found.windows_P, return_inverse=True)
-
-    def added(weights_P: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        return _added(place_P, weights_P, len(numbers))
-
-    source_W = np.zeros(len(numbers), dtype=np.int64)
-    source_W[place_P] = sources_D[found.documents_P]
-    return _Counted(
-        [f"window {number}" for number in numbers.tolist()],
-        added(found.nll_P),
-        added(found.targets_P),
-        added(bytes_D[found.documents_P] * per_token),
-        added(chars_D[found.documents_P] * per_token),
-        source_W,
-    )
-
-
-def _by_row(found: "Found") -> _Counted:
-    """Rows of an objective that does not predict the whole text: there are no bytes to count."""
-    nothing = np.zeros(len(found.nll_P))
-    keys = [f"row {number}" for number in found.windows_P.tolist()]
-    targets_P = found.targets_P.astype(np.float64)
-    return _Counted(keys, found.nll_P, targets_P, nothing, nothing, np.zeros(len(keys), np.int64))
-
-
-def _sizes(streams: "Sequence[TokenStream]", tokenizer: Any) -> npt.NDArray[np.float64]:
-    """Bytes and characters [D, 2] of each document, as its tokens spell it."""
-    sizes = []
-    for stream in streams:
-        ends = np.append(stream.document_starts(0, stream.num_tokens), stream.num_tokens).tolist()
-        for first in range(0, stream.num_documents, _DECODED_AT_ONCE):
-            last = min(first + _DECODED_AT_ONCE, stream.num_documents)
-            lists = [stream.read(ends[n], ends[n + 1]).tolist() for n in range(first, last)]
-            texts = tokenizer.batch_decode(
-                lists, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            sizes += [(len(text.encode()), len(text)) for text in texts]
-    return np.array(sizes, dtype=np.float64).reshape(-1, 2)
-
-
-def _scaled(values: npt.NDArray[np.float64], total: float) -> npt.NDArray[np.float64]:
-    """The values, in proportion, so that they add up to the total: what a tokenizer drops is shared by all."""
-    added = values.sum()
-    return values * (total / added) if added else values
-
-
-def _length_name(place: int) -> str:
-    def short(number: int) -> str:
-        return f"{number // 1000} kB"
-
-    if place == 0:
-        return f"under {short(_LENGTHS[0])}"
-    if place == len(_LENGTHS):
-        return f"{short(_LENGTHS[-1])} and more"
-    return f"{short(_LENGTHS[place - 1])} to {short(_LENGTHS[place])}"
-
-
-def _per_source(counted: _Counted, text: Text) -> list[dict[str, Any]]:
+def _per_source(counted: "Counted", text: Text) -> list[dict[str, Any]]:
     if len(text.shards) < 2:
         return []
     groups = [(shard.name, np.flatnonzero(counted.source_D == n)) for n, shard in enumerate(text.shards)]
@@ -408,7 +246,7 @@ def _references(
     return lines
 
 
-def _address(text: Text, asked: Asked, counted: _Counted | None, learned: Pretrain) -> str:
+def _address(text: Text, asked: Asked, counted: "Counted | None", learned: Pretrain) -> str:
     """What it was measured on. Windows and chosen rows are other pieces of text under another tokenizer."""
     own = counted is None or not counted.keys or ":" not in counted.keys[0] or asked.section.rows is not None
     if not own:
