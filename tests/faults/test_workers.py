@@ -31,7 +31,7 @@ import functools, importlib, sys
 from llmkit.cli import main
 from llmkit.launch import Limits
 
-verb = importlib.import_module("llmkit.run.pretrain")
+verb = importlib.import_module("llmkit.run.training")
 verb.run_local_workers = functools.partial(verb.run_local_workers, limits=Limits(grace_s=5, stopped_s=2))
 sys.argv[0] = "llmkit"
 sys.exit(main())
