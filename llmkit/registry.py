@@ -188,12 +188,14 @@ class Evaluation:
         code: `module:function`; called with a `Subject` and what is `Asked`, it gives a `Measurement`.
         metrics: Figures that it can give, in the order in which they are shown.
         best: The figure that tells a better model.
+        reads: Settings of the `eval` section that it goes by, besides those that all do.
         shared: Whether several processes can share the work.
     """
 
     code: str
     metrics: tuple[str, ...]
     best: str
+    reads: tuple[str, ...] = ()
     shared: bool = False
 
 
@@ -228,22 +230,36 @@ EVALUATIONS: Mapping[str, Evaluation] = {
         "llmkit.run.measure.text:measure",
         ("loss", "perplexity", "bits_per_byte", "char_perplexity"),
         best="bits_per_byte",
+        reads=("data", "rows", "context", "stride", "reference"),
         shared=True,
     ),
-    "labelled": Evaluation("llmkit.run.measure.labelled:measure", (), best="", shared=True),
+    "labelled": Evaluation(
+        "llmkit.run.measure.labelled:measure",
+        (),
+        best="",
+        reads=("data", "labelled", "rows", "noise"),
+        shared=True,
+    ),
     "choice": Evaluation(
         "llmkit.run.measure.choice:measure",
         ("accuracy", "accuracy_norm", "accuracy_bytes", "perplexity"),
         best="accuracy",
+        reads=("data", "labelled", "rows", "choice"),
     ),
-    "harness": Evaluation("llmkit.run.measure.harness:measure", (), best=""),
-    "generation": Evaluation("llmkit.run.measure.generation:measure", _WRITTEN, best="f1"),
+    "harness": Evaluation("llmkit.run.measure.harness:measure", (), best="", reads=("harness",)),
+    "generation": Evaluation(
+        "llmkit.run.measure.generation:measure",
+        _WRITTEN,
+        best="f1",
+        reads=("data", "labelled", "rows", "generation"),
+    ),
     "retrieval": Evaluation(
         "llmkit.run.measure.retrieval:measure",
         ("recall_at_1", "recall_at_5", "recall_at_10", "mrr", "exact_match", "f1"),
         best="mrr",
+        reads=("data", "labelled", "rows", "retrieval", "generation"),
     ),
-    "speed": Evaluation("llmkit.run.measure.speed:measure", _TIMED, best="latency_ms_p50"),
+    "speed": Evaluation("llmkit.run.measure.speed:measure", _TIMED, best="latency_ms_p50", reads=("speed",)),
 }
 """What a model can be asked. `labelled` stands for every task: its figures are the task's."""
 
@@ -254,6 +270,7 @@ _LOWER_IS_BETTER = frozenset(
         "bits_per_byte",
         "char_perplexity",
         "detector_loss",
+        "chosen_loss",
         "mse",
         "mae",
         "ece",
@@ -280,6 +297,24 @@ FIGURES = tuple(
     )
 )
 """What `llmkit eval` measures; not each of every model."""
+
+
+_UNDIRECTED = frozenset({"best_f1_threshold", "best_exact_match_threshold"})
+_AVERAGED = ("macro_", "micro_", "weighted_", "samples_")
+
+
+def direction_of(metric: str) -> Literal["lower", "higher"] | None:
+    """Whether a model gets better as this figure falls or as it rises; None where neither can be said."""
+    name = metric.removeprefix("eval/")
+    if lower_is_better(name):
+        return "lower"
+    plain = next((name.removeprefix(mark) for mark in _AVERAGED if name.startswith(mark)), name)
+    known = (
+        (name in FIGURES and name not in _UNDIRECTED)
+        or plain in ("f1", "precision", "recall")
+        or name == "r2"
+    )
+    return "higher" if known else None
 
 
 def lower_is_better(metric: str) -> bool:

@@ -10,7 +10,7 @@ import typer
 
 from llmkit.cli.options import AsJson, Debug, Processes, Quiet, Runs, Settings, Smoke, described, run_name
 from llmkit.cli.output import CALLED, program
-from llmkit.errors import ExitCode, LlmkitError, UsageError
+from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
     from llmkit.recipe import Loaded
@@ -87,6 +87,8 @@ def evaluate(
     settings = Settings(runs, quiet=quiet, as_json=as_json, smoke=smoke, processes=processes)
     asked = _section(task, data, harness, include, speed, fail_under or (), max_drop, against)
     targets, loaded = choose_targets(words, asked, settings)
+    if compare and len(targets) < 2:
+        raise UsageError("--compare needs two models at least", hint="llmkit eval runs/a runs/b --compare")
     if len(targets) > 1 and not compare and not speed:
         raise UsageError(
             f"{len(targets)} models are named, and nothing says what to do with them",
@@ -124,7 +126,12 @@ def _section(
         section["speed"] = {}
     gate: dict[str, Any] = {}
     if fail_under:
-        gate["fail_under"] = dict(map(_limit, fail_under))
+        limits = list(map(_limit, fail_under))
+        names = [name for name, _ in limits]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"--fail-under names {twice} twice", hint="keep one limit of each figure")
+        gate["fail_under"] = dict(limits)
     gate |= {key: value for key, value in (("max_drop", max_drop), ("against", against)) if value is not None}
     return {**section, **({"gate": gate} if gate else {})}
 
@@ -213,7 +220,8 @@ def _start_several(settings: Settings) -> bool:
     """Start the same command in several processes, if that was asked for and this is not one of them.
 
     Raises:
-        LlmkitError: They failed; what they said stands above.
+        UsageError: Data would come from stdin, which several processes cannot share.
+        Exit: They failed, with their exit code; what they said stands above.
     """
     from llmkit.launch.world import detect_world
 
@@ -221,13 +229,11 @@ def _start_several(settings: Settings) -> bool:
         return False
     from llmkit.launch.local import run_local_workers
 
+    if "-" in sys.argv:
+        raise UsageError("--data - reads stdin, which several processes cannot share", hint="give a file")
     logs = settings.runs / ".logs" / f"eval-{os.getpid()}"
     env = {**os.environ, CALLED: program()}
     code = run_local_workers(settings.processes or 1, sys.argv[1:], logs=logs, env=env)
     if code:
-        error = LlmkitError(
-            f"the processes ended with exit code {code}", hint=f"what the others said: {logs}"
-        )
-        error.exit_code = ExitCode(code) if code in list(ExitCode) else ExitCode.FAILED
-        raise error
+        raise typer.Exit(code)  # the first process said why
     return True

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 CALLED = "LLMKIT_CALLED"
 """In a worker's environment: how the command that started it was called."""
@@ -43,7 +43,9 @@ def give(text: str) -> None:
 
 def give_json(value: object) -> None:
     """Print one JSON value on one line of stdout."""
-    give(json.dumps(value, ensure_ascii=False, default=_plain))
+    from llmkit.report.formatting import jsonable
+
+    give(json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False))
 
 
 def as_columns(rows: Sequence[Sequence[str]]) -> str:
@@ -58,11 +60,3 @@ def close_quietly(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    raise TypeError(f"cannot write {type(value).__name__} as JSON")

@@ -7,17 +7,23 @@ more, so these are looked at only if a name is not among the user's.
 import contextlib
 import fnmatch
 import io
+import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeGuard
 
 import jinja2
 import tqdm
 import yaml
+from datasets.exceptions import DatasetsError
 from lm_eval import evaluator
+from lm_eval.api.registry import aggregation_registry, metric_agg_registry, metric_registry
+from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -31,8 +37,14 @@ from llmkit.registry import nearest
 Told = Callable[[int], object]
 
 _ROWS_AT_ONCE = 16
-_TASK_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, jinja2.TemplateError)
-"""What the harness raises of a task that it cannot build or ask."""
+_TASK_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError),
+    *(NotImplementedError, SyntaxError, TypeError, ValueError),
+    *(DatasetsError, jinja2.TemplateError, yaml.YAMLError),
+)
+"""What the harness, and the code that task files may name, raise of a task that cannot be built or asked."""
+_OURS = "llmkit.evaluate.requests"
+"""Where what is raised is no task's fault."""
 _ALONE = "DISABLE_MULTIPROC"
 _KEY = re.compile(r"^(\w+)\s*:")
 
@@ -159,6 +171,47 @@ def _check_files(folder: Path) -> None:
                 f"{path}:1: a task file holds keys and values, such as `task: my_task`",
                 hint="repair the task file, or take it out of the folder",
             )
+        _check_metrics(path, found)
+
+
+def _check_metrics(path: Path, task: Mapping[str, Any]) -> None:
+    """Of a metric that it does not know, the harness says `KeyError: None`, after looking for it on the Hub."""
+    given = task.get("metric_list")
+    if not isinstance(given, list) or {"process_results", "class", "group"} & task.keys():
+        return  # a task's own code names its metrics, and a group has none
+    for one in (one for one in given if isinstance(one, dict)):
+        name, way = one.get("metric"), one.get("aggregation")
+        if _is_name(name) and name not in metric_registry and not one.get("hf_evaluate"):
+            raise _unknown_name(path, "metric", name, metric_registry.keys())
+        if _is_name(way) and way not in aggregation_registry:
+            raise _unknown_name(path, "aggregation", way, aggregation_registry.keys())
+        if _is_name(name) and way is None and name not in metric_agg_registry:
+            raise DataError(
+                f"{_line_with(path, name)}: metric {name!r} does not say how it is put together over the questions",
+                hint=f"{{metric: {name}, aggregation: mean}}",
+            )
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    return (
+        isinstance(value, str) and not Path(value).is_absolute()
+    )  # `!function` is read as the path of its code
+
+
+def _unknown_name(path: Path, kind: str, name: str, known: Iterable[str]) -> DataError:
+    guess = nearest(name, known)
+    other = " (one of the library evaluate: add `hf_evaluate: true`)" if kind == "metric" else ""
+    return DataError(
+        f"{_line_with(path, name)}: the harness has no {kind} {name!r}",
+        hint=(f"did you mean {guess!r}?" if guess else f"it has: {', '.join(sorted(known))}") + other,
+    )
+
+
+def _line_with(path: Path, name: str) -> str:
+    """Where a file has a value; the file alone where that stands in one that it includes."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = re.compile(rf":.*(?<![\w-]){re.escape(name)}(?![\w-])")
+    return next((f"{path}:{number}" for number, line in enumerate(lines, 1) if found.search(line)), str(path))
 
 
 def ask(
@@ -209,22 +262,52 @@ def ask(
                 hint="go online once, or give tasks on local data: eval.harness.include=FOLDER",
             ) from error
         except _TASK_ERRORS as error:
-            raise _of_task(error, manager, names) from error
+            if any(frame.f_globals.get("__name__") == _OURS for frame in _frames(error)):
+                raise
+            raise _of_task(error, manager, _blamed(error) or names, said) from error
     assert results is not None
     return dict(results), said
 
 
-def _of_task(error: Exception, manager: TaskManager, names: Sequence[str]) -> DataError:
+def _frames(error: BaseException) -> list[FrameType]:
+    """What was running when it was raised, the innermost first."""
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+
+
+def _blamed(error: BaseException) -> list[str]:
+    """The task that the harness was building or asking, as far as what was running shows it."""
+    held = [frame.f_locals.get(name) for frame in _frames(error) for name in ("self", "task")]
+    return [str(task.config.task) for task in held if isinstance(task, Task) and task.config.task][:1]
+
+
+def _of_task(error: Exception, manager: TaskManager, names: Sequence[str], said: Sequence[str]) -> DataError:
     """Which task file is to blame, as far as it can be told."""
     paths = [path for name in names if (path := _path_of(manager, name)) is not None]
     place = next((where for path in paths if (where := _line_of(path, error))), "") or ", ".join(
         map(str, paths)
     )
+    place, tasks = place or ", ".join(names), ", ".join(names)
+    if isinstance(error, DatasetsError):
+        files = [path for text in said for path in re.findall(r"'([^']+)'", text) if Path(path).is_file()]
+        return DataError(
+            f"{_broken_line(Path(files[0])) if files else place}: the data of {tasks} cannot be read "
+            f"({_first_line(error.__cause__ or error)})",
+            hint=f"repair the data, or what {place} says of them",
+        )
     return DataError(
-        f"{place or ', '.join(names)}: the harness cannot ask this task ({type(error).__name__}: "
-        f"{_first_line(error)})",
+        f"{place}: the harness cannot ask {tasks} ({type(error).__name__}: {_first_line(error)})",
         hint="repair the task file",
     )
+
+
+def _broken_line(path: Path) -> str:
+    """Where a file of JSON lines is none."""
+    for number, line in enumerate(path.read_bytes().splitlines() if path.suffix == ".jsonl" else (), 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            return f"{path}:{number}"
+    return str(path)
 
 
 def _path_of(manager: TaskManager, name: str) -> Path | None:
@@ -233,8 +316,16 @@ def _path_of(manager: TaskManager, name: str) -> Path | None:
 
 
 def _line_of(path: Path, error: Exception) -> str:
-    """The line of the key that the error speaks of: by its name, or by the template that is its value."""
+    """The line of the key that the error speaks of: by its name, by the template that is its value, or by what ran."""
     lines = path.read_text(encoding="utf-8").splitlines()
+    keys = {key[1]: number for number, line in enumerate(lines, 1) if (key := _KEY.match(line))}
+    ran = [frame.f_code.co_name for frame in _frames(error)]
+    if isinstance(error, DatasetsError):
+        ran = ["dataset_kwargs", "dataset_path"]
+    elif isinstance(error, jinja2.TemplateSyntaxError):
+        ran = []  # what asked for the template may not be what has it
+    if numbers := [keys[name] for name in ran if name in keys]:
+        return f"{path}:{numbers[0]}"
     template = isinstance(error, jinja2.TemplateError)
     for number, line in enumerate(lines, 1):
         key = _KEY.match(line)
@@ -279,12 +370,13 @@ def _quiet() -> Iterator[list[str]]:
 
     What it warns of is kept, and standard output stays ours.
     """
-    logger, heard = logging.getLogger("lm_eval"), _Heard()
-    level, propagate, drawn = logger.level, logger.propagate, tqdm.tqdm.__init__
+    loggers, heard = [logging.getLogger(name) for name in ("lm_eval", "datasets")], _Heard()
+    before, drawn = [(logger.level, logger.propagate) for logger in loggers], tqdm.tqdm.__init__
     commit, alone = evaluator.get_git_commit_hash, os.environ.get(_ALONE)
-    logger.addHandler(heard)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
+    for logger in loggers:
+        logger.addHandler(heard)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
     tqdm.tqdm.__init__ = lambda bar, *given, **more: drawn(bar, *given, **{**more, "disable": True})
     evaluator.get_git_commit_hash = lambda: None
     os.environ[_ALONE] = "1"
@@ -296,9 +388,10 @@ def _quiet() -> Iterator[list[str]]:
         evaluator.get_git_commit_hash = commit
         if alone is None:
             del os.environ[_ALONE]
-        logger.removeHandler(heard)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(heard)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 def rows_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:

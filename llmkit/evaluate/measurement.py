@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from llmkit.metrics.bootstrap import Comparison, Interval, compare_all, intervals
 from llmkit.metrics.inputs import Integers
+from llmkit.registry import direction_of
 
 Figures = Mapping[str, float]
+FEWEST = 10
+"""Items that draws can be made from: of fewer, the bootstrap sees differences far too often where there are none."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Measurement:
         predictions: A line of `predictions.jsonl` for each row, as JSON; empty where there is none.
         warnings: What a person should know, in words.
         files: Further files to leave beside the report, by name, as JSON.
+        directions: Of figures that are not known elsewhere, whether a model gets better as they rise or fall.
     """
 
     subject: str
@@ -60,6 +64,11 @@ class Measurement:
     predictions: Sequence[Mapping[str, Any]] = ()
     warnings: Sequence[str] = ()
     files: Mapping[str, Any] = field(default_factory=dict)
+    directions: Mapping[str, Literal["higher", "lower"]] = field(default_factory=dict)
+
+    def direction(self, name: str) -> Literal["higher", "lower"] | None:
+        """Whether a figure is better as it rises or falls; None where that is not known."""
+        return self.directions.get(name) or direction_of(name)
 
     def intervals(self, *, seed: int, resamples: int) -> Mapping[str, Interval]:
         """Each figure with the interval in which 95% of the figures of other such items would lie.
@@ -68,7 +77,7 @@ class Measurement:
             seed: The draws follow from it.
             resamples: How many draws; 0: none are made.
         """
-        if self.items is None or not resamples or len(self.items.keys) < 2:
+        if self.items is None or not resamples or len(self.items.keys) < FEWEST:
             return {}
         return intervals(self.items.figures, len(self.items.keys), seed=seed, resamples=resamples)
 
@@ -78,7 +87,7 @@ class Measurement:
         Raises:
             ValueError: They were not measured on the same items.
         """
-        if self.items is None or other.items is None or not resamples:
+        if self.items is None or other.items is None or not resamples or len(self.items.keys) < FEWEST:
             return {}
         if list(self.items.keys) != list(other.items.keys):
             raise ValueError("these were not measured on the same items")

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from llmkit.errors import UsageError
-from llmkit.evaluate.measurement import Measurement
+from llmkit.evaluate.measurement import FEWEST, Measurement
 from llmkit.metrics.bootstrap import Comparison, mcnemar
 from llmkit.recipe.evaluation import Gate
-from llmkit.registry import FIGURES, lower_is_better, nearest
+from llmkit.registry import FIGURES, nearest
 
+ANY_TOKENS = ("bits_per_byte", "char_perplexity")
+"""Figures of text that compare whatever the models' vocabularies."""
 SMALL = 0.05
 """Below this p a difference is said to be one."""
 
@@ -31,7 +33,9 @@ class Difference:
         low: The lower end of the difference's 95% interval; None: it has none.
         high: The upper end.
         p: How often chance alone makes a difference of this size; None: it is not known.
-        mcnemar: The exact p of McNemar's test, of `accuracy`.
+        mcnemar: The exact p of McNemar's test, of a figure that is the share of items answered rightly.
+        direction: Whether the figure is better as it rises or falls, where that is known.
+        why: Why there is no p.
     """
 
     subject: str
@@ -44,15 +48,20 @@ class Difference:
     high: float | None = None
     p: float | None = None
     mcnemar: float | None = None
+    direction: Literal["higher", "lower"] | None = None
+    why: str = ""
 
     @property
     def verdict(self) -> str:
         """`better`, `worse`, or that the two cannot be told apart."""
-        if self.p is None:
-            return "not paired"
-        if self.p >= SMALL or not self.difference:
+        p = self.p if self.mcnemar is None else self.mcnemar
+        if p is None:
+            return "not tested"
+        if p >= SMALL or not self.difference:
             return "no difference seen"
-        return "better" if (self.difference < 0) == lower_is_better(self.metric) else "worse"
+        if self.direction is None:
+            return "differs"
+        return "better" if (self.difference < 0) == (self.direction == "lower") else "worse"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -96,9 +105,11 @@ def differences(
         resamples: How many draws.
     """
     why = _unpaired(measured, baseline)
+    if not why and not resamples:
+        why = "no draws were asked for (eval.resamples)"
     found = {} if why else baseline.compare(measured, seed=seed, resamples=resamples)
     names = [name for name in _shown(measured) if name in baseline.figures]
-    return [_difference(name, measured, baseline, found.get(name)) for name in names], why
+    return [_difference(name, measured, baseline, found.get(name), why) for name in names], why
 
 
 def _shown(measured: Measurement) -> list[str]:
@@ -115,22 +126,52 @@ def _unpaired(measured: Measurement, baseline: Measurement) -> str:
         return "these figures are not made of items that could be compared one by one"
     if measured.data != baseline.data or list(measured.items.keys) != list(baseline.items.keys):
         return f"{measured.subject} and {baseline.subject} were not measured on the same data"
+    if len(measured.items.keys) < FEWEST:
+        return f"{len(measured.items.keys)} items are too few to tell models apart ({FEWEST} at least)"
+    return ""
+
+
+def _other_tokens(name: str, measured: Measurement, baseline: Measurement) -> str:
+    """Why a figure a token does not compare; empty where it does."""
+    tokenizers = {one.settings.get("tokenizer") for one in (measured, baseline)}
+    if measured.task == baseline.task == "text" and name not in ANY_TOKENS and len(tokenizers) > 1:
+        return f"{name} is per token, and these models' tokens differ: compare {' or '.join(ANY_TOKENS)}"
     return ""
 
 
 def _difference(
-    name: str, measured: Measurement, baseline: Measurement, found: Comparison | None
+    name: str, measured: Measurement, baseline: Measurement, found: Comparison | None, why: str
 ) -> Difference:
     value, other = measured.figures[name], baseline.figures[name]
-    pair = (measured.subject, baseline.subject, name, value, other, value - other)
-    if found is None:
-        return Difference(*pair)
-    tested = None
-    if name == "accuracy" and measured.items and baseline.items:
-        ours, theirs = measured.items.right, baseline.items.right
-        if ours is not None and theirs is not None:
-            tested = mcnemar(np.asarray(theirs), np.asarray(ours))
-    return Difference(*pair, found.difference.low, found.difference.high, found.p, tested)
+    why = why or _other_tokens(name, measured, baseline)
+    base = Difference(
+        measured.subject,
+        baseline.subject,
+        name,
+        value,
+        other,
+        value - other,
+        direction=measured.direction(name),
+        why=why,
+    )
+    if found is None or why:
+        return base
+    ends = found.difference
+    return replace(base, low=ends.low, high=ends.high, p=found.p, mcnemar=_tested(name, measured, baseline))
+
+
+def _tested(name: str, measured: Measurement, baseline: Measurement) -> float | None:
+    """McNemar's p of a figure that is the share of items answered rightly; None of any other."""
+    if measured.items is None or baseline.items is None:
+        return None
+    ours, theirs = measured.items.right, baseline.items.right
+    if ours is None or theirs is None:
+        return None
+    for figures, right in ((measured.figures, ours), (baseline.figures, theirs)):
+        share = float(np.mean(np.asarray(right, dtype=float)))
+        if not any(math.isclose(figures[name], scale * share, abs_tol=1e-9) for scale in (1, 100)):
+            return None
+    return mcnemar(np.asarray(theirs), np.asarray(ours))
 
 
 def check_gates(gate: Gate, measured: Measurement, baseline: Measurement | None) -> list[Held]:
@@ -173,22 +214,48 @@ def check_names(names: Sequence[str], measured: Measurement) -> None:
         _value(name, measured, "eval.metrics")
 
 
+def _direction(name: str, measured: Measurement, asked_by: str) -> str:
+    found = measured.direction(name)
+    if found is None:
+        raise UsageError(
+            f"{asked_by}: nothing says whether a model gets better as `{name}` rises or falls",
+            hint=f"choose another figure, such as `{measured.best}`",
+        )
+    return found
+
+
 def _at_least(name: str, limit: float, measured: Measurement) -> Held:
-    value = _value(name, measured, "eval.gate.fail_under")
-    lower = lower_is_better(name)
+    asked_by = "eval.gate.fail_under"
+    value = _value(name, measured, asked_by)
+    lower = _direction(name, measured, asked_by) == "lower"
     held = value <= limit if lower else value >= limit
     return Held(measured.subject, name, value, limit, held, f"at {'most' if lower else 'least'} {limit:g}")
 
 
 def _no_drop(name: str, max_drop: float, measured: Measurement, baseline: Measurement) -> Held:
-    value = _value(name, measured, "eval.gate.max_drop")
-    other = _value(name, baseline, "eval.gate.max_drop")
-    lower = lower_is_better(name)
+    asked_by = "eval.gate.max_drop"
+    value, other = (_value(name, one, asked_by) for one in (measured, baseline))
+    lower = _direction(name, measured, asked_by) == "lower"
+    why = _other_tokens(name, measured, baseline) or _other_data(name, measured, baseline)
+    if why:
+        raise UsageError(f"{asked_by}: {why}", hint="give data that both can be measured on: --data FILES")
     room = abs(other) * max_drop
     limit = other + room if lower else other - room
     held = math.isclose(value, limit) or (value < limit if lower else value > limit)
     said = f"at most {100 * max_drop:.3g}% worse than the {other:.4g} of {baseline.subject}"
     return Held(measured.subject, name, value, limit, held, said)
+
+
+def _other_data(name: str, measured: Measurement, baseline: Measurement) -> str:
+    """Why a figure of one says nothing beside that of the other; empty where it does."""
+    if measured.task != baseline.task:
+        return f"{measured.subject} was asked {measured.task}, {baseline.subject} {baseline.task}"
+    texts = {one.settings.get("text") for one in (measured, baseline)}
+    # Windows of other tokens hold other text; all of them together hold the same.
+    same_text = measured.task == "text" and name in ANY_TOKENS and len(texts) == 1
+    if measured.data != baseline.data and not same_text:
+        return f"{measured.subject} and {baseline.subject} were not measured on the same data"
+    return ""
 
 
 def intervals_of(measured: Measurement, *, seed: int, resamples: int) -> Mapping[str, tuple[float, float]]:

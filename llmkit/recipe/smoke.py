@@ -32,7 +32,7 @@ def smoke_words(recipe: Recipe) -> list[str]:
     words += _tokenize(spec) if spec is not None else []
     words += _pretrain(recipe.pretrain) if recipe.pretrain is not None else []
     words += _finetune(recipe.finetune) if recipe.finetune is not None else []
-    if recipe.eval is not None:
+    if recipe.eval is not None and recipe.eval.harness is None and recipe.eval.speed is None:
         words.append(f"eval.rows={min(recipe.eval.rows or _ROWS, _ROWS)}")
     return words
 

@@ -3,6 +3,7 @@
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 UNKNOWN = "?"
@@ -142,12 +143,14 @@ def cell_width(text: str) -> int:
 
 def jsonable(value: Any) -> Any:
     """`value` as strict JSON can hold it: NaN and infinities become null, other objects their text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):  # also those of numpy
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
         return [jsonable(v) for v in value]
-    return str(value)
+    return jsonable(value.to_dict()) if hasattr(value, "to_dict") else str(value)

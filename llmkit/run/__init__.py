@@ -64,4 +64,5 @@ def run_all(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
         raise UsageError("the recipe has no section to run", hint="`llmkit init gpt` shows a whole one")
     summary: dict[str, Any] = {verb: result.summary for verb, result in done.items()}
     last = done.get("finetune") or done.get("pretrain") or next(reversed(done.values()), None)
-    return Result(options.runs / recipe.name, summary, last.next_command if last else "")
+    failed = done["eval"].failed if "eval" in done else None
+    return Result(options.runs / recipe.name, summary, last.next_command if last else "", failed=failed)

@@ -46,7 +46,8 @@ def exported_checkpoint(place: Path, options: Options, reporter: Reporter) -> Pa
         )
     loaded = load_recipe(recipe)
     runs = run.parents[loaded.recipe.name.count("/") + 1]
-    options = replace(options, runs=runs, fresh=False)
+    # However many processes trained it, or measure it now: one makes the model, of the same numbers.
+    options = replace(options, runs=runs, fresh=False, processes=1)
     target = runs / CACHE / "exports" / hash_file(place / "manifest.json")[:32]
     if (target / "model" / "config.json").is_file():
         return target / "model"

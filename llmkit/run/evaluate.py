@@ -7,20 +7,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from llmkit.durable import write_file, write_json
+from llmkit.durable import remove_file, write_file, write_json
 from llmkit.errors import GateError, UsageError
 from llmkit.evaluate.measurement import Measurement
 from llmkit.evaluate.sharing import ALONE, Share, gather_everywhere
 from llmkit.evaluate.verdict import Difference, Held, check_gates, check_names, differences, intervals_of
 from llmkit.hardware import detect_hardware
-from llmkit.launch.world import detect_world
+from llmkit.launch.world import World, detect_world
 from llmkit.recipe import Loaded, load_recipe
 from llmkit.recipe.schema import Eval, Recipe
 from llmkit.registry import EVALUATIONS, TASKS, load
 from llmkit.report.console import Reporter
-from llmkit.report.formatting import format_number, format_value
+from llmkit.report.formatting import format_number, format_value, jsonable
 from llmkit.report.report import write_report
 from llmkit.report.results import update_card
 from llmkit.report.trying import try_command, try_trained
@@ -39,8 +40,11 @@ from llmkit.run.folders import (
 from llmkit.run.measure.asked import Asked, Subject
 from llmkit.run.tasks import task_run
 
-_SAME_FOLDER = ("model", "task", "metrics", "rows", "reference", "resamples", "gate")
-"""Settings that change nothing in what is asked, or ask less of it."""
+_COMMON = ("model", "task", "metrics", "resamples", "gate")
+"""Settings of every evaluation; they change nothing in what is asked."""
+_SAME_FOLDER = (*_COMMON, "reference")
+_SEVERAL = 3
+"""So many models, those of several seeds for one, have a mean and a deviation."""
 _HELD_OUT = ("text", "labelled")
 """What measures on what the model's run held out, where nothing else is named."""
 
@@ -56,6 +60,7 @@ class _Judged:
     differences: Sequence[Difference] = ()
     gates: Sequence[Held] = ()
     warnings: list[str] = field(default_factory=list)
+    among_others: bool = False
 
 
 def evaluate(
@@ -89,6 +94,7 @@ def evaluate(
     subjects = [find_subject(word, options, reporter) for word in words]
     against = find_subject(section.gate.against, options, reporter) if section.gate.against else None
     everyone = [*subjects, *([against] if against is not None else [])]
+    _check_ways(everyone, section)
     with _sharing(alone) as share:
         measured = [_measure(one, everyone, section, loaded, options, reporter, share) for one in everyone]
     if share.rank:
@@ -136,6 +142,39 @@ def way_of(subject: Subject, section: Eval) -> str:
     return "labelled" if section.task in TASKS else section.task
 
 
+def _check_ways(everyone: Sequence[Subject], section: Eval) -> None:
+    """Refuse models that are asked different things, and settings that nothing would read.
+
+    Raises:
+        UsageError: There are such.
+    """
+    ways = {way_of(one, section) for one in everyone}
+    asked = {one.task.section.task for one in everyone if one.task is not None and section.task == "auto"}
+    if len(ways) > 1 or (ways == {"labelled"} and len(asked) > 1):
+        said = ", ".join(f"{one.word}: {_asked(one, section)}" for one in everyone)
+        raise UsageError(
+            f"these models do not learn the same, and cannot be compared ({said})",
+            hint="say what to ask: --task text",
+        )
+    (way,) = ways
+    plain = Eval()
+    for name in Eval.model_fields:
+        if name in (*_COMMON, *EVALUATIONS[way].reads) or getattr(section, name) == getattr(plain, name):
+            continue
+        able = [other for other, known in EVALUATIONS.items() if name in known.reads]
+        raise UsageError(
+            f"eval.{name}: {way} goes by no such setting",
+            hint=f"leave it out; it goes with {', '.join(able)}",
+        )
+    if way in ("harness", "speed") and section.task != "auto":
+        raise UsageError(f"eval.task: {way} is asked instead of a task", hint="leave eval.task out")
+
+
+def _asked(subject: Subject, section: Eval) -> str:
+    way = way_of(subject, section)
+    return subject.task.section.task if way == "labelled" and subject.task is not None else way
+
+
 def _recipe(loaded: Loaded | None, subject: Subject) -> Recipe:
     """The recipe that says how: the one given, else that of the model's run."""
     about = loaded or subject.trained
@@ -152,10 +191,19 @@ def _sharing(alone: bool) -> Iterator[Share]:
     from llmkit.train.devices import join_others, leave, naming_lost_workers
 
     os.environ.update(world.environment())
+    _take_device(world)
     with naming_lost_workers():
         join_others("cpu")  # findings are small, and are gathered on the host
         yield Share(world.rank, world.world_size, gather_everywhere)
         leave()
+
+
+def _take_device(world: World) -> None:
+    """Each process of a machine takes a GPU of its own, where there are any."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
 
 
 def _measure(
@@ -206,7 +254,8 @@ def _judge(
         pairs, why = ([], "") if one is baseline else differences(one, baseline, **draws)
         held = [] if against and one is baseline else check_gates(section.gate, one, baseline)
         warnings = [*one.warnings, *([f"compared without pairs: {why}"] if why else [])]
-        found.append(_Judged(subject, way, one, dict(intervals_of(one, **draws)), pairs, held, warnings))
+        ends = dict(intervals_of(one, **draws))
+        found.append(_Judged(subject, way, one, ends, pairs, held, warnings, len(measured) > 1))
     return found
 
 
@@ -218,10 +267,13 @@ def _write(one: _Judged, loaded: Loaded | None, options: Options, section: Eval)
         if about is not None:
             leave_record(folder, about)
         if measured.predictions:
-            lines = (json.dumps(row, ensure_ascii=False, default=float) for row in measured.predictions)
+            rows = (jsonable(row) for row in measured.predictions)
+            lines = (json.dumps(row, ensure_ascii=False, default=float, allow_nan=False) for row in rows)
             write_file(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+        else:
+            remove_file(folder / "predictions.jsonl")
         for name, content in measured.files.items():
-            write_json(folder / name, content)
+            write_json(folder / name, jsonable(content))
         report = write_report(folder, _facts(one, about, options, section))
     if (
         one.subject.trained is not None and not one.subject.step
@@ -250,6 +302,7 @@ def _facts(one: _Judged, about: Loaded | None, options: Options, section: Eval) 
         **_dataset(section),
         "data_address": measured.data,
         "best": measured.best,
+        "plain": _is_plain(section),
         "final": {f"eval/{name}": value for name, value in plain.items()},
         "figures": figures,
         "tables": dict(measured.tables),
@@ -275,15 +328,22 @@ def _folder(one: _Judged, about: Loaded | None, options: Options, section: Eval)
 
     `eval/` is for what the run held out; else the name says what was asked and on what, so that nothing is overwritten.
     """
-    name = (
-        about.recipe.name if about is not None and about.recipe.name != "run" else run_name(one.subject.word)
-    )
-    home = one.subject.home or home_of(one.subject.place, options.runs) or options.runs / name
+    name = about.recipe.name if about is not None and not one.among_others else run_name(one.subject.word)
+    own = one.subject.home or home_of(one.subject.place, options.runs)
+    home = own or options.runs / name
     step = f"-{one.subject.step}" if one.subject.step else ""
+    stage = one.subject.place.parent.name
+    if stage == "pretrain" and (home / "finetune").is_dir():  # `eval` is for what the run ended with
+        step = f"-{stage}{step}"
     if one.way in _HELD_OUT and one.measured.settings.get("held_out", False) and _is_plain(section):
         return home / f"eval{step}"
     kind = step if one.way in _HELD_OUT else f"{step}-{one.way}"
-    about_it = json.dumps([one.measured.data, dict(one.measured.settings)], sort_keys=True, default=str)
+    # Of models that no run trained several may have one name.
+    place = "" if own is not None else str(one.subject.place.absolute())
+    asked = section.model_dump(mode="json", exclude=set(_COMMON))
+    about_it = json.dumps(
+        [one.measured.data, dict(one.measured.settings), asked, place], sort_keys=True, default=str
+    )
     return home / f"eval{kind}-{hashlib.sha256(about_it.encode()).hexdigest()[:8]}"
 
 
@@ -299,6 +359,7 @@ def _result(found: Sequence[_Judged], folders: Sequence[Path], section: Eval) ->
     if len(found) > 1:
         summary["results"] = results
         summary["comparison"] = [pair.to_dict() for one in found for pair in one.differences]
+        summary["over_models"] = _over_models(found)
     failed = [gate for one in found for gate in one.gates if not gate.held]
     return Result(
         folders[0],
@@ -307,6 +368,15 @@ def _result(found: Sequence[_Judged], folders: Sequence[Path], section: Eval) ->
         _table(found, section),
         _gate_error(failed) if failed else None,
     )
+
+
+def _over_models(found: Sequence[_Judged]) -> dict[str, dict[str, float]]:
+    """Mean and deviation of each figure over models, such as those of one recipe and several seeds."""
+    if len(found) < _SEVERAL:
+        return {}
+    names = [name for name in found[0].measured.figures if all(name in one.measured.figures for one in found)]
+    values = {name: [one.measured.figures[name] for one in found] for name in names}
+    return {name: {"mean": mean(some), "deviation": stdev(some)} for name, some in values.items()}
 
 
 def _summary(one: _Judged, folder: Path) -> dict[str, Any]:
@@ -337,15 +407,24 @@ def _table(found: Sequence[_Judged], section: Eval) -> list[tuple[str, ...]]:
         rows = [("figure", "value", "95% interval")]
         rows += [(name, _number(name, first.figures.get(name)), _ends(found[0], name)) for name in names]
         return [*(rows if names else []), *_noise_rows(first, names), *_gate_rows(found)]
-    table: list[tuple[str, ...]] = [("figure", *(one.subject.word for one in found))]
-    table += [(name, *(_number(name, one.measured.figures.get(name)) for one in found)) for name in names]
+    spread = _over_models(found)
+    table: list[tuple[str, ...]] = [
+        ("figure", *(one.subject.word for one in found), *(["mean"] if spread else []))
+    ]
+    for name in names:
+        over = spread.get(name)
+        last = (
+            [f"{_number(name, over['mean'])}, deviation {_number(name, over['deviation'])}"] if over else []
+        )
+        figures = [_number(name, one.measured.figures.get(name)) for one in found]
+        table.append((name, *figures, *(last if spread and last else [""] * bool(spread))))
     rows = [
         (f"{pair.metric} of {pair.subject}", f"{pair.difference:+.4g}", _p(pair))
         for one in found
         for pair in one.differences
         if pair.metric in names
     ]
-    width = len(found) + 1
+    width = len(table[0])
     return [*table, *(_padded(row, width) for row in [*rows, *_ratio_rows(found), *_gate_rows(found)])]
 
 

@@ -33,12 +33,13 @@ def run_variants(
     for number, (name, variant) in enumerate(loaded.variants.items(), start=1):
         reporter.note(f"variant {number} of {len(loaded.variants)}: {name}")
         done[name] = run_one(variant, options, reporter)
+    failed = next((result.failed for result in done.values() if result.failed is not None), None)
     world = detect_world()
     trained = {
         name: result.folder / "pretrain" for name, result in done.items() if "pretrain" in result.summary
     }
     if not trained or (world is not None and world.rank != 0):
-        return Result(folder, {name: result.summary for name, result in done.items()}, "")
+        return Result(folder, {name: result.summary for name, result in done.items()}, "", failed=failed)
     reports = {name: report_of(place) for name, place in trained.items()}
     sections = {name: section for name in trained if (section := loaded.variants[name].recipe.pretrain)}
     objectives = list(dict.fromkeys(section.objective for section in sections.values()))
@@ -55,6 +56,7 @@ def run_variants(
         {"variants": rows, "report": str(folder / "report.html")},
         _try(sections[first], trained[first].parent),
         table=as_table(rows),
+        failed=failed,
     )
 
 

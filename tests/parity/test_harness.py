@@ -245,13 +245,76 @@ def test_an_encoder_is_refused(tmp_path, tasks):
         ("{{query}}", "{{query", r"which\.yaml:6: .*TemplateSyntaxError"),
         ("output_type: multiple_choice", "output_type: many_choices", r"which\.yaml"),
         ("test_split: test", "test_split: nowhere", r"which\.yaml"),
+        ("doc_to_target: gold", "doc_to_target: 7", r"which\.yaml: .*tiny_which .*IndexError"),
+        (
+            "doc_to_target: gold",
+            "doc_to_target: !function own.missing",
+            r"which\.yaml:8: .*tiny_which .*'none'",
+        ),
+        ("{{choices}}", "{{chioces}}", r"which\.yaml:7: .*tiny_which .*'chioces' is undefined"),
+        ("metric: acc_norm", "metric: acc_nrom", r"which\.yaml:9: .* no metric 'acc_nrom'\n.*'acc_norm'"),
+        ("{metric: acc}", "{metric: acc, aggregation: maen}", r"which\.yaml:9: .* 'maen'\n.*'mean'"),
+        (
+            "{metric: acc}",
+            "{metric: sacrebleu}",
+            r"which\.yaml:9: .* no metric 'sacrebleu'\n.*hf_evaluate: true",
+        ),
+        (
+            "{metric: acc}",
+            "{metric: sacrebleu, hf_evaluate: true}",
+            r"which\.yaml:9: .*'sacrebleu' .*\n.*aggregation: mean",
+        ),
     ],
 )
 def test_a_wrong_task_file_is_named(tmp_path, tasks, subject, old, new, said):
     path = tasks / "which.yaml"
+    (tasks / "own.py").write_text("def missing(row):\n    return row['none']\n")
     path.write_text(path.read_text().replace(old, new))
+    assert new in path.read_text()
+    settings = Harness(tasks=["tiny_next", "tiny_which"], include=str(tasks))  # both have these keys
     with pytest.raises(DataError, match=said):
-        harness.measure(subject, asked(tmp_path, harness=Harness(tasks=["tiny_which"], include=str(tasks))))
+        harness.measure(subject, asked(tmp_path, harness=settings))
+
+
+def test_data_that_cannot_be_read_are_named(tmp_path, tasks, subject):
+    data = tmp_path / "which.jsonl"
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:2], lines[2][:30], *lines[3:]]) + "\n")
+    settings = Harness(tasks=["tiny_which"], include=str(tasks))
+    with pytest.raises(DataError, match=r"which\.jsonl:3: the data of tiny_which") as caught:
+        harness.measure(subject, asked(tmp_path, harness=settings))
+    assert "which.yaml:3" in caught.value.hint
+
+
+def test_what_our_scorer_raises_is_not_blamed_on_a_task(tmp_path, tasks, subject, monkeypatch):
+    monkeypatch.setattr("llmkit.evaluate.requests.Scorer._of_lines", None)
+    settings = Harness(tasks=["tiny_which"], include=str(tasks))
+    with pytest.raises(TypeError):
+        harness.measure(subject, asked(tmp_path, harness=settings))
+
+
+def test_which_way_figures_are_better_is_told(tmp_path, tasks, subject):
+    path = tasks / "which.yaml"
+    path.write_text(
+        path.read_text()
+        .replace("{metric: acc_bytes}", "{metric: mine, aggregation: mean}, {metric: less}")
+        .replace("{metric: less}", "{metric: less, aggregation: mean, higher_is_better: false}")
+        + "process_results: !function own.figures\n"
+    )
+    (tasks / "own.py").write_text(
+        "def figures(row, found):\n    return {'acc': 1.0, 'acc_norm': 1.0, 'mine': 2.0, 'less': 0.5}\n"
+    )
+    settings = Harness(tasks=["tiny_*"], include=str(tasks))
+    found = harness.measure(subject, asked(tmp_path, harness=settings))
+    assert set(found.figures) - set(found.directions) == {"tiny_which/mine"}
+    assert found.direction("tiny_which/mine") is None
+    assert found.directions == {
+        "tiny_which/acc": "higher",
+        "tiny_which/acc_norm": "higher",
+        "tiny_which/less": "lower",
+        "tiny_next/acc": "higher",
+        "tiny_next/perplexity": "lower",
+    }
 
 
 @pytest.mark.slow

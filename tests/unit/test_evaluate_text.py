@@ -4,13 +4,15 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from training import losses, options, pretrain, start, write_corpus
+from training import losses, options, pretrain, recipe, start, write_corpus
 
 from llmkit.cli import main
+from llmkit.cli.output import give_json
 from llmkit.data.shards import TokenShards
 from llmkit.data.tokenizers import load_tokenizer
 from llmkit.errors import CorruptError, GateError, UsageError
@@ -18,7 +20,8 @@ from llmkit.evaluate.model import core_of, load_model, measure_streams
 from llmkit.evaluate.text import windows_of
 from llmkit.recipe import load_recipe
 from llmkit.report.console import make_reporter
-from llmkit.run import evaluate
+from llmkit.run import evaluate, run_all
+from llmkit.run.checkpoints import exported_checkpoint
 from llmkit.run.folders import report_of
 
 
@@ -137,9 +140,22 @@ def test_models_with_other_vocabularies_are_compared_document_by_document(folder
     assert pair["low"] < pair["difference"] < pair["high"]
     assert 0 < pair["p"] <= 1
     assert pair["verdict"] in ("better", "worse", "no difference seen")
+    assert pairs["loss"]["verdict"] == "not tested"
+    assert "per token" in pairs["loss"]["why"]
+    gate = {"max_drop": "5%", "against": "letters", "metric": "perplexity"}
+    with pytest.raises(UsageError, match="per token"):
+        measured(folder, "tiny", data=all_text(folder), reference=[], gate=gate)
     same = measured(folder, ["tiny", "tiny"], data=all_text(folder), reference=[]).summary["comparison"]
     assert {pair["difference"] for pair in same} == {0.0}
     assert {pair["p"] for pair in same} == {1.0}
+
+
+def test_several_models_have_a_mean_and_a_deviation(folder, run, other):
+    result = measured(folder, ["tiny", "letters", "tiny"], data=all_text(folder), reference=[])
+    a, b, c = (one["metrics"]["bits_per_byte"] for one in result.summary["results"])
+    spread = result.summary["over_models"]["bits_per_byte"]
+    assert spread["mean"] == pytest.approx((a + b + c) / 3)
+    assert spread["deviation"] == pytest.approx(float(np.std([a, b, c], ddof=1)))
 
 
 def test_the_held_out_text_of_the_first_is_put_to_the_second(folder, run, other):
@@ -179,7 +195,7 @@ def test_a_gate_that_does_not_hold_ends_the_command_with_4_after_its_result(fold
     )
 
 
-def test_what_cannot_be_is_said(folder, run, capsys):
+def test_what_cannot_be_is_said(folder, run, other, capsys):
     with pytest.raises(UsageError, match="overlap"):
         measured(folder, "tiny", stride=32)
     with pytest.raises(UsageError, match="`accuracy` does not fit text") as error:
@@ -213,6 +229,17 @@ def test_a_checkpoint_is_measured_as_the_model_that_it_would_have_been(folder, r
     assert last == measured(folder, "tiny").summary["metrics"]
 
 
+def test_however_many_processes_ask_for_a_checkpoint_one_makes_its_model(folder, run):
+    """Eight rows a step, eight at a time: two processes could not have trained it."""
+    checkpoint, made = run / "checkpoints" / "step_00000005", []
+    for processes in (2, None):
+        asked = replace(options(folder), processes=processes)
+        place = exported_checkpoint(checkpoint, asked, make_reporter(quiet=True))
+        made.append((place / "model.safetensors").read_bytes())
+        shutil.rmtree(place.parent)  # what is not made anew would tell nothing
+    assert made[0] == made[1]
+
+
 def test_a_damaged_checkpoint_is_not_measured(folder, run, tmp_path):
     place = tmp_path / "runs" / "tiny" / "pretrain"
     shutil.copytree(run, place)
@@ -222,3 +249,46 @@ def test_a_damaged_checkpoint_is_not_measured(folder, run, tmp_path):
     weights.write_bytes(content)
     with pytest.raises(CorruptError, match=r"model\.safetensors"):
         evaluate(str(weights.parent), None, options(tmp_path), make_reporter(quiet=True))
+
+
+def test_fewer_rows_and_other_windows_leave_the_whole_evaluation_alone(folder, run):
+    whole = evaluate("tiny", None, options(folder), make_reporter(quiet=True))
+    before = (whole.folder / "report.json").read_bytes()
+    others = [
+        measured(folder, "tiny", **section).folder
+        for section in ({"rows": 2}, {"stride": 8}, {"context": 16})
+    ]
+    assert len({whole.folder, *others}) == 4
+    assert (whole.folder / "report.json").read_bytes() == before
+
+
+def test_models_of_one_name_that_no_run_trained_have_folders_of_their_own(folder, run, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(run / "model", tmp_path / name / "model")
+    words = [str(tmp_path / name / "model") for name in ("one", "two")]
+    made = load_recipe({"llmkit": 1, "name": "m", "eval": {"data": all_text(folder), "reference": []}})
+    found = evaluate(words, made, options(tmp_path), make_reporter(quiet=True)).summary["results"]
+    assert len({one["report"] for one in found}) == 2
+
+
+def test_a_setting_that_nothing_reads_is_refused(folder, run, capsys):
+    with pytest.raises(UsageError, match=r"eval\.noise: text goes by no such setting") as error:
+        measured(folder, "tiny", noise={"typos": "5%"})
+    assert "labelled" in error.value.hint
+    with pytest.raises(UsageError, match=r"eval\.rows: speed"):
+        measured(folder, "tiny", speed={}, rows=3)
+    runs = ["--runs", str(folder / "runs")]
+    assert main(["eval", "tiny", "--compare", *runs]) == 2
+    assert main(["eval", "tiny", "--fail-under", "loss=1", "--fail-under", "loss=9", *runs]) == 2
+    assert "twice" in capsys.readouterr().err
+
+
+def test_a_gate_ends_a_whole_run_too(folder, run):
+    made = recipe(folder, "tiny", eval__gate={"fail_under": {"loss": 0.01}})
+    result = run_all(load_recipe(made), options(folder), make_reporter(quiet=True))
+    assert isinstance(result.failed, GateError)
+
+
+def test_what_is_no_number_is_null_in_json(capsys):
+    give_json({"perplexity": math.inf, "ends": [math.nan, np.float32(0.5)]})
+    assert json.loads(capsys.readouterr().out) == {"perplexity": None, "ends": [None, 0.5]}

@@ -378,16 +378,16 @@ def test_of_enough_rounds_there_are_intervals_and_comparisons(tmp_path, monkeypa
     def fake(contenders, settings, *, device, told):
         facts, slow = {**FACTS, "memory_bytes": 9}, {"a": 1.0, "b": 4.0}
         return [
-            Timed(c.word, facts, {LATENCY: [[Call(slow[c.word] * r)] for r in range(1, 10)]})
+            Timed(c.word, facts, {LATENCY: [[Call(slow[c.word] * r)] for r in range(1, 12)]})
             for c in contenders
         ]
 
     monkeypatch.setattr(speed, "time_models", fake)
     a, b = Subject("a", tmp_path / "a"), Subject("b", tmp_path / "b")
-    first, second = measure(a, asked(tmp_path, [b], rounds=9)), measure(b, asked(tmp_path, [a], rounds=9))
+    first, second = measure(a, asked(tmp_path, [b], rounds=11)), measure(b, asked(tmp_path, [a], rounds=11))
     interval = first.intervals(seed=1, resamples=50)["latency_ms_p50"]
-    assert interval.low < interval.value == 5000 < interval.high
+    assert interval.low < interval.value == 6000 < interval.high
     compared = first.compare(second, seed=1, resamples=50)["latency_ms_p50"]
-    assert compared.difference.value == 15000
+    assert compared.difference.value == 18000
     assert compared.difference.low > 0
     assert "memory_bytes" not in first.intervals(seed=1, resamples=50)

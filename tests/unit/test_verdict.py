@@ -1,5 +1,7 @@
 """What follows from measurements: intervals, differences with their p, gates."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from llmkit.evaluate.measurement import Items, Measurement
 from llmkit.evaluate.verdict import check_gates, check_names, differences, intervals_of
 from llmkit.metrics.bootstrap import compare, interval
 from llmkit.recipe.evaluation import Gate
+from llmkit.registry import direction_of
 
 
 def answered(name, right, *, data="d", task="cls"):
@@ -65,7 +68,7 @@ def test_what_was_not_measured_on_the_same_is_not_paired():
         found, why = differences(other, answered("a", RIGHT), seed=0, resamples=100)
         assert why
         assert {pair.p for pair in found} == {None}
-        assert {pair.verdict for pair in found} == {"not paired"}
+        assert {pair.verdict for pair in found} == {"not tested"}
 
 
 def test_gates_hold_on_their_side_and_at_the_limit():
@@ -92,3 +95,48 @@ def test_figures_that_were_not_measured_are_named():
     with pytest.raises(UsageError, match="`acuracy`") as error:
         check_names(["acuracy"], answered("a", RIGHT))
     assert "did you mean `accuracy`?" in error.value.hint
+
+
+def test_too_few_items_tell_nothing():
+    """Of nine rows, on which one model is right and the other wrong."""
+    found, why = differences(answered("b", [0] * 9), answered("a", [1] * 9), seed=0, resamples=200)
+    assert "9 items are too few" in why
+    assert {pair.verdict for pair in found} == {"not tested"}
+    assert intervals_of(answered("a", [1, 0] * 4), seed=0, resamples=200) == {}
+    [*_, pair], why = differences(answered("b", [0] * 10), answered("a", [1] * 10), seed=0, resamples=200)
+    assert (why, pair.verdict) == ("", "worse")
+
+
+def test_a_verdict_of_a_share_is_by_the_exact_test():
+    """Of ten rows one differs: the draws are sure of it, the exact test says that a coin decides as much."""
+    found, _ = differences(answered("b", [1] * 9 + [0]), answered("a", [1] * 10), seed=0, resamples=200)
+    [pair] = [pair for pair in found if pair.metric == "accuracy"]
+    assert pair.mcnemar == 1.0
+    assert pair.verdict == "no difference seen"
+
+
+def test_a_figure_without_a_direction_has_no_verdict_and_no_gate():
+    one, other = (replace(m, task="harness") for m in (answered("b", WORSE), answered("a", RIGHT)))
+    for measured in (one, other):
+        measured.figures["mine/word_perplexity"] = measured.figures["loss"]
+    with pytest.raises(UsageError, match="rises or falls"):
+        check_gates(Gate(fail_under={"mine/word_perplexity": 0.1}), one, None)
+    told = replace(one, directions={"mine/word_perplexity": "lower"})
+    [gate] = check_gates(Gate(fail_under={"mine/word_perplexity": 0.1}), told, None)
+    assert not gate.held
+    [gate] = check_gates(Gate(max_drop="1%", against="a", metric="loss"), told, other)
+    assert not gate.held
+    assert {
+        name: direction_of(name) for name in ("chosen_loss", "macro_f1", "chosen", "best_f1_threshold")
+    } == {
+        "chosen_loss": "lower",
+        "macro_f1": "higher",
+        "chosen": None,
+        "best_f1_threshold": None,
+    }
+
+
+def test_what_was_not_measured_on_the_same_data_has_no_drop():
+    one, other = answered("b", WORSE), answered("a", RIGHT, data="e")
+    with pytest.raises(UsageError, match="same data"):
+        check_gates(Gate(max_drop="50%", against="a"), one, other)

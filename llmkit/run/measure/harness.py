@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmkit.errors import MissingError, UsageError
 from llmkit.evaluate.measurement import Items, Measurement
@@ -64,6 +64,7 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
         predictions=[_prediction(task, one) for task in samples for one in samples[task]],
         warnings=said[:_MOST_WARNINGS],
         files={"harness.json": _plain(results)},
+        directions=_directions(results, rows),
     )
 
 
@@ -101,6 +102,18 @@ def _model(subject: Subject, asked: Asked, settings: Harness) -> Any:
 def _name(row: Mapping[str, Any]) -> str:
     """`arc_easy/acc`, and the filter behind it where there is one."""
     return "/".join([row["task"], row["metric"], *([row["filter"]] if "filter" in row else [])])
+
+
+def _directions(
+    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Literal["higher", "lower"]]:
+    """Which way each figure is better, where the harness says so."""
+    found: dict[str, Literal["higher", "lower"]] = {}
+    for row in rows:
+        higher = results.get("higher_is_better", {}).get(row["task"], {}).get(row["metric"])
+        if isinstance(higher, bool):
+            found[_name(row)] = "higher" if higher else "lower"
+    return found
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmkit.evaluate.measurement import Figures, Items, Measurement
+from llmkit.evaluate.measurement import FEWEST, Figures, Items, Measurement
 from llmkit.metrics.inputs import Integers
 from llmkit.recipe.evaluation import Speed
 from llmkit.registry import EVALUATIONS, TASKS
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from llmkit.evaluate.speed import Contender, Timed
 
 _SIZES = ("memory_bytes", "num_parameters", "file_bytes")
-_ENOUGH_ROUNDS = 8
-"""Draws from fewer rounds would say of chance differences that they are none: a fair coin falls four times alike."""
 _Key = tuple[frozenset[tuple[str, str]], str, str]
 _waiting: list[tuple[_Key, Subject, Measurement]] = []
 """Models that were timed in turn with another, and were not asked for yet: each is handed out once."""
@@ -94,7 +92,7 @@ def _measurement(
 
     figures = figures_of(timed, latency, throughput)
     names = [f"round {place + 1}" for place in range(settings.rounds)]
-    items = Items(names, of_rounds) if settings.rounds >= _ENOUGH_ROUNDS else None
+    items = Items(names, of_rounds) if settings.rounds >= FEWEST else None
     others = [one for place, one in enumerate(all_timed) if place != number]
     tables = {"speed": [row_of(timed, cell) for cell in timed.rounds]}
     if others:

@@ -99,6 +99,8 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
         },
         settings={
             "objective": learned.objective,
+            "text": text.address,
+            "tokenizer": text.shards[0].manifest["tokenizer"],
             "context": context,
             "stride": section.stride,
             "windows": _said(context, section.stride),
