@@ -46,7 +46,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """`llmkit report`."""
-    from llmkit.report.side_by_side import write_side_by_side
+    from llmkit.report.side_by_side import check_page, write_side_by_side
     from llmkit.run.runs import find_run
     from llmkit.run.runs_diff import settings_of
 
@@ -60,6 +60,7 @@ def report(
     page = output or runs / f"{'-'.join(run.folder.name for run in found[:4])}.html"
     if page.suffix != ".html":
         raise UsageError(f"{page}: the page is an .html file", hint=f"-o {page.with_suffix('.html')}")
+    check_page(page)  # before the figures of all runs are put together
     made = write_side_by_side(
         page,
         [_facts(run) for run in found],

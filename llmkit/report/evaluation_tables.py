@@ -140,21 +140,23 @@ def references(report: Facts, lines: Facts) -> str:
 
 def noise(report: Facts, rows: Sequence[Facts]) -> str:
     """The figures under typing errors, their mean over the copies, and how far those are apart."""
-    names = list(dict.fromkeys(name for row in rows for name in inner(row, "metrics")))
+    # Their plain row has no seed, and the rows of mean and deviation have a word for it.
+    copies = [row for row in rows if is_number(row.get("seed"))]
+    names = list(dict.fromkeys(name for row in copies for name in inner(row, "metrics")))
     if not names:
         return ""
     plain = inner(report, "figures")
     best = [name for name in shown(report) if name in names][:6] or names[:6]
     cells = [["as they are", *(figure(name, inner(plain, name).get("value")) for name in best)]]
-    for typos in dict.fromkeys(row.get("typos") for row in rows):
-        alike = [inner(row, "metrics") for row in rows if row.get("typos") == typos]
+    for typos in dict.fromkeys(row.get("typos") for row in copies):
+        alike = [inner(row, "metrics") for row in copies if row.get("typos") == typos]
         cells.append([_share(typos), *(_spread(name, alike) for name in best)])
-    every = [{**{k: v for k, v in row.items() if k != "metrics"}, **inner(row, "metrics")} for row in rows]
+    every = [{**{k: v for k, v in row.items() if k != "metrics"}, **inner(row, "metrics")} for row in copies]
     head = ["characters wrong", *map(words, best)]
     return section(
         "With typing errors",
         table(head, cells, numeric=range(1, len(head))),
-        details(f"All {len(rows)} copies", records(every)),
+        details(f"All {len(copies)} copies", records(every)),
         lead="The mean over the copies, in brackets the least and the greatest.",
     )
 

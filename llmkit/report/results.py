@@ -3,9 +3,11 @@
 **Source**: the Hub's model card metadata, `model-index`: results of a task, a data set and metrics.
 """
 
+import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,26 +47,41 @@ _NOT_CARDS = ("speed",)
 def result_of(report: Facts) -> dict[str, Any] | None:
     """What a report says of a model, as an entry of `model-index`; None where it says nothing.
 
+    Nothing for a card are figures of some rows only, and figures of what was held out that were measured in another way
+    than training measures them: a card has one lot of these.
+
     Args:
-        report: Of training or of an evaluation: `task`, `final`, and of an evaluation `figures`, `data_address`;
-            `dataset` (its `name`, `type`) and `pipeline` (what a model without a task is for) where they are known.
+        report: Of training or of an evaluation: `task`, `final`, and of an evaluation `figures`, `data_address`,
+            `settings`, `plain` (it was asked as training asks), `sampled` (of some rows only); `dataset` (its `name`,
+            `type`) and `pipeline` (what a model without a task is for) where they are known.
     """
     task = str(report.get("task") or "")
     kind = _TYPES.get(task) or str(report.get("pipeline") or "text-generation")
     figures = _figures(report)
-    if task in _NOT_CARDS or not figures:
+    address = str(report.get("data_address") or "")
+    held_out = not address or inner(report, "settings").get("held_out", False)
+    if task in _NOT_CARDS or not figures or report.get("sampled") or not _may_stand(report, bool(held_out)):
         return None
     given = inner(report, "dataset")
-    held_out = not report.get("data_address") or inner(report, "settings").get("held_out", False)
     what = "held-out rows" if report.get("task") not in ("", None, "text") else "held-out text"
     name = str(given.get("name") or (f"{what} of the training data" if held_out else "other data"))
-    address = str(report.get("data_address") or "")
     dataset = {"name": name, "type": str(given.get("type") or _slug(name))}
-    dataset |= {"split": "held-out"} if held_out else {}
+    dataset |= {"split": "held-out"} if held_out else {"config": _manner(report)}
     dataset |= {"revision": address} if address else {}
     measured = inner(report, "figures")
     metrics = [_metric(name, value, inner(measured, name)) for name, value in figures.items()]
     return {"task": {"type": kind, "name": task or "text"}, "dataset": dataset, "metrics": metrics}
+
+
+def _may_stand(report: Facts, held_out: bool) -> bool:
+    """Whether figures of held-out rows compare with those of training; those of other data stand for themselves."""
+    return not held_out or not report.get("data_address") or bool(report.get("plain"))
+
+
+def _manner(report: Facts) -> str:
+    """How it was measured: equal for equal settings. `config` is among what the Hub tells entries apart by."""
+    settings = json.dumps(inner(report, "settings"), sort_keys=True, default=str)
+    return f"settings-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
 def _metric(name: str, value: float, found: Facts) -> dict[str, Any]:
@@ -149,12 +166,13 @@ def _what(result: Facts) -> tuple[object, ...]:
     dataset, task = result["dataset"], result["task"]
     if dataset.get("split") == "held-out":
         return task.get("name"), "held-out"
-    return task["type"], task.get("name"), dataset["type"], dataset.get("revision")
+    return task["type"], task.get("name"), dataset["type"], dataset.get("revision"), dataset.get("config")
 
 
 def _with_table(body: str, results: Sequence[Facts]) -> str:
     """The card's text with a table of what was measured since the model was exported, in the place of an older one."""
     lines = ["| task | data | figure | value |", "| --- | --- | --- | --- |"]
+    often = Counter(map(_called, results))
     for result in results:
         if not result["dataset"].get("revision"):
             continue  # what training measured stands in the card already
@@ -162,7 +180,10 @@ def _with_table(body: str, results: Sequence[Facts]) -> str:
             low, high = inner(metric, "args").get("interval_95") or (None, None)
             ends = interval({"low": low, "high": high})
             value = format_number(metric["value"]) + (f" (95%: {ends})" if ends else "")
-            cells = (result["task"].get("name") or "", result["dataset"]["name"], metric["name"], value)
+            task, data = _called(result)
+            if often[task, data] > 1 and result["dataset"].get("config"):
+                data = f"{data} ({result['dataset']['config']})"
+            cells = (task, data, metric["name"], value)
             lines.append(f"| {' | '.join(_plain(cell) for cell in cells)} |")
     table = "\n".join(["## Measured with llmkit eval", "", *lines])
     shown_table = f"\n\n{_BEGIN}\n{table}\n{_END}"
@@ -171,6 +192,10 @@ def _with_table(body: str, results: Sequence[Facts]) -> str:
     place = body.find("\n## Limits")
     at = len(body.rstrip()) if place < 0 else place
     return f"{body[:at].rstrip()}{shown_table}\n{body[at:] if place >= 0 else ''}"
+
+
+def _called(result: Facts) -> tuple[str, str]:
+    return str(result["task"].get("name") or ""), str(result["dataset"]["name"])
 
 
 def _plain(text: str) -> str:

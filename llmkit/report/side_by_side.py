@@ -4,12 +4,14 @@
 stages, and what only some of them have is left open for the others.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from llmkit.durable import write_file, write_json
+from llmkit.errors import UsageError
 from llmkit.registry import FIGURES, lower_is_better
 from llmkit.report.environment import mask_command, mask_text
 from llmkit.report.evaluation_tables import interval
@@ -26,6 +28,7 @@ from llmkit.report.page import Facts, Html, details, headed, inner, objects, sec
 from llmkit.report.svg import Point, Series, chart, escape, smooth
 
 SCHEMA = 1
+_KIND = "side by side"
 _COLORS = 6
 _MOST_CURVES = 6
 _MOST_DOTS = 60
@@ -47,12 +50,16 @@ def write_side_by_side(
 
     Returns:
         What the JSON holds.
+
+    Raises:
+        UsageError: The JSON file would take the place of another one; nothing was written.
     """
+    check_page(page)
     made = jsonable(
         {
             "schema": SCHEMA,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "kind": "side by side",
+            "kind": _KIND,
             "command": " ".join(mask_command(command.split(" "))),
             "runs": [{**run, "stages": list(map(_without_report, run["stages"]))} for run in runs],
             "figures": figures(runs),
@@ -63,6 +70,28 @@ def write_side_by_side(
     write_json(page.with_suffix(".json"), made)
     write_file(page, render(made, runs).encode("utf-8", "replace"))
     return made
+
+
+def check_page(page: Path) -> None:
+    """Refuse a page whose JSON file would take the place of one that is something else, such as a run's own report.
+
+    Raises:
+        UsageError: It would.
+    """
+    numbers = page.with_suffix(".json")
+    if numbers.exists() and not _is_ours(numbers):
+        raise UsageError(
+            f"{page}: its numbers go to {numbers}, and that file is no report of runs side by side",
+            hint=f"give the page another name: -o {page.with_stem(f'{page.stem}-side-by-side')}",
+        )
+
+
+def _is_ours(numbers: Path) -> bool:
+    try:
+        found = json.loads(numbers.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, Mapping) and found.get("kind") == _KIND
 
 
 def _without_report(stage: Facts) -> dict[str, Any]:

@@ -303,6 +303,8 @@ def _facts(one: _Judged, about: Loaded | None, options: Options, section: Eval) 
         "data_address": measured.data,
         "best": measured.best,
         "plain": _is_plain(section),
+        "sampled": section.rows is not None
+        or (section.harness is not None and section.harness.limit is not None),
         "final": {f"eval/{name}": value for name, value in plain.items()},
         "figures": figures,
         "tables": dict(measured.tables),
@@ -348,7 +350,7 @@ def _folder(one: _Judged, about: Loaded | None, options: Options, section: Eval)
 
 
 def _is_plain(section: Eval) -> bool:
-    """Whether a model is asked as its run asked it, or on fewer rows."""
+    """Whether a model is asked as its run asked it, on all rows."""
     asked, plain = section.model_dump(), Eval().model_dump()
     return all(asked[name] == plain[name] for name in asked if name not in _SAME_FOLDER)
 
@@ -436,18 +438,17 @@ def _padded(row: Sequence[str], width: int) -> tuple[str, ...]:
 
 def _noise_rows(measured: Measurement, names: Sequence[str]) -> list[tuple[str, str, str]]:
     """What is left of each figure on damaged text, and how far the copies lie apart."""
-    rows = {row["seed"]: row for row in measured.tables.get("noise", ()) if isinstance(row["seed"], str)}
-    mean, spread = (rows.get(name, {}).get("metrics", {}) for name in ("mean", "deviation"))
-    typos = f"{rows['mean']['typos']:.0%} typos" if "mean" in rows else ""
-    return [
-        (
-            f"{name}, {typos}",
-            _number(name, mean[name]),
-            f"copies differ by {format_value(name, spread.get(name, 0.0))}",
-        )
-        for name in names
-        if name in mean
-    ]
+    copies = [row for row in measured.tables.get("noise", ()) if isinstance(row["seed"], int)]
+    if not copies:
+        return []
+    typos = f"{copies[0]['typos']:.0%} typos"
+    found = []
+    for name in names:
+        values = [row["metrics"][name] for row in copies if name in row["metrics"]]
+        if values:
+            apart = f"copies differ by {format_value(name, stdev(values))}" if len(values) > 1 else "one copy"
+            found.append((f"{name}, {typos}", _number(name, mean(values)), apart))
+    return found
 
 
 def _ratio_rows(found: Sequence[_Judged]) -> list[tuple[str, str, str]]:

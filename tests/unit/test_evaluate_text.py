@@ -169,6 +169,51 @@ def test_the_held_out_text_of_the_first_is_put_to_the_second(folder, run, other)
     assert bytes_of[0] == pytest.approx(bytes_of[1], rel=0.01)
 
 
+def learned(result):
+    """What is said of text that a model may have learned from."""
+    return [[text for text in one["warnings"] if "learn" in text] for one in result.summary["results"]]
+
+
+def held_out(run):
+    card = json.loads((run / "data.json").read_text())
+    return card["sources"][0]["num_held_out_documents"]
+
+
+def test_text_that_the_second_run_did_not_hold_out_is_told(folder, run, other):
+    quick = {"pretrain__train__length": "1 steps", "pretrain__eval__every": "never"}
+    less = pretrain(folder, "less", pretrain__held_out=0.03, **quick)
+    number, kept = held_out(run), held_out(less)
+    assert 0 < kept < number
+    [own, said] = learned(measured(folder, ["tiny", "less"], reference=[]))
+    assert own == []
+    assert [text.partition(":")[0] for text in said] == [
+        f"{number - kept:,} of the {number:,} documents are among those that this model's run learns from"
+    ]
+    # What the one with less held out, the one with more did, too; equal shares are equal documents.
+    assert learned(measured(folder, ["less", "tiny"], reference=[])) == [[], []]
+    assert learned(measured(folder, ["tiny", "letters"], reference=[])) == [[], []]
+    corpus = {"name": "text", "files": str(folder / "corpus"), "documents": "paragraph"}
+    pretrain(folder, "paragraphs", pretrain__data=corpus, **quick)
+    [own, said] = learned(measured(folder, ["tiny", "paragraphs"], reference=[]))
+    assert (own, len(said)) == ([], 1)
+    assert "from other texts: this one may have learned" in said[0]
+
+
+def test_fewer_rows_or_another_context_do_not_change_the_card(folder, run):
+    """As they are named, so is what the report says of how it was asked."""
+    card = run / "model" / "README.md"
+    plain = evaluate("tiny", None, options(folder), make_reporter(quiet=True))
+    before = card.read_bytes()
+    for section, sampled in (({"context": 16}, False), ({"rows": 2}, True)):
+        report = report_of(measured(folder, "tiny", **section).folder)
+        assert (report["plain"], report["sampled"]) == (False, sampled)
+        assert card.read_bytes() == before
+    measured(folder, "tiny", rows=2, data=all_text(folder))
+    assert card.read_bytes() == before
+    report = report_of(plain.folder)
+    assert (report["plain"], report["sampled"]) == (True, False)
+
+
 def test_two_processes_find_exactly_what_one_does(folder, run):
     """Eleven windows in batches of eight: the last batch does not divide."""
     words = [sys.executable, "-m", "llmkit", "eval", "tiny", "--runs", str(folder / "runs"), "--json"]

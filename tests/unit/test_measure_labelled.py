@@ -203,6 +203,18 @@ def test_rows_of_their_own_columns_are_measured(runs, place):
     assert found.warnings[0].startswith("every row was said to be ")
 
 
+def test_rows_that_the_reader_skips_are_told(runs, place):
+    data = reviews(place, ["a red cat,red", "a cat", "a blue dog,blue", ",red"], "broken.csv")
+    found = of(runs("cls"), place, data={"files": data, "on_error": "skip"})
+    assert len(found.predictions) == 2
+    [said] = [text for text in found.warnings if "skipped" in text]
+    assert said.startswith("2 rows were skipped, beside 2 rows that were read: ")
+    assert said.endswith("broken.csv:3")
+    whole = reviews(place, ["a red cat,red", "a blue dog,blue"], "whole.csv")
+    found = of(runs("cls"), place, data={"files": whole, "on_error": "skip"})
+    assert not any("skipped" in text for text in found.warnings)
+
+
 def test_nothing_was_held_out(place):
     folder = tuning.finetune(
         place,

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from llmkit.cli import main
 from llmkit.durable import RunLock, calls, replace_in_folder, verify_folder, write_folder
+from llmkit.errors import UsageError
 from llmkit.report.card import write_model_card
 from llmkit.report.confusion import confusion
 from llmkit.report.evaluation import verdict
@@ -33,6 +35,7 @@ def facts(**more: Any) -> dict[str, Any]:
         "best": "accuracy",
         "model": {"folder": EVIL},
         "data_address": "abc123",
+        "plain": True,
         "final": {f"eval/{name}": value for name, (value, _, _) in values.items()},
         "figures": {name: {"value": v, "low": low, "high": high} for name, (v, low, high) in values.items()}
         | {"num_rows": {"value": 7}},
@@ -129,6 +132,21 @@ def test_the_page_says_what_a_reader_looks_for(tmp_path: Path) -> None:
     # The figure that tells a better model comes first.
     assert re.findall(r'class="what">([^<]+)<', page)[:2] == ["accuracy", "loss"]
     assert "rows" not in re.findall(r'class="what">([^<]+)<', page)
+
+
+def test_only_copies_are_in_the_mean_over_the_copies(tmp_path: Path) -> None:
+    """As `llmkit eval` leaves the table: the plain rows first, mean and deviation last."""
+    values = {None: 0.95, 0: 0.8, 1: 0.7, 2: 0.9, "mean": 0.8, "deviation": 0.1}
+    rows = [
+        {"typos": 0.0 if seed is None else 0.05, "seed": seed, "metrics": {"accuracy": value}}
+        for seed, value in values.items()
+    ]
+    page = page_of(tmp_path, tables={"noise": rows})
+    told = page[page.index("With typing errors") :]
+    lines = [re.findall(r"<td[^>]*>([^<]*)</td>", line) for line in re.findall(r"<tr>(.*?)</tr>", told)]
+    assert lines[1:3] == [["as they are", "0.91"], ["5%", "0.8 (0.7 to 0.9)"]]
+    assert "All 3 copies" in told
+    assert page_of(tmp_path, tables={"noise": rows[:1]}).count("With typing errors") == 0
 
 
 def test_the_texts_of_the_user_are_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:
@@ -286,6 +304,29 @@ def test_the_command_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "'two'" in capsys.readouterr().err
 
 
+def test_a_page_takes_the_place_of_no_other_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    for name in ("one", "two"):
+        write_report(runs / name / "eval", facts(name=name, final={"eval/accuracy": 0.5}))
+    place = runs / "one" / "eval"
+    before = [(place / name).read_bytes() for name in ("report.json", "report.html")]
+    words = ["report", "one", "two", "--runs", str(runs), "-o"]
+    assert main([*words, str(place / "report.html")]) == 2
+    said = capsys.readouterr().err
+    assert "report.json" in said
+    assert "report-side-by-side.html" in said
+    assert [(place / name).read_bytes() for name in ("report.json", "report.html")] == before
+    with pytest.raises(UsageError):
+        write_side_by_side(place / "report.html", [run("a", 0.5), run("b", 0.7)], [])
+    (tmp_path / "p.json").write_text("{")
+    assert main([*words, str(tmp_path / "p.html")]) == 2, "no report at all"
+    assert not (tmp_path / "p.html").exists()
+    for _ in range(2):  # its own is written anew
+        assert main([*words, str(tmp_path / "q.html")]) == 0
+
+
 # --- the card
 
 
@@ -353,6 +394,31 @@ def test_held_out_rows_measured_again_take_the_place_of_what_training_measured(t
     place = exported(tmp_path)
     assert update_card(place, facts()) == ""
     assert [one.metric_value for one in results_of(place) if one.metric_type == "accuracy"] == [0.91]
+
+
+def test_held_out_rows_asked_otherwise_leave_what_training_measured(tmp_path: Path) -> None:
+    place = exported(tmp_path)
+    text = (place / "README.md").read_text()
+    assert update_card(place, facts(plain=False)) == ""
+    other = facts(settings={}, dataset={"name": "new", "type": "new.csv"}, plain=False)
+    assert update_card(place, {**other, "sampled": True}) == ""
+    assert (place / "README.md").read_text() == text
+
+
+def test_other_data_measured_in_two_ways_are_two_entries(tmp_path: Path) -> None:
+    place = exported(tmp_path)
+    for context, value in ((32, 0.5), (16, 0.25), (16, 0.3)):
+        more = {"dataset": {"name": "new", "type": "new.csv"}, "figures": {"accuracy": {"value": value}}}
+        assert update_card(place, facts(settings={"context": context}, plain=False, **more)) == ""
+    found = [one for one in results_of(place) if one.dataset_name == "new"]
+    assert [one.metric_value for one in found] == [0.5, 0.3]
+    configs = [one.dataset_config for one in found]
+    assert len(set(configs)) == 2
+    card = (place / "README.md").read_text()
+    assert [f"| new ({config}) |" in card for config in configs] == [True, True]
+    # The Hub's own code does not make one of them.
+    index = eval_results_to_model_index("x", results_of(place))
+    assert [one["dataset"].get("config") for one in index[0]["results"]] == [None, *configs]
 
 
 def test_cards_of_others_stay_as_they_are(tmp_path: Path) -> None:

@@ -140,3 +140,16 @@ def test_what_was_not_measured_on_the_same_data_has_no_drop():
     one, other = answered("b", WORSE), answered("a", RIGHT, data="e")
     with pytest.raises(UsageError, match="same data"):
         check_gates(Gate(max_drop="50%", against="a"), one, other)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_figures_on_damaged_text_are_shown_however_many_copies_there_are(seeds):
+    from llmkit.run.evaluate import _noise_rows
+
+    rows = [{"typos": 0.0, "seed": None, "metrics": {"accuracy": 0.9}}]
+    rows += [{"typos": 0.1, "seed": seed, "metrics": {"accuracy": 0.5 + 0.2 * seed}} for seed in range(seeds)]
+    measured = replace(answered("a", [1, 0]), tables={"noise": rows})
+    [row] = _noise_rows(measured, ["accuracy"])
+    assert row[0] == "accuracy, 10% typos"
+    assert float(row[1]) == pytest.approx(0.5 if seeds == 1 else 0.6)
+    assert row[2].startswith("one copy" if seeds == 1 else "copies differ by 0.14")

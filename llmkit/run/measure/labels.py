@@ -17,7 +17,7 @@ from llmkit.run.tasks import TaskRun
 
 if TYPE_CHECKING:
     from llmkit.data.records import Found
-    from llmkit.data.samples import LabelledRow, RowStore
+    from llmkit.data.samples import LabelledRow, RowStore, Samples
     from llmkit.objectives.base import LossModule, Objective
 
 _MOST_NAMED = 10
@@ -108,7 +108,18 @@ def _shared(run: TaskRun) -> list[str]:
     return [f"{count:,} held-out rows are also among those that the model learned from"] if count else []
 
 
-def _samples(run: TaskRun, runs: Path) -> "tuple[RowStore, str]":
+def train_rows(run: TaskRun, runs: Path) -> "RowStore":
+    """The rows that a run learned from.
+
+    Raises:
+        MissingError: They are gone.
+    """
+    from llmkit.data.samples import Samples
+
+    return Samples(_samples(run, runs)[0].folder, "train")
+
+
+def _samples(run: TaskRun, runs: Path) -> "tuple[Samples, str]":
     from llmkit.data.samples import Samples
 
     address = str(run.facts["address"])
@@ -173,10 +184,26 @@ def _read(run: TaskRun, data: Labelled, asked: Asked, core: "LossModule") -> Row
         raise DataError("no row is left to measure on", hint="look at what was left out")
     left = made.num_unusable + made.num_dropped
     warnings = [f"{left:,} of {len(found.rows):,} rows cannot be used and were left out"] if left else []
+    warnings += _skipped(found)
     address = hashlib.sha256(
         json.dumps([task, fingerprint(data, asked.base, cache=cache)]).encode()
     ).hexdigest()[:32]
     return Rows(task, store, found.rows, address, False, run.section.too_long, warnings=warnings)
+
+
+def _skipped(found: "Found") -> list[str]:
+    """What the reader left out under `on_error: skip`, which is not among the rows."""
+    tally = found.skipped
+    if not tally.num_skipped:
+        return []
+    reasons = [
+        f"{reason} ({count:,})" for reason, count in {**tally.skipped_rows, **tally.skipped_files}.items()
+    ]
+    what = "rows" if not tally.skipped_files else "rows and files"
+    return [
+        f"{tally.num_skipped:,} {what} were skipped, beside {len(found.rows):,} rows that were read: "
+        f"{', '.join(reasons)}; the first: {tally.examples[0].where}"
+    ]
 
 
 def read(task: str, data: Labelled, asked: Asked) -> "Found":

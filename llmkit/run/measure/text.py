@@ -66,7 +66,7 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
 
     section, tokenizer = asked.section, load_tokenizer(str(subject.place))
     text = text_of(subject, asked, tokenizer)
-    core, learned = _core(subject, asked, tokenizer)
+    core, learned = text_core(subject, asked, tokenizer)
     streams = text.streams()
     found = measure_streams(
         core,
@@ -108,18 +108,17 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
             "held_out": section.data is None and asked.held_out_by in (None, subject),
         },
         files={"data.json": data_card(text.shards)},
-        warnings=_warnings(section.rows, text, tokenizer),
+        warnings=[*_learned_from(subject, asked, text), *_warnings(section.rows, text, tokenizer)],
     )
 
 
-def _core(subject: Subject, asked: Asked, tokenizer: Any) -> "tuple[LossModule, Pretrain]":
+def text_core(subject: Subject, asked: Asked, tokenizer: Any) -> "tuple[LossModule, Pretrain]":
     """The model, ready to be measured, and what it learned."""
     from llmkit.evaluate.model import core_of, load_model
-    from llmkit.models.build import kind_of, max_length
+    from llmkit.models.build import max_length
 
     model = load_model(subject.place, trusted=subject.trust_remote_code)
-    trained, longest = subject.trained.recipe.pretrain if subject.trained else None, max_length(model.config)
-    learned = trained or _learned_by(kind_of(str(subject.place)), longest)
+    learned, longest = learned_by(subject), max_length(model.config)
     _check_windows(asked.section.context or learned.model.context, asked.section.stride, learned, longest)
     bf16 = subject.precision == "bf16"
     core = core_of(model, learned, tokenizer, device=asked.device, folder=subject.place, bf16=bf16)
@@ -145,12 +144,21 @@ def _check_windows(context: int, stride: int | None, learned: Pretrain, longest:
         )
 
 
-def _learned_by(kind: ModelKind, longest: int | None) -> Pretrain:
-    """What a model that comes without a recipe is measured by: what models of its kind learn first.
+def learned_by(subject: Subject) -> Pretrain:
+    """What a model learned from text; one that comes without a recipe, what models of its kind learn first.
 
     Raises:
         UsageError: Nothing is known to measure such a model by.
     """
+    from transformers import AutoConfig
+
+    from llmkit.models.build import kind_of, max_length
+
+    if subject.trained is not None and subject.trained.recipe.pretrain is not None:
+        return subject.trained.recipe.pretrain
+    place = str(subject.place)
+    kind = kind_of(place)
+    longest = max_length(AutoConfig.from_pretrained(place, trust_remote_code=subject.trust_remote_code))
     objective = _FIRST.get(kind)
     if objective is None:
         raise UsageError(
@@ -257,6 +265,38 @@ def _address(text: Text, asked: Asked, counted: "Counted | None", learned: Pretr
     parts = [text.address, text.shards[0].manifest["tokenizer"], asked.section.rows, context]
     parts += [asked.section.stride, learned.objective]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _learned_from(subject: Subject, asked: Asked, text: Text) -> list[str]:
+    """Whether a model may have learned from the text that another's run held out.
+
+    A document is held out where the hash of its text is below the run's threshold: of the same texts a run with the
+    lower threshold learned from what lies between the two.
+    """
+    holder = asked.held_out_by
+    if asked.section.data is not None or holder in (None, subject):
+        return []
+    own = {shard.manifest["texts"]: shard for shard in shards_of_run(subject, asked.options.runs)}
+    if not own:
+        return []  # nothing is known of what it learned from
+    num, total, unknown = 0, 0, False
+    for shard in text.shards:
+        held = shard.counts("held_out").documents
+        same = own.get(shard.manifest["texts"])
+        total, unknown = total + held, unknown or same is None
+        if same is not None and same.manifest["held_out_below"] < shard.manifest["held_out_below"]:
+            num += held - same.counts("held_out").documents
+    found = []
+    if num:
+        found.append(
+            f"{num:,} of the {total:,} documents are among those that this model's run learns from: it held out fewer "
+            "of the same text"
+        )
+    if unknown:
+        found.append(
+            "text was held out by another run from other texts: this one may have learned from some of it"
+        )
+    return found
 
 
 def _said(context: int, stride: int | None) -> str:
