@@ -6,11 +6,14 @@ from typing import Any
 
 from llmkit.recipe.block import Block
 from llmkit.recipe.emit import Expression, to_yaml
+from llmkit.recipe.finetune_checks import ROWS_ONLY, TEXT_DATA
+from llmkit.recipe.labelled import Labelled
 from llmkit.recipe.load import Loaded, leaves
 from llmkit.recipe.objectives import other_sections
 from llmkit.recipe.schema import Finetune, Pretrain
 from llmkit.recipe.tasks import other_task_sections
 from llmkit.recipe.units import Amount
+from llmkit.registry import TASKS
 
 _HEAD = """\
 # Written by llmkit: the whole recipe with its defaults; what was `auto` says why it is what it is.
@@ -106,13 +109,15 @@ def _written(
     if isinstance(block, Pretrain):
         idle = other_sections(block.objective)
     elif isinstance(block, Finetune):
-        idle = other_task_sections(block.task)
+        idle = (*other_task_sections(block.task), *(() if block.task in TASKS else ROWS_ONLY))
     for name, info in type(block).model_fields.items():
         if name in idle:
             continue
         key, value = prefix + name, getattr(block, name)
         if isinstance(value, Block):
             tree[name] = _written(value, key + ".", expressions, chosen)
+            if isinstance(value, Labelled) and isinstance(block, Finetune) and block.task not in TASKS:
+                tree[name] = {one: said for one, said in tree[name].items() if one in TEXT_DATA}
         elif isinstance(value, list) and value and isinstance(value[0], Block):
             items = enumerate(value)
             tree[name] = [_written(item, f"{key}.{i}.", expressions, chosen) for i, item in items]

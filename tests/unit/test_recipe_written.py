@@ -21,6 +21,7 @@ from llmkit.recipe import (
 from llmkit.recipe.emit import to_yaml
 from llmkit.recipe.positions import Text
 from llmkit.recipe.reading import read_yaml
+from llmkit.recipe.resolved import without_secrets
 
 FULL = """\
 llmkit: 1
@@ -44,6 +45,19 @@ eval: {}
 def load(tmp_path: Path, text: str, **env: str) -> Loaded:
     (tmp_path / "r.yaml").write_text(text)
     return load_recipe(tmp_path / "r.yaml", env=env)
+
+
+def test_going_on_with_pre_training_loads_back_too(tmp_path: Path) -> None:
+    """What only rows with labels have is not written: the loader would refuse it."""
+    text = """\
+llmkit: 1
+tokenize: {data: {files: a.txt}}
+pretrain: {train: {length: 5 steps}}
+finetune: {task: clm, data: {files: b.txt, on_error: skip}, train: {length: 3 steps}}
+"""
+    loaded = load(tmp_path, text)
+    assert load(tmp_path, resolved_yaml(loaded)).recipe == loaded.recipe
+    assert load_recipe(without_secrets(loaded)).recipe == loaded.recipe
 
 
 def test_resolved_yaml_loads_back_to_an_equal_recipe(tmp_path: Path) -> None:
