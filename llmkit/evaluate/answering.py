@@ -30,7 +30,7 @@ from transformers import (
 
 from llmkit.data.chat import Template
 from llmkit.errors import DataError, UsageError
-from llmkit.evaluate.generate import generate
+from llmkit.evaluate.generate import Continuation, encode, generate, room_of
 from llmkit.evaluate.prompts import Prompt
 from llmkit.recipe.evaluation import Generation
 from llmkit.recipe.schema import Sampling
@@ -50,12 +50,14 @@ class Written:
         num_tokens: Its tokens, the end token included.
         finished: Whether it ended by itself or at a text that ends it, rather than at the limit.
         cut: Tokens of the prompt's beginning that did not fit.
+        room: Tokens that it may have at most: as asked, or fewer, where the model's length leaves fewer.
     """
 
     text: str
     num_tokens: int
     finished: bool
     cut: int
+    room: int
 
 
 def inputs_of(tokenizer: Any, prompts: Sequence[Prompt], *, chat: bool) -> list[str]:
@@ -68,7 +70,7 @@ def inputs_of(tokenizer: Any, prompts: Sequence[Prompt], *, chat: bool) -> list[
 
     Raises:
         UsageError: There is a conversation and no template.
-        DataError: A text spells a special token, or the template refuses a conversation.
+        DataError: A text spells a special token, or the template refuses a conversation or leaves out its tools.
     """
     if not chat and not any(prompt.messages for prompt in prompts):
         return [prompt.text for prompt in prompts]
@@ -86,15 +88,22 @@ def _rendered(template: Template, prompt: Prompt) -> str:
             f"{prompt.place}: the text spells the special token {spelled[1]!r}, which would be taken for the real one",
             hint="take it out of the row",
         )
-    return template.render(messages, prompt=True)
+    text = template.render(messages, prompt.tools, prompt=True)
+    if prompt.tools and text == template.render(messages, prompt=True):
+        raise DataError(
+            f"{prompt.place}: the model's chat template leaves out the tools",
+            hint="measure a model whose template writes them, or take `tools` out of the rows",
+        )
+    return text
 
 
 def _joined(prompt: Prompt, tokenizer: Any) -> str:
     """A question as a model reads it that learned prompt and answer with nothing between."""
-    if [turn["role"] for turn in prompt.messages] not in ([], ["user"]):
+    if [turn["role"] for turn in prompt.messages] not in ([], ["user"]) or prompt.tools:
+        what = "with tools" if prompt.tools else "of several turns"
         raise UsageError(
-            f"{prompt.place} is a conversation of several turns, and tokenizer {tokenizer.name_or_path!r} has no chat "
-            "template to write it with",
+            f"{prompt.place} is a conversation {what}, and tokenizer {tokenizer.name_or_path!r} has no chat template "
+            "to write it with",
             hint="measure a model with a chat template, or give rows of `prompt, references`",
         )
     return prompt.text
@@ -131,31 +140,35 @@ def write_all(
             hint="eval.generation.temperature=0, or eval.generation.beams=1",
         )
     sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=0)
-    lengths = [len(tokenizer(text, verbose=False)["input_ids"]) for text in texts]
+    lengths = [len(ids) for ids in encode(model, tokenizer, texts)]
+    rooms = [room_of(model, length, settings.max_new_tokens) for length in lengths]
     found: dict[int, Written] = {}
-    for rows in _batches(lengths, settings):
+    for rows in _batches(lengths, rooms, settings):
         some = [texts[row] for row in rows]
         more = _decoding(settings, tokenizer, [_seed(seed, keys[row]) for row in rows])
         made = generate(model, tokenizer, some, sampling, seed=seed, batch_size=len(rows), more=more)
         for row, one in zip(rows, made, strict=True):
-            found[row] = _ended(one, settings.stop, tokenizer)
+            found[row] = _ended(one, settings.stop, tokenizer, rooms[row])
         if told is not None:
             told(len(rows))
     return [found[row] for row in range(len(texts))]
 
 
-def _batches(lengths: Sequence[int], settings: Generation) -> list[list[int]]:
-    """Rows of about one length together, the longest first, so that what does not fit in memory fails at once."""
+def _batches(lengths: Sequence[int], rooms: Sequence[int], settings: Generation) -> list[list[int]]:
+    """Rows of about one length together, the longest first, so that what does not fit in memory fails at once.
+
+    Those of a batch have the same room: what draws and what stops is of one batch, which `generate` then leaves whole.
+    """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
-    room = 0
+    left = 0
     for row in order:
-        if room == 0:
+        if left == 0 or rooms[row] != rooms[batches[-1][-1]]:
             width = (lengths[row] + settings.max_new_tokens) * settings.beams
-            room = max(1, min(_MOST_ROWS, _TOKENS_AT_ONCE // width))
+            left = max(1, min(_MOST_ROWS, _TOKENS_AT_ONCE // width))
             batches.append([])
         batches[-1].append(row)
-        room -= 1
+        left -= 1
     return batches
 
 
@@ -216,10 +229,10 @@ class _Stopped(StoppingCriteria):
         return answer
 
 
-def _ended(one: Any, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Written:
+def _ended(one: Continuation, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: int) -> Written:
     places = [place for mark in stop if (place := one.text.find(mark)) >= 0]
     if not places:
-        return Written(one.text.strip(), one.num_tokens, one.finished, one.prompt_cut)
+        return Written(one.text.strip(), one.num_tokens, one.finished, one.prompt_cut, room)
     text = one.text[: min(places)]
     num_tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return Written(text.strip(), num_tokens, finished=True, cut=one.prompt_cut)
+    return Written(text.strip(), num_tokens, finished=True, cut=one.prompt_cut, room=room)

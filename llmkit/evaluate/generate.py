@@ -45,6 +45,9 @@ def generate(
 ) -> list[Continuation]:
     """Continue each prompt, `batch_size` at a time.
 
+    Prompts that leave less room in the model's length than is asked for are computed apart: else the longest of a batch
+    would decide how much all others may write.
+
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer, with an end token and a padding token.
@@ -52,15 +55,64 @@ def generate(
         sampling: How to draw.
         seed: The draw is a function of this, the prompts and the batch size.
         batch_size: Prompts computed together.
-        more: Further arguments of transformers' `generate`; they stand above `sampling`.
+        more: Further arguments of transformers' `generate`; they stand above `sampling`. What is of rows in them, such
+            as a state, is of one batch: then all prompts must have the same room.
     """
     torch.manual_seed(seed)
-    results: list[Continuation] = []
+    encoded = encode(model, tokenizer, prompts)
+    rooms = [room_of(model, len(ids), sampling.max_new_tokens) for ids in encoded]
+    write = _answer_batch if model.config.is_encoder_decoder else _generate_batch
+    found: dict[int, Continuation] = {}
     with _ready_to_generate(model):
-        for start in range(0, len(prompts), batch_size):
-            some = prompts[start : start + batch_size]
-            results += _generate_batch(model, tokenizer, some, sampling, more or {})
-    return results
+        for rows in _batches(rooms, batch_size):
+            some, ids = [prompts[row] for row in rows], [encoded[row] for row in rows]
+            made = write(model, tokenizer, some, ids, rooms[rows[0]], {**_draw(sampling), **(more or {})})
+            found |= dict(zip(rows, made, strict=True))
+    return [found[row] for row in range(len(prompts))]
+
+
+def encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> list[list[int]]:
+    """The ids that a model is given for each prompt, before any are cut.
+
+    Args:
+        model: A causal or an encoder-decoder model.
+        tokenizer: Its tokenizer.
+        prompts: Texts to go on from, or to read.
+    """
+    if model.config.is_encoder_decoder:
+        prefix = getattr(model.config, "prefix", None) or ""  # that of fine-tuning
+        return [_ended(tokenizer(prefix + p, verbose=False)["input_ids"], tokenizer) for p in prompts]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"] or [start] for p in prompts]
+
+
+def room_of(model: PreTrainedModel, length: int, max_new_tokens: int) -> int:
+    """Tokens that a model can write to a prompt: those asked for, or what the prompt leaves of the model's length.
+
+    Args:
+        model: A causal or an encoder-decoder model.
+        length: Tokens of the prompt, before any are cut.
+        max_new_tokens: Tokens asked for.
+    """
+    limit = _limit(model)
+    if model.config.is_encoder_decoder:
+        return min(max_new_tokens, limit - 1)
+    # The prompt goes before what is to come: only one that would leave under a quarter of the length is cut.
+    least = min(max_new_tokens, max(1, limit // 4))
+    return min(max_new_tokens, max(least, limit - length))
+
+
+def _limit(model: PreTrainedModel) -> int:
+    return max_length(model.config) or 1 << 30
+
+
+def _batches(rooms: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Rows with the same room together, in their order."""
+    for room in dict.fromkeys(rooms):
+        rows = [row for row, own in enumerate(rooms) if own == room]
+        yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
 
 
 @contextmanager
@@ -83,30 +135,25 @@ def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    sampling: Sampling,
+    encoded: Sequence[list[int]],
+    room: int,
     more: Mapping[str, Any],
 ) -> list[Continuation]:
-    if model.config.is_encoder_decoder:
-        return _answer_batch(model, tokenizer, prompts, sampling, more)
-    limit = max_length(model.config) or 1 << 30
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    encoded = [tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"] or [start] for p in prompts]
-    # The prompt goes before what is to come: only one that would leave under a quarter of the length is cut.
-    longest = limit - min(sampling.max_new_tokens, max(1, limit // 4))
+    """What a causal model goes on with after each prompt; all leave it the same room."""
+    longest = _limit(model) - room
     fitting = [ids[-longest:] for ids in encoded]
     width = max(map(len, fitting))
-    num_new = min(sampling.max_new_tokens, limit - width)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     padded = [[pad] * (width - len(ids)) + ids for ids in fitting]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in fitting]
     output = model.generate(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
-        max_new_tokens=num_new,
+        max_new_tokens=room,
         use_cache=True,  # whatever the configuration says: without it generation is eight times slower
         pad_token_id=pad,
         eos_token_id=_ends(model, tokenizer),
-        **{**_draw(sampling), **more},
+        **more,
     )
     rows = output[:, width:].tolist()
     return [
@@ -119,14 +166,12 @@ def _answer_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    sampling: Sampling,
+    encoded: Sequence[list[int]],
+    room: int,
     more: Mapping[str, Any],
 ) -> list[Continuation]:
     """What an encoder-decoder writes when it has read each prompt."""
-    limit = max_length(model.config) or 1 << 30
-    prefix = getattr(model.config, "prefix", None) or ""  # that of fine-tuning
-    encoded = [_ended(tokenizer(prefix + p, verbose=False)["input_ids"], tokenizer) for p in prompts]
-    fitting = [ids[-limit:] for ids in encoded]
+    fitting = [ids[-_limit(model) :] for ids in encoded]
     width = max(map(len, fitting))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
@@ -134,11 +179,11 @@ def _answer_batch(
         attention_mask=torch.tensor(
             [[1] * len(ids) + [0] * (width - len(ids)) for ids in fitting], device=model.device
         ),
-        max_new_tokens=min(sampling.max_new_tokens, limit - 1),
+        max_new_tokens=room,
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=_ends(model, tokenizer),
-        **{**_draw(sampling), **more},
+        **more,
     )
     rows = output[:, 1:].tolist()  # without the start token
     return [

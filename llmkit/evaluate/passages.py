@@ -29,6 +29,8 @@ from llmkit.recipe.labelled import Labelled
 from llmkit.registry import nearest
 
 _LOOKED_AT = 100
+_COMPARED = 10_000
+"""Names that one which is not known is compared with, so that a message is not waited for."""
 _LOOKS = "rows are `question` and `positive` (names of passages, or their texts), or `question` and `answers`"
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 
@@ -88,7 +90,8 @@ def read_collection(
 
     Raises:
         UsageError: Nothing says which passages to search, or `columns` names no role of such rows.
-        DataError: A row cannot be used, two passages have one name, or a question names none that is there.
+        DataError: A row cannot be used, two passages have one name, a question names one that is not there, or only
+            some name any.
     """
     queries = _read_queries(data, base, cache)
     if corpus is not None:
@@ -191,21 +194,34 @@ def _read_passages(
 def _placed(
     queries: Sequence[Query], passages: Sequence[str], names: Sequence[str], numbers: Mapping[str, int]
 ) -> Collection:
-    """The questions with the numbers of their passages; by their answers, where their texts are not in the corpus."""
-    known = {**{text: number for number, text in enumerate(passages)}, **numbers}
-    lost = next(
-        (query for query in queries if not query.named or any(n not in known for n in query.named)), None
-    )
-    if lost is None:
-        placed = [replace(query, relevant=tuple(known[name] for name in query.named)) for query in queries]
-        return Collection(passages, names, placed, "named")
-    if all(query.answers for query in queries):
+    """The questions with the numbers of their passages; where none names any, what holds an answer is right."""
+    if not any(query.named for query in queries):
         return Collection(passages, names, list(queries), "answers")
-    missing = next((name for name in lost.named if name not in known), "")
-    guess = nearest(missing, numbers)
-    raise DataError(
-        f"{lost.place}: there is no passage {short(missing)!r} in the corpus"
-        if missing
-        else f"{lost.place}: the question names no passage",
-        hint=f"did you mean {guess!r}?" if guess else "name passages by their `id`, or give `answers`",
+    known = {**{text: number for number, text in enumerate(passages)}, **numbers}
+    placed = []
+    for query in queries:
+        missing = next((name for name in query.named if name not in known), None)
+        if missing is not None:
+            raise DataError(
+                f"{query.place}: there is no passage {short(missing)!r} in the corpus",
+                hint=_instead(missing, numbers or passages, queries),
+            )
+        if not query.named:
+            raise DataError(
+                f"{query.place}: the question names no passage, and others do",
+                hint="measure questions that name passages and those with answers alone apart",
+            )
+        placed.append(replace(query, relevant=tuple(known[name] for name in query.named)))
+    return Collection(passages, names, placed, "named")
+
+
+def _instead(missing: str, known: Iterable[str], queries: Sequence[Query]) -> str:
+    """What would work where a passage is not there."""
+    guess = nearest(missing, list(islice(known, _COMPARED)))
+    said = (
+        f"did you mean {short(guess)!r}?" if guess else "name passages by their `id`, or by their whole texts"
     )
+    if not all(query.answers for query in queries):
+        return said
+    # Not by itself: another figure would stand under the same name.
+    return f"{said} Or let what holds an answer be right: eval.labelled.columns.positive=NONE"

@@ -34,17 +34,20 @@ class Prompt:
         text: What the model goes on from, or reads; of a conversation its last question.
         messages: The turns before the answer; empty where the row is no conversation.
         references: The right answers; none where there are none.
+        tools: What the assistant may call in a conversation, in JSON schema.
     """
 
     place: str
     text: str
     messages: tuple[Mapping[str, Any], ...] = ()
     references: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def key(self) -> str:
         """What it is, wherever it stands."""
-        content = json.dumps([self.text, self.messages, self.references], ensure_ascii=False)
+        tools = [self.tools] if self.tools else []
+        content = json.dumps([self.text, self.messages, self.references, *tools], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
@@ -53,13 +56,16 @@ class Prompt:
         return [dict(turn) for turn in self.messages] or self.text
 
 
-def read_prompts(data: Labelled, base: Path, *, cache: Path | None = None) -> list[Prompt]:
+def read_prompts(data: Labelled, base: Path, *, cache: Path | None = None) -> tuple[list[Prompt], int]:
     """Read prompts, each with its references, or conversations, of which the assistant's last turn is the reference.
 
     Args:
         data: Where they are.
         base: The folder that relative paths may start from.
         cache: Where standard input is kept.
+
+    Returns:
+        The prompts, and how many conversations were left out, as by `of_rows`.
 
     Raises:
         UsageError: `columns` names a role that such rows do not have.
@@ -75,22 +81,45 @@ def read_prompts(data: Labelled, base: Path, *, cache: Path | None = None) -> li
         rows = read_rows(
             data.model_copy(update={"columns": columns}), "sft", base=base, cache=cache, training=False
         ).rows
-        return [of_row(row) for row in rows]
+        return of_rows(rows)
     if first and not roles.has("prompt"):
         raise no_column("prompt", first, "rows are `prompt, references`, or conversations in `messages`")
     prompts = made_of(
         chain(first, records), data, tally, lambda record: _of_columns(record, roles), "prompts"
     )
     _check_alike(prompts)
-    return prompts
+    return prompts, 0
 
 
-def of_row(row: Mapping[str, Any]) -> Prompt:
-    """A canonical row of `sft` or `seq2seq` as a prompt with its reference."""
+def of_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Prompt], int]:
+    """Canonical rows of `sft` or `seq2seq` as prompts with their references, and how many were left out.
+
+    A conversation is left out whose last answer has no text but calls tools: a reference of nothing would make a model
+    right that writes nothing.
+
+    Raises:
+        DataError: All are left out.
+    """
+    prompts = [_of_row(row) for row in rows if _says_something(row)]
+    if rows and not prompts:
+        raise DataError(
+            f"{rows[0]['place']}: the last answer has no text to compare with, nor has that of any other row "
+            f"({len(rows):,} rows)",
+            hint="give conversations that end with an answer in words",
+        )
+    return prompts, len(rows) - len(prompts)
+
+
+def _says_something(row: Mapping[str, Any]) -> bool:
+    return "messages" not in row or bool((row["messages"][-1].get("content") or "").strip())
+
+
+def _of_row(row: Mapping[str, Any]) -> Prompt:
     if "messages" in row:
         *before, answer = row["messages"]
         asked = next((turn["content"] for turn in reversed(before) if turn["role"] == "user"), "")
-        return Prompt(row["place"], str(asked or ""), tuple(before), (str(answer["content"]),))
+        tools = tuple(row.get("tools") or ())
+        return Prompt(row["place"], str(asked or ""), tuple(before), (answer["content"],), tools)
     return Prompt(row["place"], row["source"], (), (row["target"],))
 
 

@@ -46,6 +46,10 @@ _POOLINGS: Mapping[str, Pooling] = {
     "pooling_mode_lasttoken": "last",
 }
 _UNDERSTOOD = ("Transformer", "Pooling", "Normalize")
+_KINDS_OF_FILES = (".safetensors", ".txt", ".model", ".spm", ".bpe", ".tiktoken", ".index.json")
+_NAMES_OF_FILES = (
+    "config.json", "adapter_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class Encoder:
 
         self.manner = manner
         self.num_cut = 0
-        self._folder, self._device, self._bf16 = folder, device, bf16
+        self._folder, self._device, self._bf16, self._trusted = folder, device, bf16, trusted
         self._tokenizer = load_tokenizer(str(folder))
         model, new = build_task_model(
             str(folder), "encoder", pad_token_id=pad_id(self._tokenizer), trusted=trusted
@@ -181,18 +185,23 @@ class Encoder:
 
     def address(self, texts: Sequence[str], prefix: str) -> str:
         """What decides the vectors: the model's files, how they are made, the texts."""
-        files = sorted(
-            path
-            for path in self._folder.iterdir()
-            if path.suffix in (".safetensors", ".txt", ".model")
-            or path.name.startswith("tokenizer")
-            or path.name in ("config.json", "special_tokens_map.json", "merges.txt", "vocab.json")
-        )
+        files = [[str(path.relative_to(self._folder)), hash_file(path)] for path in self._files()]
         content = [
-            _VERSION, [[path.name, hash_file(path)] for path in files], asdict(self.manner), self._bf16, prefix,
+            _VERSION, files, asdict(self.manner), self._bf16, prefix,
             hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _files(self) -> list[Path]:
+        """The files of the folder that decide the vectors; reports of a run beside them do not."""
+        read = {*_NAMES_OF_FILES, *self._tokenizer.vocab_files_names.values()}
+        files = {
+            path
+            for path in self._folder.iterdir()
+            if path.name in read or path.name.startswith("tokenizer") or path.name.endswith(_KINDS_OF_FILES)
+        }
+        code = self._folder.rglob("*.py") if self._trusted else ()
+        return sorted(path for path in files.union(code) if path.is_file())
 
     def kept_vectors(
         self, texts: Sequence[str], prefix: str, cache: Path, *, told: Callable[[int], None] | None = None
@@ -297,3 +306,23 @@ def ranks_of(ids_K: Integers, cosines_K: Floats, relevant: Sequence[int]) -> Int
     ranks = before + np.arange(1, len(best) + 1)
     lost = len(set(relevant)) - len(best)
     return np.concatenate([ranks, np.full(lost, NOT_FOUND)]).astype(np.int64)
+
+
+def first_rank(ids_K: Integers, cosines_K: Floats, is_right: Callable[[int], bool]) -> Integers:
+    """The rank of the nearest passage that is right, [1]; a wrong one that is as near stands before it.
+
+    Args:
+        ids_K: The passages found, the nearest first.
+        cosines_K: How near they are.
+        is_right: Asked of each until one is right, and then of those that are as near.
+    """
+    at = next((place for place, number in enumerate(ids_K.tolist()) if is_right(number)), None)
+    if at is None:
+        return np.array([NOT_FOUND])
+    as_near = ids_K[at:][cosines_K[at:] >= cosines_K[at] - _SLACK].tolist()
+    return ranks_of(ids_K, cosines_K, [number for number in as_near if is_right(number)])[:1]
+
+
+def all_equal(vectors_ND: Vectors) -> bool:
+    """Whether every vector is the same: such a model finds nothing."""
+    return bool(np.ptp(vectors_ND, axis=0).max() <= _SLACK)

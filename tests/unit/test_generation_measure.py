@@ -13,14 +13,16 @@ from training import options
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from llmkit.errors import DataError, UsageError
+from llmkit.evaluate import answering
 from llmkit.evaluate.answering import inputs_of, write_all
+from llmkit.evaluate.generate import generate
 from llmkit.evaluate.prompts import Prompt, read_prompts
 from llmkit.metrics.answers import answer_metrics
 from llmkit.metrics.repetition import distinct, repetition
 from llmkit.metrics.written import written_rows
 from llmkit.recipe.evaluation import Generation
 from llmkit.recipe.labelled import Labelled
-from llmkit.recipe.schema import Eval
+from llmkit.recipe.schema import Eval, Sampling
 from llmkit.report.console import make_reporter
 from llmkit.run.measure.asked import Asked, Subject
 from llmkit.run.measure.generation import measure
@@ -121,7 +123,7 @@ def test_prompts_and_references_in_their_usual_names(tmp_path):
         {"question": "Who?", "answers": ["Ann", "Ann Lee", "Ann"]},
         {"question": "Where?", "answers": {"text": ["Oslo"], "answer_start": [3]}},
     ]
-    found = read_prompts(lines(tmp_path, rows), tmp_path)
+    found, _ = read_prompts(lines(tmp_path, rows), tmp_path)
     assert [prompt.text for prompt in found] == ["Who?", "Where?"]
     assert [prompt.references for prompt in found] == [("Ann", "Ann Lee"), ("Oslo",)]
     assert found[1].place.endswith("rows.jsonl:2")
@@ -130,9 +132,50 @@ def test_prompts_and_references_in_their_usual_names(tmp_path):
 def test_the_last_turn_of_a_conversation_is_its_reference(tmp_path):
     turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "See you")]
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
-    (found,) = read_prompts(lines(tmp_path, rows), tmp_path)
+    (found,), num_left_out = read_prompts(lines(tmp_path, rows), tmp_path)
     assert [turn["content"] for turn in found.messages] == ["Hi", "Hello", "Bye"]
-    assert (found.text, found.references) == ("Bye", ("See you",))
+    assert (found.text, found.references, num_left_out) == ("Bye", ("See you",), 0)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def calling(last):
+    """A conversation whose assistant calls a tool, and then says something, or nothing."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    asks = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    answer = [{"role": "tool", "content": "dry"}, {"role": "assistant", "content": last}] if last else []
+    return {"messages": [*asks, *answer], "tools": TOOLS}
+
+
+def test_answers_that_call_tools_and_say_nothing_are_left_out(tmp_path):
+    (found,), num_left_out = read_prompts(
+        lines(tmp_path, [calling(""), calling("No rain"), calling("")]), tmp_path
+    )
+    assert (found.place.endswith(":2"), found.references, num_left_out) == (True, ("No rain",), 2)
+    assert found.tools == tuple(TOOLS)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the last answer has no text .* \(2 rows\)"):
+        read_prompts(lines(tmp_path, [calling("")] * 2), tmp_path)
+
+
+def test_a_prompt_has_its_tools_in_the_template_or_is_refused(tmp_path):
+    (prompt,), _ = read_prompts(lines(tmp_path, [calling("No rain")]), tmp_path)
+    tokenizer = tuning.tokenizer_of("llama")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the model's chat template leaves out the tools"):
+        inputs_of(tokenizer, [prompt], chat=True)
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}" + tuning.CHATML
+    )
+    (given,) = inputs_of(tokenizer, [prompt], chat=True)
+    assert given.startswith("[weather]<|im_start|>user\nRain?")
+    assert given.endswith("dry<|im_end|>\n<|im_start|>assistant\n")
+    tokenizer.chat_template = None
+    asked_once = Prompt("a:1", "Rain?", prompt.messages[:1], ("No",), prompt.tools)
+    with pytest.raises(UsageError, match="a:1 is a conversation with tools"):
+        inputs_of(tokenizer, [asked_once], chat=True)
 
 
 def test_rows_that_cannot_be_used_are_named(tmp_path):
@@ -217,6 +260,42 @@ def test_a_text_that_ends_it_is_left_out():
     assert mark not in other.text
 
 
+def long_and_short(tokenizer, *lengths):
+    """Prompts of so many tokens."""
+    ids = tokenizer("The cat sat on the mat and sang. " * 20, add_special_tokens=False)["input_ids"]
+    made = [tokenizer.decode(ids[:length]) for length in lengths]
+    assert [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in made] == list(lengths)
+    return made
+
+
+@pytest.mark.parametrize(
+    "decoding", [{}, {"beams": 2}, {"temperature": 1.0}, {"stop": ["never written"]}], ids=str
+)
+def test_what_is_written_does_not_depend_on_the_batch(decoding, monkeypatch):
+    model, tokenizer = model_and_tokenizer()
+    model.config.max_position_embeddings = 32
+    prompts = long_and_short(tokenizer, 3, 22, 5, 20, 22, 40)
+    settings = Generation(max_new_tokens=24, **decoding)
+    keys = [str(number) for number in range(len(prompts))]
+    together = write_all(model, tokenizer, prompts, settings, seed=3, keys=keys)
+    rooms = [24, 10, 24, 12, 10, 8]  # the last is cut, so that it leaves a quarter
+    assert [one.room for one in together] == rooms
+    assert [one.num_tokens for one in together] == rooms, "none ends by itself"
+    assert [one.cut for one in together] == [0, 0, 0, 0, 0, 16]
+    monkeypatch.setattr(answering, "_MOST_ROWS", 1)
+    assert write_all(model, tokenizer, prompts, settings, seed=3, keys=keys) == together
+
+
+def test_a_short_prompt_beside_a_long_one_may_write_as_much_as_alone():
+    model, tokenizer = model_and_tokenizer()
+    model.config.max_position_embeddings = 32
+    prompts = long_and_short(tokenizer, 3, 22, 5)
+    greedy = Sampling(max_new_tokens=24, temperature=0)
+    together = generate(model, tokenizer, prompts, greedy, seed=1)
+    assert [one.num_tokens for one in together] == [24, 10, 24]
+    assert together == [generate(model, tokenizer, [prompt], greedy, seed=1)[0] for prompt in prompts]
+
+
 def test_beams_are_not_drawn():
     with pytest.raises(UsageError, match="beams: 2"):
         written(Generation(beams=2, temperature=0.5))
@@ -246,12 +325,12 @@ def subject(family="llama"):
 
 
 def test_measuring_a_model_that_writes(tmp_path):
-    rows = lines(tmp_path, [{"prompt": text, "reference": "the cat"} for text in PROMPTS])
+    rows = lines(tmp_path, [{"prompt": text, "reference": "the cat"} for text in PROMPTS * 3])
     section = {"task": "generation", "labelled": rows, "generation": {"max_new_tokens": 6, "chat": False}}
     found = measure(subject(), asked(tmp_path, section))
     texts = [line["prediction"] for line in found.predictions]
-    assert texts == written(Generation(max_new_tokens=6))
-    expected = written_rows(texts, [["the cat"]] * 4, language="en").all_figures()
+    assert texts == written(Generation(max_new_tokens=6)) * 3
+    expected = written_rows(texts, [["the cat"]] * 12, language="en").all_figures()
     assert dict(found.figures) == expected
     assert found.settings["max_new_tokens"] == 6
     assert found.settings["chat"] is False
@@ -277,3 +356,22 @@ def test_texts_that_all_are_cut_off_or_the_same_are_told(tmp_path):
     assert any("all 3 texts are the same" in said for said in found.warnings)
     assert found.best == "repetition"
     assert len(set(found.items.keys)) == 3
+
+
+def test_answers_without_text_and_prompts_with_less_room_are_told(tmp_path):
+    talk = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": "the cat"}]
+    bare = {key: value for key, value in calling("").items() if key != "tools"}
+    rows = lines(tmp_path, [bare, {"messages": talk}])
+    section = {"task": "generation", "labelled": rows, "generation": {"max_new_tokens": 4}}
+    found = measure(subject(), asked(tmp_path, section))
+    assert (found.settings["num_rows"], len(found.predictions)) == (1, 1)
+    assert any("1 of 2 conversations were left out" in said for said in found.warnings)
+    assert not any("leave less room" in said for said in found.warnings)
+    long, short = long_and_short(tuning.tokenizer_of("llama"), 90, 4)
+    section["labelled"] = lines(tmp_path, [{"prompt": long}, {"prompt": short}], "long.jsonl")
+    section["generation"] |= {"max_new_tokens": 40, "chat": False}
+    found = measure(subject(), asked(tmp_path, section))
+    assert any(
+        "1 of 2 prompts leave less room" in said and "the least: 38" in said for said in found.warnings
+    )
+    assert [line["num_tokens"] for line in found.predictions] == [38, 40]

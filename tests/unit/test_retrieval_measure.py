@@ -1,6 +1,7 @@
 """`task: retrieval`: what is read, found and answered from, against hand-worked ranks and the metrics' own code."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoModel
 from llmkit.errors import DataError, MissingError, UsageError
 from llmkit.evaluate import retrieval
 from llmkit.evaluate.passages import holds, read_collection
-from llmkit.evaluate.retrieval import NOT_FOUND, Encoder, Manner, manner_of, ranks_of, search
+from llmkit.evaluate.retrieval import NOT_FOUND, Encoder, Manner, first_rank, manner_of, ranks_of, search
 from llmkit.metrics.retrieval import ranks_by_cosine, retrieval_metrics, unit
 from llmkit.run.measure.asked import Subject
 from llmkit.run.measure.retrieval import measure
@@ -83,6 +84,12 @@ def test_a_wrong_passage_that_is_as_near_stands_before_the_right_one():
     assert retrieval_metrics([ranks_of(ids, cosines, [77])])["recall_at_10"] == 0
 
 
+def test_of_passages_as_near_those_without_an_answer_stand_first():
+    ids, cosines = np.array([4, 0, 2, 9, 5]), np.array([0.9, 0.9, 0.9, 0.5, 0.1])
+    ranks = [first_rank(ids, cosines, right.__contains__).tolist() for right in ({4}, {4, 2}, {5, 9}, {7})]
+    assert ranks == [[3], [2], [4], [NOT_FOUND]]
+
+
 # --- vectors --------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +123,35 @@ def test_vectors_are_kept_and_a_damaged_copy_is_made_anew(tmp_path, monkeypatch)
     anew, was_kept = encoder.kept_vectors(PASSAGES, "", tmp_path)
     assert not was_kept
     assert (first == anew).all()
+
+
+def test_vectors_are_made_anew_where_a_file_that_decides_them_is_another(tmp_path):
+    for path in bert().iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / "code").mkdir()
+
+    def address(trusted=False):
+        encoder = Encoder(tmp_path, Manner(max_length=8), device="cpu", trusted=trusted)
+        encoder._tokenizer.vocab_files_names = {
+            "vocab_file": "pieces.dat"
+        }  # as tokenizers of other kinds have it
+        return encoder.address(PASSAGES, "")
+
+    seen = {address()}
+    deciding = ("added_tokens.json", "vocab.txt", "special_tokens_map.json", "sentencepiece.bpe.model",
+                "source.spm", "pieces.dat", "tokenizer_config.json", "model.safetensors.index.json")  # fmt: skip
+    for number, name in enumerate(deciding):
+        kept = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
+        index = {"weight_map": {}, "metadata": {}} if "index" in name else {}
+        (tmp_path / name).write_text(json.dumps(index) if kept is None else kept.decode() + " ")
+        seen.add(address())
+        assert len(seen) == number + 2, name
+    for name in ("report.json", "code/modeling.py"):
+        (tmp_path / name).write_text("{}")
+        assert address() in seen, name
+    by_code = address(trusted=True)
+    (tmp_path / "code" / "modeling.py").write_text("[]")
+    assert address(trusted=True) != by_code
 
 
 def test_the_manner_is_read_from_what_sentence_transformers_writes(tmp_path):
@@ -184,6 +220,19 @@ def test_wrong_names_are_told_with_place_and_nearest(tmp_path):
     assert caught.value.hint == "did you mean 'oslo'?"
     with pytest.raises(UsageError, match=r"rows\.jsonl:1: the question names no passage"):
         read_collection(lines(tmp_path, [{"question": "a", "answers": ["x"]}]), None, tmp_path)
+    rows = [
+        {"question": text, "positive": name, "answers": ["o"]}
+        for text, name in (("a", "rome"), ("b", "osla"))
+    ]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: there is no passage .osla.") as caught:
+        read_collection(lines(tmp_path, rows), corpus, tmp_path)
+    assert caught.value.hint.startswith("did you mean 'oslo'? Or let what holds an answer be right")
+    by_answers = lines(tmp_path, rows).model_copy(update={"columns": {"positive": "NONE"}})
+    found = read_collection(by_answers, corpus, tmp_path)
+    assert (found.right, [query.relevant for query in found.queries]) == ("answers", [(), ()])
+    rows[1]["positive"] = None
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the question names no passage, and others do"):
+        read_collection(lines(tmp_path, rows), corpus, tmp_path)
     twice = lines(tmp_path, [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], "d.jsonl")
     with pytest.raises(DataError, match=r"d\.jsonl:2: there is another passage with the name 'a'"):
         read_collection(lines(tmp_path, [{"question": "a", "positive": "a"}]), twice, tmp_path)
@@ -220,14 +269,14 @@ QUESTIONS = [
 ]
 
 
-def measured(tmp_path, rows, **settings):
+def measured(tmp_path, rows, place=None, **settings):
     corpus = lines(
         tmp_path, [{"id": str(n), "text": text} for n, text in enumerate(PASSAGES)], "corpus.jsonl"
     )
     made = {"corpus": corpus.files, "top": [1, 2], **settings}
     section = {"task": "retrieval", "labelled": lines(tmp_path, rows), "retrieval": made}
     section["generation"] = {"max_new_tokens": 5}
-    return measure(Subject("bert", bert()), asked(tmp_path, section))
+    return measure(Subject("bert", place or bert()), asked(tmp_path, section))
 
 
 def named():
@@ -235,10 +284,10 @@ def named():
 
 
 def test_figures_are_those_of_the_metrics(tmp_path):
-    found = measured(tmp_path, named())
+    found = measured(tmp_path, named() * 4)
     encoder = Encoder(bert(), Manner(max_length=64), device="cpu")
-    vectors = [encoder.vectors(texts, "") for texts in ([text for text, *_ in QUESTIONS], PASSAGES)]
-    ranks = ranks_by_cosine(*vectors, [[number] for _, number, _ in QUESTIONS])
+    vectors = [encoder.vectors(texts, "") for texts in ([text for text, *_ in QUESTIONS * 4], PASSAGES)]
+    ranks = ranks_by_cosine(*vectors, [[number] for _, number, _ in QUESTIONS * 4])
     expected = retrieval_metrics(ranks, (1, 2, 10))
     assert set(found.figures) == {"recall_at_1", "recall_at_2", "mrr", "ndcg_at_10"}
     for name, value in found.figures.items():
@@ -246,7 +295,7 @@ def test_figures_are_those_of_the_metrics(tmp_path):
     assert [line["rank"] for line in found.predictions] == [int(own[0]) for own in ranks]
     assert found.intervals(seed=1, resamples=20)["mrr"].value == found.figures["mrr"]
     assert any("nothing says how this model's vectors are made" in said for said in found.warnings)
-    assert measured(tmp_path, named()).figures == found.figures
+    assert measured(tmp_path, named() * 4).figures == found.figures
 
 
 def test_what_holds_an_answer_is_right_where_no_passage_is_named(tmp_path):
@@ -258,6 +307,23 @@ def test_what_holds_an_answer_is_right_where_no_passage_is_named(tmp_path):
     assert lost.figures["mrr"] < 1e-12
     assert lost.predictions[0]["rank"] is None
     assert any("1 questions found no passage" in said for said in lost.warnings)
+
+
+def test_a_model_with_one_vector_for_all_texts_finds_nothing_and_it_is_told(tmp_path):
+    model = AutoModel.from_pretrained(bert())
+    last = model.encoder.layer[-1].output.LayerNorm
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.linspace(-1, 1, len(last.bias)))
+    model.save_pretrained(tmp_path / "dead")
+    tuning.tokenizer_of("bert").save_pretrained(tmp_path / "dead")
+    by_answer = [{"question": text, "answers": [answer]} for text, _, answer in QUESTIONS]
+    for rows in (by_answer, named()):
+        found = measured(tmp_path, rows, tmp_path / "dead")
+        assert (found.figures["recall_at_1"], found.figures["mrr"]) == (0, 1 / len(PASSAGES))
+        for name in ("passages", "questions"):
+            assert f"all {name} have the same vector: the model tells none from another" in found.warnings
+    assert not any("same vector" in said for said in measured(tmp_path, by_answer).warnings)
 
 
 def test_a_reader_answers_from_what_was_found(tmp_path):

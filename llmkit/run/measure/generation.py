@@ -1,6 +1,7 @@
 """`task: generation`: what a model writes, against references where there are some."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import MissingError, UsageError
@@ -30,6 +31,23 @@ _WITH_TASK = ("sft", "seq2seq")
 """Tasks whose held-out rows can be asked."""
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What is asked.
+
+    Attributes:
+        prompts: The prompts.
+        num_silent: Conversations that were left out, for their last answer has no text.
+        address: What they are.
+        held_out: Whether a run held them out.
+    """
+
+    prompts: "Sequence[Prompt]"
+    num_silent: int
+    address: str
+    held_out: bool
+
+
 def measure(subject: Subject, asked: Asked) -> Measurement:
     """Let a model write to each prompt, and compare with the references.
 
@@ -41,8 +59,9 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
     from llmkit.data.loader import evenly_spaced
 
     check_package(asked)
-    prompts, address, held_out = _prompts(subject, asked)
-    prompts = [prompts[number] for number in evenly_spaced(len(prompts), asked.section.rows).tolist()]
+    rows = _rows(subject, asked)
+    chosen = evenly_spaced(len(rows.prompts), asked.section.rows).tolist()
+    prompts = [rows.prompts[number] for number in chosen]
     written, how = write(subject, asked, prompts)
     settings = asked.section.generation
     references = [prompt.references for prompt in prompts] if prompts[0].references else None
@@ -53,15 +72,15 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
         subject=subject.word,
         model=str(subject.place),
         task="generation",
-        data=address,
+        data=rows.address,
         figures=figures,
         shown=tuple(figures),
         best="f1" if references is not None else "repetition",
         items=items_of(prompts, counted),
         tables={**errors_of(prompts, texts, counted), "written": lengths_of(written)},
-        settings={**how, **counted.settings, "num_rows": len(prompts), "held_out": held_out},
+        settings={**how, **counted.settings, "num_rows": len(prompts), "held_out": rows.held_out},
         predictions=predictions_of(prompts, written, counted),
-        warnings=[*warnings_of(written, settings), *missing_package(counted, references)],
+        warnings=[*_left_out(rows), *warnings_of(written, settings), *missing_package(counted, references)],
     )
 
 
@@ -168,15 +187,15 @@ def data_of(asked: Asked, looks: str) -> Labelled | None:
     return Labelled(**named)
 
 
-def _prompts(subject: Subject, asked: Asked) -> "tuple[list[Prompt], str, bool]":
-    """The prompts, their address, and whether a run held them out."""
+def _rows(subject: Subject, asked: Asked) -> _Rows:
+    """The prompts: rows that are named, or those that a run held out."""
     from llmkit.data.records.found import fingerprint
-    from llmkit.evaluate.prompts import of_row, read_prompts
+    from llmkit.evaluate.prompts import of_rows, read_prompts
 
     data, cache = data_of(asked, "`prompt, references`, or `messages`"), asked.options.runs / CACHE
     if data is not None:
-        prompts = read_prompts(data, asked.base, cache=cache)
-        return prompts, fingerprint(data, asked.base, cache=cache), False
+        made = read_prompts(data, asked.base, cache=cache)
+        return _Rows(*made, fingerprint(data, asked.base, cache=cache), held_out=False)
     run = (asked.held_out_by or subject).task
     if run is None or run.section.task not in _WITH_TASK:
         raise UsageError(
@@ -184,7 +203,7 @@ def _prompts(subject: Subject, asked: Asked) -> "tuple[list[Prompt], str, bool]"
             hint="--data FILE, with rows of `prompt, references` or with conversations in `messages`",
         )
     rows, address = held_out_rows(run, asked)
-    return [of_row(row) for row in rows], address, True
+    return _Rows(*of_rows(rows), address, held_out=True)
 
 
 def held_out_rows(run: Any, asked: Asked) -> tuple[list[Mapping[str, Any]], str]:
@@ -271,6 +290,16 @@ def predictions_of(
     return lines
 
 
+def _left_out(rows: _Rows) -> list[str]:
+    if not rows.num_silent:
+        return []
+    total = rows.num_silent + len(rows.prompts)
+    return [
+        f"{rows.num_silent:,} of {total:,} conversations were left out: their last answer calls tools and has no text "
+        "to compare with"
+    ]
+
+
 def warnings_of(written: "Sequence[Written]", settings: Generation) -> list[str]:
     """What a person should know of what was written."""
     said, num = [], len(written)
@@ -279,6 +308,12 @@ def warnings_of(written: "Sequence[Written]", settings: Generation) -> list[str]
         said.append(
             f"{unfinished:,} of {num:,} texts were cut off at {settings.max_new_tokens:,} tokens: the model did not "
             "end them by itself (eval.generation.max_new_tokens, or eval.generation.stop)"
+        )
+    less = [one.room for one in written if one.room < settings.max_new_tokens]
+    if less:
+        said.append(
+            f"{len(less):,} of {num:,} prompts leave less room in the model's length than the "
+            f"{settings.max_new_tokens:,} new tokens asked for (the least: {min(less):,})"
         )
     cut = sum(one.cut > 0 for one in written)
     if cut:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import UsageError
@@ -35,6 +36,7 @@ class _Found:
         ranks: By query the ranks of what is right.
         was_kept: Whether the passages' vectors were there already.
         num_cut: Passages that were cut.
+        alike: Which texts all have the same vector, though they are not the same.
     """
 
     ids_QK: Integers
@@ -42,6 +44,7 @@ class _Found:
     ranks: Sequence[Integers]
     was_kept: bool
     num_cut: int
+    alike: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def _manner(subject: Subject, settings: Retrieval) -> "Manner":
 
 
 def _search(encoder: "Encoder", collection: "Collection", asked: Asked) -> _Found:
-    from llmkit.evaluate.retrieval import DEPTH, search
+    from llmkit.evaluate.retrieval import DEPTH, all_equal, search
 
     manner, settings = encoder.manner, asked.section.retrieval
     told = generation.Told(asked, len(collection.passages) + len(collection.queries), unit="text")
@@ -166,30 +169,29 @@ def _search(encoder: "Encoder", collection: "Collection", asked: Asked) -> _Foun
     queries_QD = encoder.vectors(questions, manner.query_prefix, told=told)
     depth = max(DEPTH, *settings.top)
     ids_QK, cosines_QK = search(queries_QD, passages_MD, index=settings.index, depth=depth)
-    return _Found(ids_QK, cosines_QK, _ranks(collection, ids_QK, cosines_QK), was_kept, num_cut)
+    made = {"passages": (collection.passages, passages_MD), "questions": (questions, queries_QD)}
+    alike = [name for name, (texts, vectors) in made.items() if len(set(texts)) > 1 and all_equal(vectors)]
+    return _Found(ids_QK, cosines_QK, _ranks(collection, ids_QK, cosines_QK), was_kept, num_cut, alike)
 
 
 def _ranks(collection: "Collection", ids_QK: Integers, cosines_QK: Floats) -> list[Integers]:
     """By query the ranks of its passages; where answers tell what is right, of the first passage that holds one."""
-    import numpy as np
-
     from llmkit.evaluate.passages import holds
-    from llmkit.evaluate.retrieval import NOT_FOUND, ranks_of
+    from llmkit.evaluate.retrieval import first_rank, ranks_of
 
     if collection.right == "named":
         return [
             ranks_of(ids_K, cosines_K, query.relevant)
             for ids_K, cosines_K, query in zip(ids_QK, cosines_QK, collection.queries, strict=True)
         ]
-    ranks = []
-    for ids_K, query in zip(ids_QK, collection.queries, strict=True):
-        right = (
-            rank
-            for rank, number in enumerate(ids_K.tolist(), 1)
-            if any(holds(collection.passages[number], answer) for answer in query.answers)
-        )
-        ranks.append(np.array([next(right, NOT_FOUND)]))
-    return ranks
+
+    def right(number: int, answers: Sequence[str]) -> bool:
+        return any(holds(collection.passages[number], answer) for answer in answers)
+
+    return [
+        first_rank(ids_K, cosines_K, partial(right, answers=query.answers))
+        for ids_K, cosines_K, query in zip(ids_QK, cosines_QK, collection.queries, strict=True)
+    ]
 
 
 def _columns(ranks: Sequence[Integers], settings: Retrieval) -> dict[str, Floats]:
@@ -371,6 +373,7 @@ def _warnings(
             "nothing says how this model's vectors are made: taken as the mean of its tokens' vectors "
             "(eval.retrieval.pooling, query_prefix, passage_prefix)"
         )
+    said += [f"all {name} have the same vector: the model tells none from another" for name in found.alike]
     if found.num_cut:
         said.append(
             f"{found.num_cut:,} of {len(collection.passages):,} passages are longer than {manner.max_length} tokens: "
