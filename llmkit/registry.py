@@ -263,6 +263,69 @@ EVALUATIONS: Mapping[str, Evaluation] = {
 }
 """What a model can be asked. `labelled` stands for every task: its figures are the task's."""
 
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a model smaller, as far as it is known without its code.
+
+    Attributes:
+        code: `module:function`; called with what is `Given` and the recipe's step, it gives what was `Made`.
+        settings: The settings of a step that it reads, with what they are where the recipe says nothing; None: they
+            are needed, or left out.
+        needs: Settings that must be given.
+        kinds: The kinds of models that it takes; empty: all.
+    """
+
+    code: str
+    settings: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    kinds: tuple[ModelKind, ...] = ()
+
+
+METHODS: Mapping[str, Method] = {
+    "quantize": Method(
+        "llmkit.compress.quantize:apply",
+        {
+            "format": "int8",
+            "bits": None,
+            "solver": "auto",
+            "group": "auto",
+            "symmetric": True,
+            "smooth": 0.5,
+            "damping": 0.01,
+            "keep": [],
+            "recover": None,
+        },
+    ),
+    "prune": Method(
+        "llmkit.compress.prune:apply",
+        {
+            "what": "weights",
+            "share": None,
+            "by": "auto",
+            "pattern": "free",
+            "scope": "layer",
+            "stages": 1,
+            "damping": 0.01,
+            "keep": [],
+            "recover": None,
+        },
+        needs=("share",),
+    ),
+    "distil": Method(
+        "llmkit.compress.distil:apply",
+        {"layers": None, "choose": "uniform", "channels": 1.0, "recover": {}},
+        needs=(),
+    ),
+    "factorize": Method(
+        "llmkit.compress.factorize:apply",
+        {"share": None, "by": "auto", "keep": [], "recover": None},
+        needs=("share",),
+    ),
+    "export": Method("llmkit.compress.export:apply", {"to": None, "type": "auto"}, needs=("to",)),
+}
+"""How a model is made smaller."""
+
 _LOWER_IS_BETTER = frozenset(
     {
         "loss",

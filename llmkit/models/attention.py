@@ -141,7 +141,7 @@ def tap_attention(model: PreTrainedModel, *, isolate: bool) -> None:
     if kernels_of(model) != IMPLEMENTATIONS:
         raise UsageError(
             f"the attention of {model.config.model_type} cannot be looked at",
-            hint="leave `pretrain.distil.attention` out",
+            hint="leave `distil.attention` out",
         )
     model.set_attn_implementation("tapped" + ("_documents" if isolate else "_rows"))
 

@@ -30,7 +30,7 @@ def blocks_of(model: "PreTrainedModel") -> list[nn.Module]:
     if not blocks:
         raise UsageError(
             f"{model.config.model_type} has no blocks whose states could be compared",
-            hint="leave `hidden` and `attention` of `pretrain.distil` out",
+            hint="leave `hidden` and `attention` of `distil` out",
         )
     return blocks
 
@@ -92,5 +92,5 @@ def attention_weights(block: nn.Module) -> torch.Tensor:
             return found
     raise UsageError(
         f"the attention of {type(block).__name__} cannot be looked at",
-        hint="leave `pretrain.distil.attention` out",
+        hint="leave `distil.attention` out",
     )

@@ -252,6 +252,21 @@ class Refers(Protocol):
 
 
 @runtime_checkable
+class Leans(Protocol):
+    """A task without probabilities, whose targets can be moved towards what a teacher says."""
+
+    def lean(self, teacher: "PreTrainedModel", batch: Batch, weight: float) -> tuple[Batch, torch.Tensor]:
+        """The batch with its targets moved, and what the task's loss of it lacks of that of both targets.
+
+        Args:
+            teacher: A frozen model for the same task.
+            batch: Of the task.
+            weight: The teacher's share of the loss.
+        """
+        ...
+
+
+@runtime_checkable
 class Shows(Protocol):
     """A task whose examples are not `input_ids` with the targets at the same places."""
 

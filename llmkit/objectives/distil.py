@@ -1,7 +1,8 @@
-"""Distillation: any objective, taught by a frozen model besides its own targets.
+"""Distillation: any objective or task, taught by a frozen model besides its own targets.
 
 The teacher computes the same batch by the same objective; where the objective asks its criterion for a loss, that of
-the student also measures how far its distribution is from the teacher's at the same targets.
+the student also measures how far its distribution is from the teacher's at the same targets. A task whose model says
+numbers instead moves its targets towards the teacher's.
 
 Shape suffixes: B rows, T positions, N = B*T positions in a line, C positions of one chunk, H hidden size (of the
 student and of the teacher), A heads, S keys, V vocabulary.
@@ -22,7 +23,17 @@ from torch.utils.checkpoint import checkpoint
 from llmkit.errors import UsageError
 from llmkit.models.heads import Scores
 from llmkit.models.layers import attention_weights, blocks_of, listening
-from llmkit.objectives.base import NOT_LEARNED, Batch, Criterion, Example, Loss, Objective, cross_entropy
+from llmkit.objectives.base import (
+    NOT_LEARNED,
+    TARGETS,
+    Batch,
+    Criterion,
+    Example,
+    Leans,
+    Loss,
+    Objective,
+    cross_entropy,
+)
 from llmkit.recipe.objectives import Distil
 from llmkit.registry import ModelKind
 
@@ -31,6 +42,8 @@ if TYPE_CHECKING:  # loader workers import objectives, and this takes them secon
 
 STATES = "num_states"
 _CHUNK = 512
+_EVERYWHERE: tuple[ModelKind, ...] = ("masked", "pairs", "detector", "sequence", "tokens", "answers")
+"""Kinds of model whose layers are compared at all positions that are read, not only where something is learned."""
 
 
 class Distilled:
@@ -50,9 +63,14 @@ class Distilled:
         self._teacher = [teacher]  # in a list, for an objective is copied to loader processes without it
         self._settings = settings
         self._projections: nn.ModuleList | None = None
-        self._everywhere = kind in ("masked", "pairs", "detector")
+        self._everywhere = kind in _EVERYWHERE
         self._by_layers = bool(settings.hidden or settings.attention)
         self.sums: Sequence[str] = (*base.sums, STATES) if self._by_layers else tuple(base.sums)
+        # What a task has beside the methods here is its own: how its rows are read and what is measured of them. Set
+        # one by one, for a protocol that is looked for at run time is not found behind `__getattr__`.
+        for name in dir(base):
+            if not name.startswith("_") and not hasattr(self, name):
+                setattr(self, name, getattr(base, name))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_teacher": [], "_projections": None}
@@ -79,9 +97,7 @@ class Distilled:
             UsageError: The base trains networks beside the model, or layers cannot be compared.
         """
         if hasattr(self.base, "parts"):
-            raise UsageError(
-                "an objective with two models cannot be distilled", hint="leave `pretrain.distil` out"
-            )
+            raise UsageError("an objective with two models cannot be distilled", hint="leave `distil` out")
         if not self._by_layers:
             return {}
         pairs = self._pairs(model)
@@ -112,14 +128,20 @@ class Distilled:
             # By its own mark alone the teacher is training: its layers are not, but an objective counts what an
             # evaluation reports only where the model says that it is evaluated, and here no one reads that.
             teacher.training = True
-            self.base.loss(teacher, batch, remember)
+            apart = None
+            if isinstance(self.base, Leans):
+                batch, apart = self.base.lean(teacher, batch, self._settings.weight)
+            else:
+                self.base.loss(teacher, batch, remember)
             teacher.training = False
         with listening([mine for mine, _ in pairs]) as my_states:
-            loss = self.base.loss(model, batch, compare)
-        if not self._by_layers:
-            return loss
-        distance = self._distance(pairs, my_states, their_states, self._compared(batch))
-        return Loss({**loss.totals, STATES: distance}, loss.sums)
+            loss = self.base.loss(model, batch, criterion if apart is not None else compare)
+        totals = dict(loss.totals)
+        if apart is not None:
+            totals[TARGETS] = totals[TARGETS] + apart
+        if self._by_layers:
+            totals[STATES] = self._distance(pairs, my_states, their_states, self._compared(batch))
+        return Loss(totals, loss.sums)
 
     def _pairs(self, model: "PreTrainedModel") -> list[tuple[nn.Module, nn.Module]]:
         """Blocks of the student with those of the teacher that they are compared with."""
@@ -136,7 +158,7 @@ class Distilled:
         if not self._everywhere:
             return batch["targets"] != NOT_LEARNED
         mask = batch.get("attention_mask")
-        return torch.ones_like(batch["targets"], dtype=torch.bool) if mask is None else mask.bool()
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
     def _distance(
         self,
@@ -197,6 +219,6 @@ def _same_heads(model: "PreTrainedModel", teacher: "PreTrainedModel") -> None:
     mine, theirs = (one.config.num_attention_heads for one in (model, teacher))
     if mine != theirs:
         raise UsageError(
-            f"pretrain.distil.attention: the model has {mine} attention heads, the teacher {theirs}",
+            f"distil.attention: the model has {mine} attention heads, the teacher {theirs}",
             hint="give the model as many, or leave `attention` out",
         )

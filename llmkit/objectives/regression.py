@@ -77,6 +77,17 @@ class Regression:
             return Loss({TARGETS: total})
         return Loss({TARGETS: total}, found=predicted_B.tolist())
 
+    def lean(self, teacher: "PreTrainedModel", batch: Batch, weight: float) -> tuple[Batch, torch.Tensor]:
+        """The squared distances p - n from the number and p - t from what the teacher says, as one.
+
+        (1 - w) (p - n)^2 + w (p - t)^2 = (p - m)^2 + w (1 - w) (n - t)^2 with m = (1 - w) n + w t; see `Leans`.
+        """
+        taught_B = head_logits(teacher, batch).float().squeeze(1)
+        numbers_B = batch["numbers"]
+        apart_B = weight * (1 - weight) * (numbers_B - taught_B).square()
+        total = apart_B.masked_fill(batch["targets"] == NOT_LEARNED, 0.0).sum()
+        return {**batch, "numbers": (1 - weight) * numbers_B + weight * taught_B}, total
+
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The mean squared error."""
         return {"loss": sums["total"] / sums[TARGETS], TARGETS: sums[TARGETS]}

@@ -2,6 +2,7 @@
 
 from llmkit.optim.average import averaged
 from llmkit.optim.groups import describe_groups, hold_back, parameter_groups, parameter_names, set_lr
+from llmkit.optim.kept import mark_zeros
 from llmkit.optim.make import like, make_optimizer
 from llmkit.optim.noise import add_noise
 from llmkit.optim.schedules import lr_at
@@ -14,6 +15,7 @@ __all__ = [
     "like",
     "lr_at",
     "make_optimizer",
+    "mark_zeros",
     "parameter_groups",
     "parameter_names",
     "set_lr",

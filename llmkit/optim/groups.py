@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from llmkit.errors import UsageError
 from llmkit.models.freezing import Pace, head_parameters
 from llmkit.models.names import matches, near_names
-from llmkit.recipe.schema import Group, Optim
+from llmkit.optim.kept import hold_zeros
+from llmkit.recipe.training import Group, Optim
 
 _ALIKE = Pace()
 _RATES = ("A_log", "D", "dt_bias")
@@ -122,7 +123,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def hold_back(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Take away the gradients of what does not learn yet, before they are clipped.
+    """Take away the gradients of what does not learn yet, and of zeros to be kept, before they are clipped.
 
     The step then leaves these parameters alone, weight decay included, and the optimizer's memory of them begins at the
     first step that they learn in. The backward pass computes their gradients all the same: so the processes of a run
@@ -136,6 +137,7 @@ def hold_back(optimizer: torch.optim.Optimizer, step: int) -> None:
         if group.get("from_step", 0) > step:
             for p in group["params"]:
                 p.grad = None
+    hold_zeros(optimizer)
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

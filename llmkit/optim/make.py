@@ -13,6 +13,7 @@ from llmkit.optim.each import EachParameter
 from llmkit.optim.eight_bit import adamw8bit
 from llmkit.optim.groups import parameter_groups
 from llmkit.optim.joined import MuonWithAdamW
+from llmkit.optim.kept import keep_zeros
 from llmkit.optim.rules import adafactor, lion, schedule_free
 from llmkit.recipe.schema import Optim
 
@@ -62,9 +63,10 @@ def like(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torc
 
 
 def with_hooks(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Have an optimizer also do what its groups ask for under `l1` and `ema`."""
+    """Have an optimizer also do what its groups ask for under `l1` and `ema`, and keep the zeros that are marked."""
     if any(group.get("l1") for group in optimizer.param_groups):
         optimizer.register_step_pre_hook(_add_l1)
+    keep_zeros(optimizer)
     if any(group.get("ema") for group in optimizer.param_groups):
         keep_average(optimizer)
     return optimizer

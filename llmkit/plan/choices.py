@@ -149,6 +149,20 @@ def intervals(
     return {"warmup_steps": (warm, warmup), **every}
 
 
+def check_compile(draft: Draft, wanted: Section) -> None:
+    """See that layers which are compared with a teacher's can be looked at.
+
+    Raises:
+        PlanError: The recipe pins compiling, and a compiled model does not show its layers.
+    """
+    distil = wanted.distil
+    if distil is not None and (distil.hidden or distil.attention) and draft.machine.compile is True:
+        raise PlanError(
+            "machine.compile: a compiled model does not show its layers, and `distil` compares them",
+            hint="machine.compile=auto, or leave `hidden` and `attention` of `distil` out",
+        )
+
+
 def state_bytes_of(wanted: Section) -> float:
     """Bytes that the optimizer remembers of a parameter."""
     optim = wanted.train.optim

@@ -6,6 +6,7 @@ from llmkit.plan.choices import (
     MEMORY_SHARE,
     Draft,
     assumed_attention,
+    check_compile,
     choose_background_save,
     choose_precision,
     choose_world,
@@ -257,11 +258,7 @@ def _reads_layers(draft: Draft, wanted: Pretrain) -> bool:
     distil = wanted.distil
     if distil is None or not (distil.hidden or distil.attention):
         return False
-    if draft.machine.compile is True:
-        raise PlanError(
-            "machine.compile: a compiled model does not show its layers, and pretrain.distil compares them",
-            hint="machine.compile=auto, or leave `hidden` and `attention` of pretrain.distil out",
-        )
+    check_compile(draft, wanted)
     draft.choose("compile", False, "a teacher's layers are compared with the model's")
     return True
 

@@ -11,6 +11,7 @@ from llmkit.plan.batch import PlanError
 from llmkit.plan.choices import (
     MEMORY_SHARE,
     Draft,
+    check_compile,
     choose_background_save,
     choose_precision,
     choose_world,
@@ -69,6 +70,9 @@ def plan_tuning(
         )
     if recipe.machine.device == "auto":
         draft.choose("device", hardware.device, hardware.device_name)
+    if wanted.distil is not None:
+        draft.notes.append("the teacher's memory and time are not in these figures")
+        check_compile(draft, wanted)
     per_step = rows_of_step(wanted, int(train["num_rows"]), draft)
     world = choose_world(draft, per_step, world_size)
     precision = choose_precision(draft)

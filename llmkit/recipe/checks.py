@@ -14,6 +14,7 @@ from llmkit.recipe.architectures import (
     family_of_preset,
     misfit,
 )
+from llmkit.recipe.compression_checks import check_compression
 from llmkit.recipe.evaluation_checks import check_evaluation
 from llmkit.recipe.faults import written
 from llmkit.recipe.finetune_checks import check_finetune
@@ -37,7 +38,13 @@ BUILT_IN_TOKENS = ("<|endoftext|>", "<|pad|>")
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BYTES_TWICE = 511
 """For `wordpiece` and `chars`: each byte at the beginning of a word and within it, but one that never is within."""
-_DATA_KEYS: tuple[Path, ...] = (("tokenize", "data"), ("pretrain", "data"), ("eval", "data"))
+_DATA_KEYS: tuple[Path, ...] = (
+    ("tokenize", "data"),
+    ("pretrain", "data"),
+    ("eval", "data"),
+    ("compress", "data"),
+    ("compress", "learn"),
+)
 
 _TRAINING = ("pretrain", "finetune")
 
@@ -364,4 +371,5 @@ _RULES: tuple[Callable[[Node, tuple[str, ...]], Iterator[Problem]], ...] = (
     _measures_of_the_objective,
     check_finetune,
     check_evaluation,
+    check_compression,
 )

@@ -1,26 +1,52 @@
 """The settings of measuring: what a model is asked, on what, and which figures must hold."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
-from llmkit.recipe.block import Block, Files, Words
+from llmkit.recipe.block import Block, Files, Words, as_list
 from llmkit.recipe.units import Count, Ratio, Whole, shown, unit_error
 from llmkit.registry import FIGURES, nearest
+
+AVERAGES = tuple(
+    f"{mean}_{name}"
+    for mean in ("macro", "micro", "weighted", "samples")
+    for name in ("precision", "recall", "f1")
+)
+"""Figures of classes and of tags, put together over them; `samples`: of rows with several labels."""
+FURTHER: Mapping[str, tuple[str, ...]] = {
+    "cls": ("exact_match",),
+    "regression": ("mae", "r2"),
+    "qa": (
+        "has_answer_exact_match",
+        "no_answer_exact_match",
+        "best_f1_threshold",
+        "best_exact_match_threshold",
+    ),
+    "dpo": ("chosen", "rejected", "chosen_loss"),
+    "embed": ("pearson",),
+    "mlm+nsp": ("pair_loss",),
+}
+"""By task or objective, figures that it gives besides those that it is known by."""
+REPORTED = tuple(sorted({*FIGURES, *AVERAGES, *(name for some in FURTHER.values() for name in some)}))
+"""All figures that may be asked for by name."""
 
 
 def _figure(value: object) -> str:
     """A figure of an evaluation, whatever is evaluated."""
-    if isinstance(value, str) and value in FIGURES:
+    if isinstance(value, str) and value in REPORTED:
         return value
-    meant = nearest(str(value).removeprefix("eval/"), FIGURES)
+    meant = nearest(str(value).removeprefix("eval/"), REPORTED)
     raise unit_error(
         f"`{shown(value)}` is no figure of an evaluation",
-        f"did you mean `{meant}`?" if meant else f"write one of {', '.join(FIGURES)}",
+        f"did you mean `{meant}`?" if meant else f"write one of {', '.join(REPORTED)}",
     )
 
 
-Figure = Annotated[str, PlainValidator(_figure), WithJsonSchema({"enum": list(FIGURES)})]
+Figure = Annotated[str, PlainValidator(_figure), WithJsonSchema({"enum": list(REPORTED)})]
+FigureList = Annotated[list[Figure], BeforeValidator(as_list, json_schema_input_type=Figure | list[Figure])]
+"""Figures, of which one may stand without the brackets."""
 
 
 def _as_counts(value: object) -> object:

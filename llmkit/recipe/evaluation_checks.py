@@ -66,9 +66,14 @@ def _one_thing(root: Node, section: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _something_to_compare(root: Node, section: Mapping[str, Any]) -> Iterator[Problem]:
     gate = section.get("gate")
-    if isinstance(gate, dict) and gate.get("max_drop") is not None and gate.get("against") is None:
+    if not isinstance(gate, dict) or (gate.get("max_drop") is None) == (gate.get("against") is None):
+        return
+    if gate.get("against") is None:
         message = "`max_drop` says how much worse a model may be, and nothing says than which"
         yield _problem(root, ("gate", "max_drop"), message, "add `against: RUN`")
+    else:
+        message = "`against` names a model to compare with, and nothing says how much worse this one may be"
+        yield _problem(root, ("gate", "against"), message, "add `max_drop: 2%`")
 
 
 def add_evaluation_rules(blocks: Json, env: Json) -> None:
@@ -83,7 +88,8 @@ def add_evaluation_rules(blocks: Json, env: Json) -> None:
     rules.append({"not": {"allOf": [_set("labelled"), _set("data", empty)]}})
     rules.append({"not": {"allOf": [_set(name) for name in _INSTEAD]}})
     rules += [_rows(task, env) for task in TASKS]
-    blocks["Gate"]["if"], blocks["Gate"]["then"] = _set("max_drop"), _set("against")
+    both = [_set("max_drop"), _set("against")]
+    blocks["Gate"]["anyOf"] = [{"allOf": both}, {"not": {"anyOf": both}}]
 
 
 def _set(name: str, unset: Json | None = None) -> Json:

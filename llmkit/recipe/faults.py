@@ -13,8 +13,6 @@ from llmkit.recipe.translate import FOREIGN
 from llmkit.recipe.units import shown
 from llmkit.registry import nearest
 
-LATER_SECTIONS = ("compress",)
-
 
 def problems_of(error: ValidationError, root: Node) -> list[Problem]:
     """One problem for each wrong key or value; the branches of a union count once.
@@ -62,10 +60,6 @@ def _unknown_key(path: Path, root: Node) -> Problem:
     name, section = str(path[-1]), section_of(path[:-1])
     spot = key_spot(root, path)
     where = f"`{section}`" if section else "a recipe"
-    if not section and name in LATER_SECTIONS:
-        return Problem(
-            spot, f"`{name}`: this version of llmkit does not have `{name}` yet", "remove the section"
-        )
     if name == "<<":
         return Problem(spot, "`<<`: YAML 1.2 has no merge key", "use `extends: other.yaml`")
     unknown = f"`{name}` is not a key of {where}"

@@ -8,7 +8,15 @@ from llmkit.recipe.labelled import check_labelled
 from llmkit.recipe.parts import Adapter, Freeze, Unfreeze, check_parts
 from llmkit.recipe.positions import Node, Path, find, key_spot
 from llmkit.recipe.problems import Problem
-from llmkit.recipe.tasks import AUGMENTED, CRITERION, PREFERRED, UNPROMPTED, WEIGHTED, other_task_sections
+from llmkit.recipe.tasks import (
+    AUGMENTED,
+    CRITERION,
+    PREFERRED,
+    TAUGHT,
+    UNPROMPTED,
+    WEIGHTED,
+    other_task_sections,
+)
 from llmkit.recipe.units import listing
 from llmkit.registry import OBJECTIVES, TASKS, goal_of
 
@@ -22,6 +30,13 @@ TEXT_DATA = ("name", "files", "dataset", "split", "encoding", "on_error", "colum
 """What of `data` such an objective reads."""
 THESAURUS = ("synonyms", "insert")
 """Ways to change a text that need one."""
+PROBABILITIES = {"temperature": 1.0, "direction": "forward"}
+"""Settings of `distil` that change how probabilities are compared, as they are where nothing is changed."""
+ADAPTED = {
+    "keep_zeros": "an adapter that is merged fills the zeros",
+    "quantized": "an adapter learns beside weights that stay as they are",
+}
+"""Settings of `train` that do not go with an adapter, and why."""
 NEW_MODEL = ("preset", "architecture", "config", "embeddings")
 """Settings of `model` that begin a new one."""
 
@@ -37,6 +52,8 @@ def check_finetune(root: Node, meant: tuple[str, ...]) -> Iterator[Problem]:
             _data,
             _adapting,
             _losses,
+            _taught,
+            _kept,
             _smoothing,
             _augmented,
             _batch,
@@ -140,6 +157,33 @@ def _custom(root: Node, task: str, asked: list[str]) -> Iterator[Problem]:
         if _at(root, "train", name):
             message = f"`train.{name}` changes a loss that `loss.custom` replaces"
             yield _problem(root, ("train", name), message, "keep one of them")
+
+
+def _taught(root: Node, task: str) -> Iterator[Problem]:
+    """A teacher's word must be one that can be compared."""
+    distil = _at(root, "distil")
+    if not isinstance(distil, dict):
+        return
+    if task not in TAUGHT:
+        message = f"`distil`: what two models say of a row of `{task}` cannot be compared"
+        yield _problem(root, ("distil",), message, f"leave it out; it goes with {listing(TAUGHT)}")
+        return
+    for name, plain in PROBABILITIES.items() if task == "regression" else ():
+        if distil.get(name) not in (None, plain):
+            message = f"`distil.{name}` is about probabilities, and `regression` says numbers"
+            yield _problem(root, ("distil", name), message, "leave it out")
+    for name in ("hidden", "attention"):
+        if distil.get(name) and _at(root, "loss", "r_drop"):
+            message = f"`distil.{name}` compares layers of one pass, and `loss.r_drop` makes two"
+            yield _problem(root, ("distil", name), message, "keep one of them")
+
+
+def _kept(root: Node, task: str) -> Iterator[Problem]:
+    """What an adapter brings is merged into weights that were to stay zero, or as they are rounded."""
+    for name, what in ADAPTED.items():
+        if _at(root, "train", name) and _at(root, "adapter") is not None:
+            message = f"`train.{name}`: {what}"
+            yield _problem(root, ("train", name), message, "leave `adapter` out: all weights learn")
 
 
 def _smoothing(root: Node, task: str) -> Iterator[Problem]:
@@ -256,6 +300,11 @@ def _on_text(root: Node, task: str) -> Iterator[Problem]:
         if written(root, f"{SECTION}.{name}"):
             message = f"`{name}`: `{task}` goes on with pre-training on text, and has no such setting"
             yield _problem(root, (name,), message, f"leave it out, or learn a task: {listing(tuple(TASKS))}")
+    if goal_of(task).model == "detector" and _at(root, "distil") is not None:
+        message = f"`{task}` trains two models, and neither can have a teacher"
+        yield _problem(
+            root, ("distil",), message, "leave `distil` out, or choose another task, such as `mlm`"
+        )
     data = _at(root, "data")
     if not isinstance(data, dict):
         return

@@ -6,12 +6,13 @@ What it cannot say, and only the loader checks: the type of each value apart, th
 
 from typing import Any, get_args
 
-from llmkit.recipe.finetune_checks import NEW_MODEL, ROWS_ONLY, TEXT_DATA, THESAURUS
+from llmkit.recipe.finetune_checks import ADAPTED, NEW_MODEL, PROBABILITIES, ROWS_ONLY, TEXT_DATA, THESAURUS
 from llmkit.recipe.labelled import FORMS, ROLES, Labelled
 from llmkit.recipe.tasks import (
     AUGMENTED,
     CRITERION,
     PREFERRED,
+    TAUGHT,
     UNPROMPTED,
     WEIGHTED,
     Preferences,
@@ -90,6 +91,11 @@ def _for_task(task: str, env: Json) -> Json:
         rules += [_below("loss", name, rule=_OFF) for name in ("weights", "focal", "r_drop")]
     if task not in CRITERION:
         rules.append(_off("loss", "custom", values=[None]))
+    if task not in TAUGHT:
+        rules.append(_off("distil", values=[None]))
+    if task == "regression":
+        rules += [_off("distil", name, values=[plain]) for name, plain in PROBABILITIES.items()]
+    rules += _compared() + _adapted()
     if task in ("regression", "dpo"):
         rules += [_off("train", name, values=[None, 0]) for name in ("label_smoothing", "z_loss")]
     if task == "cls":
@@ -101,6 +107,20 @@ def _for_task(task: str, env: Json) -> Json:
     rules.append(_augmented(task))
     rules += _chats(task)
     return {"if": _of(task), "then": {"allOf": rules}}
+
+
+def _compared() -> list[Json]:
+    """Layers are compared of one pass."""
+    twice = _inside("loss", {"type": "object", **_inside("r_drop", {"not": _OFF})})
+    layers = [_off("distil", name, values=[None, 0]) for name in ("hidden", "attention")]
+    return [{"if": twice, "then": {"allOf": layers}}]
+
+
+def _adapted() -> list[Json]:
+    """What does not go with an adapter."""
+    adapted = _inside("adapter", {"not": {"const": None}})
+    refused = [_off("train", name, values=[None, False]) for name in ADAPTED]
+    return [{"if": adapted, "then": {"allOf": refused}}]
 
 
 def _rows(task: str, name: str, env: Json) -> Json:
@@ -187,6 +207,8 @@ def _for_text(task: str, env: Json) -> Json:
     rules = [_off(name, values=[None, []]) for name in sorted({*blocks, *ROWS_ONLY})]
     others = [name for name in Labelled.model_fields if name not in TEXT_DATA]
     rules += [_off("data", name, values=[None, []]) for name in others]
+    if goal_of(task).model == "detector":
+        rules.append(_off("distil", values=[None]))
     text = {"type": "object", "propertyNames": {"const": "text"}}
     rules += [_below("data", "columns", rule=text), _measured(task, env)]
     return {"if": _of(task), "then": {"allOf": rules}}

@@ -96,12 +96,9 @@ class ReplacedTokens(ObjectiveSettings):
         return RowLayout(context - 2)
 
 
-class Distil(Block):
-    """Learn from a frozen model, the teacher, besides the objective's own targets."""
+class Teaching(Block):
+    """How a model learns from another one, besides the objective's own targets."""
 
-    teacher: str
-    """The model to learn from: a run, its folder, a model folder or a Hub name; of the same kind and with the same
-    tokenizer."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The share of the loss that is the teacher's; the rest is the objective's own."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -118,6 +115,14 @@ class Distil(Block):
     layers: Literal["last", "uniform"] = "uniform"
     """Which layers are compared: each of the student's with one of the teacher's at the same relative depth
     (`uniform`), or the last ones only."""
+
+
+class Distil(Teaching):
+    """Learn from a frozen model, the teacher, besides the objective's own targets."""
+
+    teacher: str
+    """The model to learn from: a run, its folder, a model folder or a Hub name; of the same kind and with the same
+    tokenizer."""
 
 
 class _Spans(ObjectiveSettings):

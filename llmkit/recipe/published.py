@@ -21,6 +21,7 @@ from llmkit.recipe import fields
 from llmkit.recipe.architectures import KINDS, NOT_COUNTED, OWN, family_of_preset
 from llmkit.recipe.block import Block
 from llmkit.recipe.checks import BUILT_IN_TOKENS, BYTES
+from llmkit.recipe.compression_checks import add_compression_rules
 from llmkit.recipe.evaluation_checks import add_evaluation_rules
 from llmkit.recipe.finetune_published import add_finetune_rules
 from llmkit.recipe.optimizers import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, PARTIAL_SETTINGS, SCHEDULES
@@ -234,6 +235,16 @@ def _goes_with(setting: str, having: list[str]) -> Json:
     return {"if": _given(setting), "then": chosen}
 
 
+def _of_eight_bits() -> list[Json]:
+    """Rounded to floats, or activations too: then bits are 8; and floats have no offset."""
+    apart = (("float8", "bits", 4), ("float8", "symmetric", False), ("activations", "bits", 4))
+    return [{"not": {"allOf": [_inside(name, True), _inside(other, value)]}} for name, other, value in apart]
+
+
+def _inside(name: str, value: Any) -> Json:
+    return {"required": [name], "properties": {name: {"const": value}}}
+
+
 def _of_objectives(name: str) -> Json:
     """The block of some objectives' settings: the recipe must name one of them."""
     having = [objective for objective, goal in OBJECTIVES.items() if name in goal.sections]
@@ -291,7 +302,7 @@ def _add_rules(blocks: Json) -> None:
         "if": {"type": "array"},
         "then": {"anyOf": [{"items": _given("weight")}, {"items": {"not": _given("weight")}}]},
     }
-    for section in ("Tokenize", "Pretrain", "Eval"):
+    for section in ("Tokenize", "Pretrain", "Eval", "Compress"):
         blocks[section]["allOf"] = [{"properties": {"data": even}}]
     never = {"type": "object", "required": ["every"], "properties": {"every": {"const": "never"}}}
     unmeasured = {"type": "object", "required": ["eval"], "properties": {"eval": never}}
@@ -311,6 +322,7 @@ def _add_rules(blocks: Json) -> None:
         "required": ["name"],
         "properties": {"name": {"const": "schedule_free"}},
     }
+    blocks["Rounded"]["allOf"] = _of_eight_bits()
     for section in ("Train", "Tuning"):
         blocks[section]["not"] = {"allOf": [_given("ema"), averaging]}
     blocks["Pretrain"]["allOf"].append(_not_counted())
@@ -329,3 +341,4 @@ def _add_rules(blocks: Json) -> None:
     ]
     add_finetune_rules(blocks, _ENV_REF)
     add_evaluation_rules(blocks, _ENV_REF)
+    add_compression_rules(blocks, _ENV_REF)

@@ -7,11 +7,22 @@ Rules that tie several settings together are in `checks.py`, and in `published.p
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llmkit.recipe.architectures import with_default_model
 from llmkit.recipe.block import Block, Files, as_list
-from llmkit.recipe.evaluation import Choices, Figure, Gate, Generation, Harness, Noise, Retrieval, Speed
+from llmkit.recipe.compression import Calibration, Step, Target
+from llmkit.recipe.evaluation import (
+    Choices,
+    Figure,
+    FigureList,
+    Gate,
+    Generation,
+    Harness,
+    Noise,
+    Retrieval,
+    Speed,
+)
 from llmkit.recipe.labelled import Labelled
 from llmkit.recipe.objectives import (
     Denoise,
@@ -24,7 +35,6 @@ from llmkit.recipe.objectives import (
     Span,
     tokens_for,
 )
-from llmkit.recipe.optimizers import with_defaults
 from llmkit.recipe.parts import Adapter, Freeze, LayerDecay, Unfreeze
 from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.tasks import (
@@ -39,22 +49,23 @@ from llmkit.recipe.tasks import (
     Written,
     with_task_defaults,
 )
+from llmkit.recipe.training import Checkpoint as Checkpoint
+from llmkit.recipe.training import EvalDuring as EvalDuring
+from llmkit.recipe.training import Optim as Optim
+from llmkit.recipe.training import Sampling as Sampling
+from llmkit.recipe.training import StopEarly as StopEarly
+from llmkit.recipe.training import Train as Train
+from llmkit.recipe.training import Tuning as Tuning
 from llmkit.recipe.units import (
-    Amount,
-    Batch,
     Count,
-    Every,
-    Length,
     Part,
     Ratio,
     Several,
     Size,
-    Warmup,
     Whole,
     shown,
     unit_error,
 )
-from llmkit.registry import MEASURED, nearest
 
 Preset = Literal[
     "gpt-tiny", "gpt-mini", "gpt-small", "gpt-base", "gpt-medium", "gpt-large", "gpt-1b",
@@ -81,10 +92,6 @@ def _version(value: object) -> object:
     raise unit_error(
         f"`{shown(value)}` is not a version of the recipe's schema", "this llmkit reads `llmkit: 1`"
     )
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 class Columns(Block):
@@ -196,161 +203,6 @@ class Model(Block):
     """Run Python code that comes with the model. Only for code you have read."""
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _metric(value: object) -> str:
-    """A metric of evaluations while training, whichever objective has it."""
-    if isinstance(value, str) and value in MEASURED:
-        return value
-    meant = nearest(f"eval/{str(value).removeprefix('eval/')}", MEASURED)
-    raise unit_error(
-        f"`{shown(value)}` is no metric of an evaluation",
-        f"did you mean `{meant}`?" if meant else f"write one of {', '.join(MEASURED)}",
-    )
-
-
-Metric = Annotated[str, PlainValidator(_metric), WithJsonSchema({"enum": list(MEASURED)})]
-
-
-class Group(Block):
-    """Parameters, chosen by their names, that are treated otherwise than the others."""
-
-    match: Annotated[str, Field(pattern=r"[^ |]")]
-    """Which: `embed*|lm_head` means all parameters with a part between dots of their names that fits; `*`, `?` and
-    `[...]` are as in file names, `|` stands between alternatives, a pattern with dots fits several parts
-    (`layers.0`). The first entry that matches a parameter rules over it; one that matches none is an error."""
-    lr_ratio: Annotated[float, Field(ge=0)] = 1.0
-    """Their learning rate as a share of the others'."""
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """Their weight decay, norms, biases and embeddings included; by default as for all."""
-
-
-Groups = Annotated[list[Group], BeforeValidator(as_list, json_schema_input_type=Group | list[Group])]
-
-
-class Optim(Block):
-    """The optimizer and its learning-rate schedule. What an optimizer does not have is an error."""
-
-    name: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon", "adamw8bit", "schedule_free"] = "adamw"
-    """Which optimizer: `adamw` (decoupled weight decay), `adam` (L2 instead), `sgd`, `adafactor` (a second moment
-    that takes no room), `lion` (signs), `muon` (orthogonal steps for hidden matrices, AdamW for embeddings, head,
-    norms and biases), `adamw8bit` (moments in 8 bits), `schedule_free` (AdamW that averages instead of decaying)."""
-    lr: Annotated[float, Field(gt=0)] = 6e-4
-    """The peak learning rate; by default 6e-4, for `sgd` 0.1, `adafactor` 0.01 (relative to the size of the weights),
-    `lion` 1e-4, `schedule_free` 2.5e-3."""
-    warmup: Warmup = Amount(2, "percent")
-    """How long the learning rate rises linearly from 0."""
-    schedule: Literal["constant", "linear", "cosine", "exponential", "polynomial", "inverse_sqrt", "wsd"] = (
-        "cosine"
-    )
-    """What the learning rate does after warm-up: `polynomial` falls as `(1 - progress) ** power`, `inverse_sqrt` as
-    `sqrt(warmup / step)`, `wsd` stays at the peak and falls over the last `decay`. With `schedule_free` it is
-    `constant` by default."""
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The last learning rate as a share of the peak; for `inverse_sqrt` the least one."""
-    decay: Ratio | None = None
-    """For `wsd`: the share of the run, at its end, over which the learning rate falls; by default 0.2."""
-    power: Annotated[float, Field(gt=0)] | None = None
-    """For `polynomial`: its power; by default 2."""
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] | None = None
-    """Decay rates of the first and second moment: by default [0.9, 0.95] for `adamw`, `adamw8bit` and `muon` (its
-    AdamW part), [0.9, 0.999] for `adam` and `schedule_free`, [0.9, 0.99] for `lion`."""
-    eps: Annotated[float, Field(gt=0)] | None = None
-    """The term against division by zero of `adamw` and its kin, `adam` and `schedule_free`; by default 1e-8."""
-    momentum: Beta | None = None
-    """The share of the last direction that is kept: by default 0.9 for `sgd`, 0.95 for `muon`."""
-    nesterov: bool | None = None
-    """Nesterov's form of momentum: by default `false` for `sgd`, `true` for `muon`."""
-    muon_lr: Annotated[float, Field(gt=0)] | None = None
-    """For `muon`: the peak learning rate of the hidden matrices; by default `lr`, with `muon_scale: original` 0.02."""
-    muon_scale: Literal["rms", "original"] | None = None
-    """For `muon`: how steps are scaled by a matrix's shape. `rms`, the default: as large as AdamW's, so that its
-    learning rate and weight decay fit; `original`: as first published."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Weight decay, in proportion to the learning rate; for `adam` and `sgd` the strength of an L2 penalty. By default
-    0.1, for `lion` 0.5, for `adam`, `sgd` and `adafactor` 0. Norms, biases and embeddings are spared."""
-    groups: Groups = []
-    """Parameters by name that have a learning rate or weight decay of their own:
-    `[{match: "embed*|lm_head", lr_ratio: 0.5, weight_decay: 0}]`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_defaults(cls, data: Any) -> Any:
-        """What is not said is as the optimizer and the schedule have it."""
-        return with_defaults(data) if isinstance(data, dict) else data
-
-
-class Train(Block):
-    """How long, how much at once, and how the weights move."""
-
-    length: Length
-    """When training ends: `50M tokens`, `3 epochs`, `20k steps` or a time, `1h30m`."""
-    batch: Batch = Amount(32 * 1024, "tokens")
-    """What one optimizer step sees over all devices: `64Ki tokens` or `32 samples` (rows)."""
-    optim: Optim = Optim()
-    """The optimizer."""
-    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """The largest norm of the gradient; `null` leaves it alone."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The share of each target's probability that is spread over the whole vocabulary, in training only."""
-    z_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Adds so many times the square of each target's log-normaliser to the loss, in training only, so that logits
-    do not drift; 1e-4 is common."""
-    l1: Annotated[float, Field(ge=0)] = 0.0
-    """The strength of an L1 penalty on what weight decay acts on."""
-    gradient_noise: Annotated[float, Field(ge=0)] = 0.0
-    """The standard deviation of Gaussian noise that is added to the clipped gradient of the first step; it falls
-    as `(1 + step) ** -0.275`."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep an exponential moving average of the weights with this decay, such as 0.999, which remembers about 1000
-    steps. Evaluations, samples and the exported model are of the average; training goes on from the weights."""
-    bad_numbers: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose loss or gradient is not finite: `stop` ends the run and names the rows, `skip`
-    leaves the weights as they are, counts it and goes on."""
-    max_skipped: Count = 10
-    """With `bad_numbers: skip`: so many steps of a run at most; one more ends it."""
-
-
-class Checkpoint(Block):
-    """When the run's whole state is saved, and how many of the saved states are kept."""
-
-    every: Every = Amount(10, "percent")
-    """How often: `500 steps`, `10%` of the run, `10m`, or `never` (then only at the end)."""
-    keep: Annotated[Whole, Field(ge=1)] = 2
-    """How many of the newest checkpoints stay on disk."""
-    keep_best: Metric | None = None
-    """A metric of the evaluations while training, such as `eval/loss`: the checkpoint that was best by it stays,
-    whatever its age. One is saved at each evaluation that is better than all before. The evaluation at the end counts
-    where `eval.rows` is `null`; else it measures other rows than those before."""
-    keep_every: Every = Amount(0, "never")
-    """Checkpoints at every so many steps stay for good: `5k steps` or `25%`; they are saved in any case."""
-
-
-class EvalDuring(Block):
-    """Evaluation on the held-out rows while training."""
-
-    every: Every = Amount(10, "percent")
-    """How often: `500 steps`, `10%` of the run, or `never` (then only at the end)."""
-    rows: Count | None = 256
-    """At most so many held-out rows each time; `null` takes all. The last evaluation always takes all."""
-
-
-class Sampling(Block):
-    """How text is drawn from the model."""
-
-    max_new_tokens: Count = 64
-    """Tokens to add to each prompt."""
-    temperature: Annotated[float, Field(ge=0)] = 0.8
-    """0 takes the likeliest token each time; higher is more varied."""
-    top_k: Annotated[Whole, Field(ge=1)] | None = 50
-    """Draw among the k likeliest tokens only."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1 makes tokens that were used less likely."""
-
-
 class Pretrain(Block):
     """Train a model on raw text."""
 
@@ -404,28 +256,6 @@ class Pretrain(Block):
         return with_default_model(data) if isinstance(data, dict) else data
 
 
-class Tuning(Train):
-    """How long, how much at once, and how the weights move; the task has its own defaults."""
-
-    length: Length = Amount(3, "epochs")
-    """When training ends: `3 epochs`, `500 steps`, or a time, `20m`; by default 3 epochs, for `qa` 2, for `dpo` and
-    `embed` 1."""
-    batch: Batch = Amount(32, "samples")
-    """What one optimizer step sees over all devices, in rows of the data: `32 samples`; by default 32, for `embed`
-    64."""
-
-
-class StopEarly(Block):
-    """End when a metric has not become better for some evaluations; the best checkpoint is what is exported."""
-
-    metric: Metric | None = None
-    """The metric, such as `eval/accuracy`; by default that of `checkpoint.keep_best`, else the task's own."""
-    patience: Count = 3
-    """So many evaluations in a row without a better one end the run."""
-    min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """By how much a value must be better than the best to count."""
-
-
 Augments = Annotated[list[Augment], BeforeValidator(as_list, json_schema_input_type=Augment | list[Augment])]
 
 
@@ -456,6 +286,8 @@ class Finetune(Block):
     """With `embed`: the loss."""
     loss: Loss = Loss()
     """What is lowered, where it is not the plain loss of the task."""
+    distil: Distil | None = None
+    """Learn from another model too, one that was trained for the same task with the same labels."""
     augment: Augments = []
     """How rows are changed while they are learned from, one way after the other:
     `[{method: synonyms}, {method: typos}]`."""
@@ -501,10 +333,6 @@ class Finetune(Block):
         """The task, by the name that other sections have for it."""
         return self.task
 
-    @property
-    def distil(self) -> None:
-        """There is no teacher."""
-
     @model_validator(mode="before")
     @classmethod
     def _own_defaults(cls, data: Any) -> Any:
@@ -532,7 +360,7 @@ class Eval(Block):
     the columns of the run's own."""
     labelled: Labelled | None = None
     """Rows of a task, of a form and columns of their own."""
-    metrics: list[Figure] = []
+    metrics: FigureList = []
     """What to report; by default all that is measured."""
     rows: Count | None = None
     """At most so many rows; `null` takes all."""
@@ -559,6 +387,40 @@ class Eval(Block):
     """Time the model, instead of asking it."""
     gate: Gate = Gate()
     """What must hold."""
+
+
+Steps = Annotated[list[Step], BeforeValidator(as_list, json_schema_input_type=Step | list[Step])]
+
+
+class Compress(Block):
+    """Make a model smaller or faster, and measure what that costs."""
+
+    model: str | None = None
+    """The model: a run or a model folder; by default what this recipe trained."""
+    steps: Steps = []
+    """What is done, one after the other:
+    `[{method: prune, what: layers, share: 20%}, {method: quantize, format: int8}]`."""
+    target: Target | None = None
+    """What must be reached, instead of `steps`: methods are tried, and the best that holds `max_drop` is kept."""
+    task: Literal[
+        "auto", "text", "cls", "regression", "tag", "qa", "seq2seq", "sft", "dpo", "embed",
+    ] = "auto"  # fmt: skip
+    """What the model is for; `auto`: what it was trained for."""
+    calibration: Calibration = Calibration()
+    """What the steps look at."""
+    learn: Sources | None = None
+    """What steps look at and recovery learns from, where the model's run has no such data, or other is wanted."""
+    data: Sources | None = None
+    """What the model is measured on before and after, all of it; by default what its run held out."""
+    rows: Count | None = None
+    """At most so many rows of that; `null` takes all."""
+    metric: Figure | None = None
+    """The figure that `max_drop` is about; by default the one that tells better models of the task: of text,
+    `perplexity`."""
+    max_drop: Ratio | None = None
+    """How much of that figure may be lost, as a share of its value before; more ends with exit code 4."""
+    speed: Speed | None = Speed(length=[64], new_tokens=16, rounds=3)
+    """How the models are timed; `null`: they are not."""
 
 
 class Slurm(Block):
@@ -633,6 +495,8 @@ class Recipe(Block):
     """Training for a task."""
     eval: Eval | None = None
     """Measuring."""
+    compress: Compress | None = None
+    """Making it smaller."""
     machine: Machine = Machine()
     """How the work is done here."""
     variants: dict[str, Any] | None = None

@@ -10,7 +10,7 @@ from llmkit.recipe.architectures import (
     preset_of_family,
 )
 from llmkit.recipe.emit import scalar_text
-from llmkit.recipe.schema import Finetune, Preset, Pretrain, Recipe, Source, Tokenize, tokenize_of
+from llmkit.recipe.schema import Compress, Finetune, Preset, Pretrain, Recipe, Source, Tokenize, tokenize_of
 from llmkit.registry import TASKS, goal_of
 
 _STEPS = 20
@@ -25,7 +25,7 @@ _BATCH = 8
 def smoke_words(recipe: Recipe) -> list[str]:
     """The overrides that make a recipe small; nothing in it becomes larger."""
     words = [f"name={scalar_text(recipe.name[:58] + '-smoke')}"]
-    for section in ("tokenize", "pretrain", "eval"):
+    for section in ("tokenize", "pretrain", "eval", "compress"):
         block = getattr(recipe, section)
         words += _limits(section, block.data) if block is not None and block.data else []
     spec = tokenize_of(recipe)
@@ -34,6 +34,7 @@ def smoke_words(recipe: Recipe) -> list[str]:
     words += _finetune(recipe.finetune) if recipe.finetune is not None else []
     if recipe.eval is not None and recipe.eval.harness is None and recipe.eval.speed is None:
         words.append(f"eval.rows={min(recipe.eval.rows or _ROWS, _ROWS)}")
+    words += _compress(recipe.compress) if recipe.compress is not None else []
     return words
 
 
@@ -48,6 +49,20 @@ def _tokenize(block: Tokenize) -> Iterator[str]:
     if block.tokenizer is None:
         yield f"tokenize.vocab_size={min(block.vocab_size, room)}"
     yield f"tokenize.sample={min(block.sample, _TEXT)}"
+
+
+def _compress(block: Compress) -> Iterator[str]:
+    yield f"compress.rows={min(block.rows or _ROWS, _ROWS)}"
+    yield f"compress.calibration.rows={min(block.calibration.rows, _ROWS)}"
+    if block.speed is not None:
+        yield "compress.speed.rounds=1"
+        yield "compress.speed.length=[16]"
+    for number, step in enumerate(block.steps):
+        train = step.recover.train if step.recover is not None else None
+        if train is not None and not (train.length.unit == "steps" and train.length.value <= _STEPS):
+            yield f"compress.steps.{number}.recover.train.length={_STEPS} steps"
+        if train is not None and not (train.batch.unit == "samples" and train.batch.value <= _BATCH):
+            yield f"compress.steps.{number}.recover.train.batch={_BATCH} samples"
 
 
 def _tiny(block: Pretrain) -> str:

@@ -86,6 +86,9 @@ UNPROMPTED: Mapping[str, str] = {
 }
 """The tasks whose models cannot be tried with a prompt while they train, and why."""
 
+TAUGHT = (*CRITERION, "qa", "regression")
+"""The tasks that a teacher can help with: what both models say of a row can be compared."""
+
 WEIGHTED = ("cls", "tag")
 """The tasks whose targets are a few classes."""
 

@@ -33,16 +33,22 @@ from llmkit.run.training import (
     train_job,
     warn_of_full_disk,
 )
-from llmkit.train.places import model_folder, teacher_weights
+from llmkit.train.places import check_teacher, model_folder, teacher_weights
 
 if TYPE_CHECKING:
     from llmkit.run.rows import Prepared
     from llmkit.train.job import Job
 
 _NOT_THE_MODEL = ("data", "validation", "tokenizer", "checkpoint", "eval", "prompts", "sampling")
+_LATER: Mapping[str, Any] = {
+    "finetune.distil": None,
+    "finetune.train.keep_zeros": False,
+    "finetune.train.quantized": None,
+}
+"""Settings that came later, as they are unwritten."""
 
 
-def finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
+def finetune(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str = "finetune") -> Result:
     """Train a model for a task, going on from the newest checkpoint; when it is trained already, say so.
 
     Raises:
@@ -58,8 +64,10 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
         )
     loaded = with_base(loaded, options)
     if section.task in OBJECTIVES:
-        return pretrain(continued(loaded), options, reporter, verb="finetune")
-    folder = run_folder(loaded, options, "finetune")
+        return pretrain(continued(loaded), options, reporter, verb=verb)
+    if section.distil is not None:
+        check_teacher(section.distil.teacher, section.task, "finetune")  # before any row is read
+    folder = run_folder(loaded, options, verb)
     world = detect_world(os.environ)
     first = world is None or world.rank == 0
     with locked(folder, world):
@@ -148,6 +156,7 @@ def continued(loaded: Loaded) -> Loaded:
     goes_on = Pretrain(
         objective=section.task,  # type: ignore[arg-type]
         model=section.model.model_copy(update={"name": model_folder(str(section.model.name))}),
+        distil=section.distil,
         tokenizer=section.tokenizer,
         data=[source],
         held_out=section.held_out,
@@ -259,6 +268,10 @@ def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
     )
     named = flat(settings, "finetune") | _stopping(section)
     del named["finetune.model.name"]  # its weights count, wherever they lie
+    named.pop("finetune.distil.teacher", None)
+    for key, unwritten in _LATER.items():  # a run that was begun before there were such settings goes on
+        if key in named and named[key] == unwritten:
+            del named[key]
     expressions: Mapping[str, str] = loaded.expressions
     return {
         "seed": loaded.recipe.seed,
@@ -268,6 +281,7 @@ def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
         "rows": rows.folder.name,
         "labels": list(rows.labels),
         "weights of the model": teacher_weights(str(section.model.name)),
+        **({"weights of the teacher": teacher_weights(section.distil.teacher)} if section.distil else {}),
         **_files(section),
         **({"thesauri": thesauri(section.augment)} if section.augment else {}),
     }

@@ -18,10 +18,12 @@ from llmkit.data.rows import Row, Rows
 from llmkit.data.shards import TokenShards
 from llmkit.data.tokenizers import load_tokenizer, special_ids
 from llmkit.data.tokenizers.vocabulary import Vocabulary
+from llmkit.errors import UsageError
 from llmkit.models.attention import choose_attention, kernels_of
 from llmkit.models.build import build_model
 from llmkit.models.growing import check_new_tokens, grow_vocabulary
 from llmkit.models.heads import choose_heads
+from llmkit.models.rounded import round_weights
 from llmkit.models.tasks import build_task_model
 from llmkit.objectives.base import (
     Batch,
@@ -38,7 +40,7 @@ from llmkit.objectives.distil import Distilled
 from llmkit.objectives.losses import make_criterion
 from llmkit.objectives.make import make_objective, make_task
 from llmkit.objectives.texts import pad_id
-from llmkit.optim import describe_groups, lr_at, make_optimizer
+from llmkit.optim import describe_groups, lr_at, make_optimizer, mark_zeros
 from llmkit.plan import Plan, layout_of
 from llmkit.recipe.schema import Finetune, Pretrain, Section
 from llmkit.registry import goal_of
@@ -48,7 +50,7 @@ from llmkit.train.loop import MicroBatch, Schedule
 from llmkit.train.places import model_folder, new_tokens
 from llmkit.train.samples import SampleData
 from llmkit.train.state import mix_seed
-from llmkit.train.teacher import load_teacher
+from llmkit.train.teacher import load_task_teacher, load_teacher
 
 _RECORDS_A_RUN = 500
 _PARTS = 1 << 44  # keeps their seed apart from those of micro-batches
@@ -117,6 +119,8 @@ def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Loss
             section.distil.teacher, kind, tokenizer, context=section.model.context
         )
         objective = Distilled(objective, frozen["teacher"], section.distil, kind)
+    if section.train.quantized is not None:
+        round_weights(model, section.train.quantized)
     torch.manual_seed(mix_seed(job.seed, _PARTS))  # a model that was loaded left torch's seed as it was
     parts = objective.parts(model) if isinstance(objective, HasParts) else {}
     return LossModule(
@@ -169,12 +173,27 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
         model.generation_config.eos_token_id = sorted(
             {*objective.stops, data.tokenizer.eos_token_id} - {None}
         )
+    frozen = _reference(objective, model, section)
+    if section.distil is not None:
+        frozen["teacher"] = load_task_teacher(
+            section.distil.teacher,
+            goal.model,
+            data.tokenizer,
+            labels=() if section.task == "regression" else data.material.labels,
+            number=section.task == "regression",
+            context=data.material.max_length,
+        )
+        objective = Distilled(objective, frozen["teacher"], section.distil, goal.model)
+    if section.train.quantized is not None:
+        round_weights(model, section.train.quantized)
+    torch.manual_seed(mix_seed(job.seed, _PARTS))
     core = LossModule(
         model,
         objective,
         bf16=plan.precision == "bf16",
         criterion=make_criterion(section, data.material),
-        frozen=_reference(objective, model, section),
+        parts=objective.parts(model) if isinstance(objective, HasParts) else {},
+        frozen=frozen,
     )
     return core, new
 
@@ -193,8 +212,20 @@ def _reference(objective: Objective, model: PreTrainedModel, section: Finetune) 
 def build_optimizer(
     core: LossModule, section: Section, plan: Plan, note: Callable[[str], None]
 ) -> torch.optim.Optimizer:
-    """The optimizer of all that is trained; where parameters are treated differently, `note` is told how."""
+    """The optimizer of all that is trained; where parameters are treated differently, `note` is told how.
+
+    Raises:
+        UsageError: Zeros are to be kept, and there are none.
+    """
     spec = section.train
+    if spec.keep_zeros:
+        zeros, numbers = mark_zeros(core.model)
+        if not zeros:
+            raise UsageError(
+                f"train.keep_zeros: none of the {numbers:,} weights of linear layers that learn is zero",
+                hint="start from a model that was pruned (llmkit compress RUN --method prune), or leave it out",
+            )
+        note(f"zeros: {zeros:,} of {numbers:,} weights of linear layers stay zero")
     optimizer = make_optimizer(
         core.trained, spec.optim, l1=spec.l1, ema=spec.ema, paces=paces(core.model, section, plan)
     )

@@ -30,7 +30,7 @@ def model_folder(name: str) -> str:
     return name
 
 
-def check_teacher(name: str, objective: str) -> None:
+def check_teacher(name: str, objective: str, section: str = "pretrain") -> None:
     """Say before any text is read that a teacher is not there, or is no model for the objective.
 
     A name on the Hub is left for later, when it is fetched.
@@ -44,7 +44,7 @@ def check_teacher(name: str, objective: str) -> None:
     if not path.is_file():
         if folder.exists() or name.count("/") != 1 or name.startswith((".", "~", "/", "runs/")):
             raise MissingError(
-                f"pretrain.distil.teacher: {name!r} is no model, and no run that has one",
+                f"{section}.distil.teacher: {name!r} is no model, and no run that has one",
                 hint="give a run, its folder, or a folder with config.json and model.safetensors",
             )
         return
@@ -52,7 +52,7 @@ def check_teacher(name: str, objective: str) -> None:
     found = kind_of_config(fields)
     if found != wanted and not (wanted == "masked" and found == "pairs"):
         raise UsageError(
-            f"pretrain.distil.teacher: {name!r} is {in_words(found)}; objective {objective!r} needs {in_words(wanted)}",
+            f"{section}.distil.teacher: {name!r} is {in_words(found)}; {objective!r} needs {in_words(wanted)}",
             hint="give a model that learned the same objective",
         )
 

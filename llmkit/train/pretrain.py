@@ -25,6 +25,7 @@ from llmkit.launch.signals import StopSignal
 from llmkit.models.attention import tap_attention, use_attention
 from llmkit.models.build import left_out
 from llmkit.models.peak import measure_peak_flops
+from llmkit.models.rounded import roundings
 from llmkit.objectives.base import Batch, Judges, LossModule
 from llmkit.optim import averaged
 from llmkit.plan import Plan
@@ -155,6 +156,7 @@ def _build_core(job: Job, plan: Plan, data: Data | SampleData, reporter: Reporte
         core, new = build_task_core(job, plan, data)
         if new:
             reporter.note(f"{section.model.name}: a new head for {section.objective}: {', '.join(new)}")
+        _tell_rounding(core, reporter)
         return core
     core = build_core(job, plan, data.tokenizer)
     spare = left_out(core.model)
@@ -164,7 +166,18 @@ def _build_core(job: Job, plan: Plan, data: Data | SampleData, reporter: Reporte
         )
     for line in begin_as_recipe_says(core.model, section.model.embeddings, data.tokenizer, job.shards):
         reporter.note(line)
+    _tell_rounding(core, reporter)
     return core
+
+
+def _tell_rounding(core: LossModule, reporter: Reporter) -> None:
+    """Say that what is measured while training is not what is exported."""
+    found = [one.grid for one in roundings(core.model).values() if one.grid is not None]
+    if found:
+        reporter.note(
+            f"{len(found):,} linear layers compute with weights rounded to {found[0].bits} bits, in evaluations "
+            "too; the exported weights are not rounded"
+        )
 
 
 def _feed(

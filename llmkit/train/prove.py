@@ -31,6 +31,7 @@ from llmkit.models.adapter_files import adapter_tensors, fill_adapter, save_adap
 from llmkit.models.adapters import adapter_names
 from llmkit.models.attention import kernels_of
 from llmkit.models.build import check_loaded, max_length
+from llmkit.models.rounded import plain, roundings, set_rounding
 from llmkit.models.save import save_model
 from llmkit.objectives.base import NOT_LEARNED, Batch, Example, LossModule
 from llmkit.registry import Goal
@@ -297,16 +298,33 @@ def prove_saving(core: LossModule, folder: Path) -> str:
         UsageError: Tensors are missing in the export, or left over.
     """
     model = core.model
-    wanted = _Looks.of(model)
-    export = ("the adapter", _through_adapters) if adapter_names(model) else ("the export", _through_export)
-    for what, restore in (("a checkpoint", _through_checkpoint), export):
-        with scratch_folder(folder) as place:
-            wanted.compare(_Looks.of(restore(model, place)), f"{model.config.model_type}: {what}")
+    with _as_stored(model):
+        wanted = _Looks.of(model)
+        export = (
+            ("the adapter", _through_adapters) if adapter_names(model) else ("the export", _through_export)
+        )
+        for what, restore in (("a checkpoint", _through_checkpoint), export):
+            with scratch_folder(folder) as place:
+                wanted.compare(_Looks.of(restore(model, place)), f"{model.config.model_type}: {what}")
     for name, part in core.parts.items():
         with scratch_folder(folder) as place:
             tensors = model_tensors(_through_checkpoint(part, place))
             _compare_tensors(model_tensors(part), tensors, f"{name}: a checkpoint")
     return f"saved and read back, all {len(wanted.tensors):,} tensors and the logits are the same"
+
+
+@contextmanager
+def _as_stored(model: PreTrainedModel) -> Iterator[None]:
+    """While this lasts a model that rounds its weights computes with them as they are, for these are saved."""
+    found = roundings(model)
+    plain(model)
+    try:
+        yield
+    finally:
+        for name, rounding in found.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            set_rounding(layer, rounding)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ MUTATIONS: list[tuple[str, Any, bool]] = [
     ("language", "pt-BR", True),
     ("unknown", 1, False),
     ("finetune", {}, False),
-    ("compress", {}, False),
+    ("compress", {}, True),
     ("extends", None, True),
     ("machine", None, False),
     ("machine", [], False),
@@ -377,7 +377,7 @@ MUTATIONS: list[tuple[str, Any, bool]] = [
         True,
     ),
     ("pretrain", {**GOOD["pretrain"], **ELECTRA, "objective": "electra", "electra": {"weight": 0}}, False),
-    ("eval.metrics", "loss", False),
+    ("eval.metrics", "loss", True),
     ("eval.model", "runs/x", True),
     ("eval.rows", 3, True),
 ]

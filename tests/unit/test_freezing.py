@@ -23,7 +23,7 @@ from llmkit.models.freezing import (
 from llmkit.models.recurrent import RecurrentForCausalLM
 from llmkit.optim import describe_groups, hold_back, make_optimizer, set_lr
 from llmkit.recipe.parts import Adapter, Freeze, Unfreeze
-from llmkit.recipe.schema import Group, Optim
+from llmkit.recipe.training import Group, Optim
 from llmkit.train.checkpoint import Checkpoints
 from llmkit.train.state import TrainState
 

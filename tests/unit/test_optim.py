@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from llmkit.errors import UsageError
 from llmkit.optim import describe_groups, make_optimizer, parameter_groups, parameter_names, set_lr
 from llmkit.optim.groups import matches
-from llmkit.recipe.schema import Group, Optim
+from llmkit.recipe.training import Group, Optim
 
 
 class Net(torch.nn.Module):

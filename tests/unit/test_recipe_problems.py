@@ -66,7 +66,7 @@ def test_carets_stand_under_exactly_the_key_or_value() -> None:
         ("lerning_rate: 1", "5:1", "`learning_rate` of other tools is `pretrain.train.optim.lr` here."),
         ("wieght_decay: 1", "5:1", "did you mean `pretrain.train.optim.weight_decay`?"),
         ("zzzz: 1", "5:1", "its keys are llmkit, name, extends, seed, language, tokenize, pretrain, finetune, eval"),
-        ("compress: {}", "5:1", "this version of llmkit does not have `compress` yet"),
+        ("compress: {method: int8}", "5:12", "`method` is not a key of `compress`"),
         ("<<: {a: 1}", "5:1", "use `extends: other.yaml`"),
         ("seed: true", "5:7", "`seed`: `true` is not a whole number of at least 0"),
         ("seed: -1", "5:7", "`seed`: `-1` is not a whole number of at least 0"),

@@ -180,7 +180,7 @@ def test_every_setting_has_a_text_and_can_be_explained(key: str) -> None:
         ("pretrain.traain", "did you mean `pretrain.train`?"),
         (
             "zzzz",
-            "known keys: llmkit, name, extends, seed, language, tokenize, pretrain, finetune, eval, machine, "
+            "known keys: llmkit, name, extends, seed, language, tokenize, pretrain, finetune, eval, compress, machine, "
             "variants, variant",
         ),
         (
