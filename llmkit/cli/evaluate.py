@@ -86,6 +86,9 @@ def evaluate(
 
     settings = Settings(runs, quiet=quiet, as_json=as_json, smoke=smoke, processes=processes)
     asked = _section(task, data, harness, include, speed, fail_under or (), max_drop, against)
+    _check_drop(words, max_drop, against)
+    if data is not None and task in _OWN:  # `--data` is theirs, so `eval.data.on_error=skip` is about it
+        words = [f"eval.labelled.{word[10:]}" if word.startswith("eval.data.") else word for word in words]
     targets, loaded = choose_targets(words, asked, settings)
     if compare and len(targets) < 2:
         raise UsageError("--compare needs two models at least", hint="llmkit eval runs/a runs/b --compare")
@@ -136,6 +139,27 @@ def _section(
     return {**section, **({"gate": gate} if gate else {})}
 
 
+def _check_drop(words: Sequence[str], max_drop: str | None, against: str | None) -> None:
+    """Refuse one of two options that say nothing alone; a recipe, or a setting, may hold the other.
+
+    Raises:
+        UsageError: One of them is lacking.
+    """
+    if (max_drop is None) == (against is None):
+        return
+    if any(word.endswith((".yaml", ".yml")) or word.startswith("eval.gate.") for word in words):
+        return
+    if against is None:
+        raise UsageError(
+            f"--max-drop {max_drop} says how much worse a model may be, and nothing says than which",
+            hint="add --against RUN",
+        )
+    raise UsageError(
+        f"--against {against} names a model to compare with, and nothing says how much worse this one may be",
+        hint="add --max-drop 2%, or see how they differ: llmkit eval A B --compare",
+    )
+
+
 def _limit(word: str) -> tuple[str, float]:
     name, mark, value = word.partition("=")
     try:
@@ -148,9 +172,15 @@ def _limit(word: str) -> tuple[str, float]:
 
 
 def choose_targets(
-    words: Sequence[str], section: Mapping[str, Any], settings: Settings
+    words: Sequence[str], section: Mapping[str, Any], settings: Settings, *, verb: str = "eval"
 ) -> "tuple[list[str], Loaded | None]":
-    """What the words of `llmkit eval` mean: models (folders, runs), at most one recipe, and settings.
+    """What the words of a command mean: models (folders, runs), at most one recipe, and settings.
+
+    Args:
+        words: As typed.
+        section: What options say of the verb's section.
+        settings: Of the command line.
+        verb: The command, and its section of a recipe.
 
     Raises:
         UsageError: There are two recipes, or settings go nowhere.
@@ -163,17 +193,17 @@ def choose_targets(
     recipes = [word for word in named if word not in models]
     if len(recipes) > 1:
         raise UsageError(
-            f"{' and '.join(recipes)}: an evaluation has one recipe",
+            f"{' and '.join(recipes)}: a command has one recipe",
             hint="the others are no runs and no model folders; see `llmkit runs`",
         )
     if recipes:
-        flat = [*overrides, *_words(section)]
+        flat = [*overrides, *_words(section, verb)]
         return models, load_recipe(recipes[0], overrides=flat, smoke=settings.smoke)
     if not models:
-        raise UsageError("nothing says which model", hint="llmkit eval RUN")
+        raise UsageError("nothing says which model", hint=f"llmkit {verb} RUN")
     if not section and not overrides:
         return models, None
-    made = {"llmkit": 1, "name": run_name(models[0]), "eval": {"model": models[0], **section}}
+    made = {"llmkit": 1, "name": run_name(models[0]), verb: {"model": models[0], **section}}
     return models, load_recipe(_as_its_run(made, models[0], settings.runs), overrides=overrides)
 
 
@@ -202,7 +232,7 @@ def _is_model(word: str, runs: Path) -> bool:
     return "/" in word or Path(word).is_dir() or (runs / word).is_dir()
 
 
-def _words(section: Mapping[str, Any], prefix: str = "eval") -> list[str]:
+def _words(section: Mapping[str, Any], prefix: str) -> list[str]:
     """Settings as words that change a recipe."""
     import json
 

@@ -134,7 +134,12 @@ def next_command(runs: Sequence["Run"], folder: Path) -> str:
     words = [_typed(run, folder) for run in alike]
     if len(words) > 1:
         return shlex.join(["llmkit", "runs", "diff", *words[:2]])
-    return shlex.join(["llmkit", "eval", words[0]]) if words else "llmkit demo"
+    ready = [_typed(run, folder) for run in alike if run.has_model]
+    if ready:
+        return shlex.join(["llmkit", "eval", ready[0]])
+    # Figures of a model from elsewhere: they were measured on data that a person named.
+    command = str(able[0][1].report.get("command") or "") if able else ""
+    return command or "llmkit demo"
 
 
 def _typed(run: "Run", folder: Path) -> str:

@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llmkit.data.shards import TokenStream
+from llmkit.evaluate.measurement import FEW_DOCUMENTS
 from llmkit.evaluate.text import Found
 from llmkit.metrics.inputs import Floats, Integers
 from llmkit.recipe.schema import Pretrain
 
-FEW_DOCUMENTS = 20
-"""With fewer, figures get their intervals from windows."""
 _LENGTHS = (1_000, 4_000, 16_000, 64_000)
 """Bytes of a document at which another group of lengths begins."""
 _DECODED_AT_ONCE = 256

@@ -60,6 +60,10 @@ class HarnessModel(HFLM):
         bf16: Weights in bfloat16.
         batch_size: Rows that the harness's own code computes together: where it answers, and where text is written.
         told: Told how many requests our scorer has answered.
+
+    Attributes:
+        num_asked: Continuations that were asked for.
+        num_cut: Those of them that the model does not read whole.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class HarnessModel(HFLM):
             super().__init__(
                 pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size, device=device
             )
+        self.num_asked, self.num_cut = 0, 0
         self._scorer: Scorer | None = None
         self._told = told
         if native:
@@ -98,6 +103,11 @@ class HarnessModel(HFLM):
             )
             return list(found)
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        self.num_asked += len(requests)
+        # The harness cuts the beginning of what is longer, as our scorer does; a token is only predicted.
+        self.num_cut += sum(
+            len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests
+        )
         answers = [(answer.loglikelihood, answer.greedy) for answer in self._scorer.score(asked, self._told)]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
@@ -126,10 +136,13 @@ def find_tasks(names: Sequence[str], include: Path | None) -> tuple[TaskManager,
         DataError: A task file cannot be read; the message names its line.
     """
     if include is not None:
-        _check_files(include)
+        broken = _broken_files(include)
         own = TaskManager(include_path=str(include), include_defaults=False)
         if not _unknown(names, own):
+            _check_parts(names, own, broken)
             return own, _matches(names, own)
+        for error in broken.values():  # what is not known may stand there
+            raise error
     every = TaskManager(include_path=str(include) if include else None)
     unknown = _unknown(names, every)
     if unknown:
@@ -151,27 +164,46 @@ def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
     return [name for name in names if not fnmatch.filter(manager.all_tasks, name)]
 
 
-def _check_files(folder: Path) -> None:
-    """The harness passes by task files that it cannot read, and then knows no task of that name."""
+def _check_parts(names: Sequence[str], manager: TaskManager, broken: Mapping[Path, DataError]) -> None:
+    """Raise if a file is broken that these tasks stand in; of groups, whose parts may stand in any, if one is."""
+    matches = _matches(names, manager)
+    places = [_path_of(manager, name) for name in matches]
+    plain = set(manager.all_subtasks) >= set(matches)
+    for path, error in broken.items():
+        if path in places or not plain:
+            raise error
+
+
+def _broken_files(folder: Path) -> dict[Path, DataError]:
+    """The task files that the harness cannot read: it passes by them, and then knows no task of that name."""
     if not folder.is_dir():
         raise UsageError(
             f"{folder}: no such folder", hint="eval.harness.include: the folder of your task files"
         )
+    broken = {}
     for path in sorted(folder.glob("**/*.yaml")):
         try:
-            found = load_yaml(path, resolve_func=False)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
-            raise DataError(f"{place}: {error.problem or error}", hint="repair the task file") from error
-        except (OSError, yaml.YAMLError, ValueError) as error:
-            raise DataError(f"{path}: {_first_line(error)}", hint="repair the task file") from error
-        if not isinstance(found, dict):
-            raise DataError(
-                f"{path}:1: a task file holds keys and values, such as `task: my_task`",
-                hint="repair the task file, or take it out of the folder",
-            )
-        _check_metrics(path, found)
+            _check_file(path)
+        except DataError as error:
+            broken[path] = error
+    return broken
+
+
+def _check_file(path: Path) -> None:
+    try:
+        found = load_yaml(path, resolve_func=False)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
+        raise DataError(f"{place}: {error.problem or error}", hint="repair the task file") from error
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise DataError(f"{path}: {_first_line(error)}", hint="repair the task file") from error
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{path}:1: a task file holds keys and values, such as `task: my_task`",
+            hint="repair the task file, or take it out of the folder",
+        )
+    _check_metrics(path, found)
 
 
 def _check_metrics(path: Path, task: Mapping[str, Any]) -> None:
@@ -347,8 +379,9 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-_DEFAULT = "using default"
-"""In what it says of every task file that leaves something to it: nothing to warn of."""
+_LOGGERS = ("lm_eval", "datasets", "transformers.tokenization_utils_base")
+_NOTHING_TO_WARN_OF = ("using default", "Token indices sequence length is longer", "tokens from the left")
+"""In what is said of every task file that leaves something to the harness, and of long requests: these are counted."""
 
 
 class _Heard(logging.Handler):
@@ -360,7 +393,7 @@ class _Heard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage().strip()
-        if text not in self.said and _DEFAULT not in text:
+        if text not in self.said and not any(known in text for known in _NOTHING_TO_WARN_OF):
             self.said.append(text)
 
 
@@ -370,7 +403,7 @@ def _quiet() -> Iterator[list[str]]:
 
     What it warns of is kept, and standard output stays ours.
     """
-    loggers, heard = [logging.getLogger(name) for name in ("lm_eval", "datasets")], _Heard()
+    loggers, heard = [logging.getLogger(name) for name in _LOGGERS], _Heard()
     before, drawn = [(logger.level, logger.propagate) for logger in loggers], tqdm.tqdm.__init__
     commit, alone = evaluator.get_git_commit_hash, os.environ.get(_ALONE)
     for logger in loggers:

@@ -9,6 +9,8 @@ from llmkit.metrics.inputs import Integers
 from llmkit.registry import direction_of
 
 Figures = Mapping[str, float]
+FEW_DOCUMENTS = 20
+"""Of fewer documents of a text, windows are the items that figures get their intervals from."""
 FEWEST = 10
 """Items that draws can be made from: of fewer, the bootstrap sees differences far too often where there are none."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from llmkit.evaluate.text import Found, measure_rows, measure_windows, windows_o
 from llmkit.models.attention import use_attention
 from llmkit.models.build import kind_of, load_weights
 from llmkit.models.heads import choose_heads
+from llmkit.models.runtimes import load_runtime, runtime_of
 from llmkit.objectives.base import HasParts, LossModule, Objective
 from llmkit.objectives.make import make_objective
 from llmkit.plan import layout_of
@@ -24,7 +25,7 @@ from llmkit.registry import ModelKind, goal_of
 
 
 def load_model(folder: Path, *, trusted: bool = False, kind: ModelKind | None = None) -> PreTrainedModel:
-    """A model from a folder, in float32 on CPU, for measuring or generating.
+    """A model from a folder, in float32 on CPU, for measuring or generating; an exported one in its own runtime.
 
     Args:
         folder: The model folder.
@@ -35,6 +36,8 @@ def load_model(folder: Path, *, trusted: bool = False, kind: ModelKind | None = 
         MissingError: The folder holds no model that can be loaded.
         UsageError: It brings code or pickles, or its weights do not belong to its configuration.
     """
+    if runtime_of(folder) is not None:
+        return cast("PreTrainedModel", load_runtime(folder).eval())  # it answers as one
     try:
         return load_weights(str(folder), kind or kind_of(str(folder)), trusted=trusted)
     except (OSError, ValueError) as error:
@@ -67,7 +70,8 @@ def core_of(
         MissingError: What was trained beside the model is not there.
     """
     objective = make_objective(section, tokenizer)
-    use_attention(model, "sdpa", isolate=section.isolate_documents)
+    if isinstance(model, PreTrainedModel):
+        use_attention(model, "sdpa", isolate=section.isolate_documents)
     choose_heads(model, goal_of(section.objective).model)
     core = LossModule(model, objective, bf16=bf16, parts=_load_parts(objective, model, folder)).to(device)
     core.eval()

@@ -8,13 +8,15 @@ from typing import Any, Literal
 import numpy as np
 
 from llmkit.errors import UsageError
-from llmkit.evaluate.measurement import FEWEST, Measurement
-from llmkit.metrics.bootstrap import Comparison, mcnemar
+from llmkit.evaluate.measurement import FEW_DOCUMENTS, FEWEST, Measurement
+from llmkit.metrics.bootstrap import Comparison, mcnemar, wilson
 from llmkit.recipe.evaluation import Gate
 from llmkit.registry import FIGURES, nearest
 
 ANY_TOKENS = ("bits_per_byte", "char_perplexity")
 """Figures of text that compare whatever the models' vocabularies."""
+_SHARES = ("accuracy", "exact_match", "recall_at_1")
+"""Figures that are the share of items answered rightly, where items are right or wrong."""
 SMALL = 0.05
 """Below this p a difference is said to be one."""
 
@@ -124,11 +126,27 @@ def _unpaired(measured: Measurement, baseline: Measurement) -> str:
         return f"{measured.subject} was asked {measured.task}, {baseline.subject} {baseline.task}"
     if measured.items is None or baseline.items is None:
         return "these figures are not made of items that could be compared one by one"
+    if measured.data != baseline.data and _same_text_in_windows(measured, baseline):
+        return (
+            f"the text has fewer than {FEW_DOCUMENTS} documents, so windows stand in for them, and windows of two "
+            f"vocabularies hold different text ({FEW_DOCUMENTS} documents at least)"
+        )
     if measured.data != baseline.data or list(measured.items.keys) != list(baseline.items.keys):
         return f"{measured.subject} and {baseline.subject} were not measured on the same data"
     if len(measured.items.keys) < FEWEST:
         return f"{len(measured.items.keys)} items are too few to tell models apart ({FEWEST} at least)"
     return ""
+
+
+def _same_text_in_windows(measured: Measurement, baseline: Measurement) -> bool:
+    """Whether two models were asked one text in windows of tokens of their own."""
+    both = (measured, baseline)
+    return (
+        measured.task == baseline.task == "text"
+        and len({one.settings.get("text") for one in both}) == 1
+        and len({one.settings.get("tokenizer") for one in both}) > 1
+        and all(one.items is not None and one.items.keys[0].startswith("window ") for one in both)
+    )
 
 
 def _other_tokens(name: str, measured: Measurement, baseline: Measurement) -> str:
@@ -259,6 +277,28 @@ def _other_data(name: str, measured: Measurement, baseline: Measurement) -> str:
 
 
 def intervals_of(measured: Measurement, *, seed: int, resamples: int) -> Mapping[str, tuple[float, float]]:
-    """Each figure's 95% interval, where it has one."""
+    """Each figure's 95% interval, where it has one.
+
+    Draws of rows that are all right, or all wrong, are all alike: then a share of items has the interval of Wilson.
+    """
     found = measured.intervals(seed=seed, resamples=resamples)
-    return {name: (one.low, one.high) for name, one in found.items()}
+    return {name: _alike(name, measured) or (one.low, one.high) for name, one in found.items()}
+
+
+def _alike(name: str, measured: Measurement) -> tuple[float, float] | None:
+    """Wilson's interval of a share of items answered rightly, where all or none of them were; else None."""
+    right = measured.items.right if measured.items is not None else None
+    if name not in _SHARES or right is None or any(right) != all(right):
+        return None
+    low, high = wilson(sum(right), len(right))
+    scale = 100 if name == "exact_match" and measured.task != "cls" else 1
+    is_share = math.isclose(measured.figures[name], scale * all(right), abs_tol=1e-9)
+    return (scale * low, scale * high) if is_share else None
+
+
+def few_items(measured: Measurement, resamples: int) -> list[str]:
+    """Why figures have no intervals, where there are too few items to draw from."""
+    if measured.items is None or not resamples or len(measured.items.keys) >= FEWEST:
+        return []
+    num = len(measured.items.keys)
+    return [f"{num} item{'' if num == 1 else 's'}: too few for an interval ({FEWEST} at least)"]

@@ -47,6 +47,22 @@ class Comparison:
     p: float
 
 
+def wilson(num_right: int, num_rows: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """The interval of a share: of all right or all wrong rows, too, of which every draw is like the other.
+
+    Args:
+        num_right: Rows that were answered rightly.
+        num_rows: How many there are.
+        z: The normal quantile; that of 95%.
+
+    **Source**: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
+    """
+    share, weight = num_right / num_rows, z * z / num_rows
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * np.sqrt((share * (1 - share) + weight / 4) / num_rows)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
 def resampled(metric: Metric, num_rows: int, *, seed: int, resamples: int = 1000) -> Floats:
     """The metric over `resamples` draws of as many rows, with replacement.
 

@@ -8,6 +8,7 @@ from llmkit.report.confusion import confusion
 from llmkit.report.evaluation_tables import (
     by_part,
     calibration,
+    change,
     classes,
     errors,
     figure,
@@ -136,12 +137,12 @@ def _comparison(found: Sequence[Facts]) -> str:
 
 def _pair(one: Facts) -> list[str]:
     name = str(one.get("metric"))
-    change = one.get("difference")
+    found = one.get("difference")
     return [
         words(name),
         figure(name, one.get("value")),
         figure(name, one.get("other")),
-        f"{float(change):+.4g}" if is_number(change) else "–",
+        change(name, float(found)) if is_number(found) else "–",
         interval(one) or "–",
         _verdict(one),
     ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from llmkit.registry import EVALUATIONS, TASKS
-from llmkit.report.formatting import format_number, format_percent, format_value
+from llmkit.report.formatting import format_bytes, format_number, format_percent, format_value
 from llmkit.report.page import (
     Facts,
     Html,
@@ -254,6 +254,13 @@ def figure(name: str, value: object) -> str:
         return "–"
     counts = name.startswith("num_")
     return format_value(name, float(value) if isinstance(value, int) and not counts else value)
+
+
+def change(name: str, value: float) -> str:
+    """How far a figure lies above another's, in its unit where that is one of size: `+0.012`, `-12.3 MB`."""
+    if name.endswith("bytes") and math.isfinite(value):
+        return f"{'' if value < 0 else '+'}{format_bytes(value)}"
+    return f"{value:+.4g}"
 
 
 def _number(value: object) -> str:

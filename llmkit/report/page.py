@@ -80,9 +80,15 @@ def listed(rows: Sequence[tuple[str, str]]) -> str:
     return f'<dl class="pairs">{inner}</dl>' if inner else ""
 
 
+_NAMED = {"memory_bytes": "peak memory", "file_bytes": "file size"}
+"""What fields are called whose names alone say too little."""
+
+
 def words(key: str) -> str:
     """A field's name as words: `num_documents` -> `documents`, `peak_memory_bytes` -> `peak memory`."""
     name = key.rsplit("/", 1)[-1].removeprefix("num_")
+    if name in _NAMED or name.endswith("_per_s"):
+        return _NAMED.get(name, name.replace("_", " "))
     for ending in ("_bytes", "_s", "_seconds"):
         name = name.removesuffix(ending)
     return name.replace("_", " ")

@@ -3,30 +3,31 @@
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmkit.durable import remove_file, write_file, write_json
-from llmkit.errors import GateError, UsageError
+from llmkit.errors import UsageError
 from llmkit.evaluate.measurement import Measurement
 from llmkit.evaluate.sharing import ALONE, Share, gather_everywhere
-from llmkit.evaluate.verdict import Difference, Held, check_gates, check_names, differences, intervals_of
+from llmkit.evaluate.verdict import check_gates, check_names, differences, few_items, intervals_of
 from llmkit.hardware import detect_hardware
 from llmkit.launch.world import World, detect_world
 from llmkit.recipe import Loaded, load_recipe
 from llmkit.recipe.schema import Eval, Recipe
 from llmkit.registry import EVALUATIONS, TASKS, load
 from llmkit.report.console import Reporter
-from llmkit.report.formatting import format_number, format_value, jsonable
+from llmkit.report.formatting import jsonable
 from llmkit.report.report import write_report
 from llmkit.report.results import update_card
 from llmkit.report.trying import try_command, try_trained
 from llmkit.run.checkpoints import exported_checkpoint, is_checkpoint
 from llmkit.run.folders import (
+    STEP,
     Options,
     Result,
     base_of,
@@ -35,32 +36,20 @@ from llmkit.run.folders import (
     leave_record,
     locked,
     refuse_variants,
-    run_name,
 )
+from llmkit.run.foreign import home_of_foreign, model_name
+from llmkit.run.judged import Judged, gate_error, over_models, summary, table
 from llmkit.run.measure.asked import Asked, Subject
+from llmkit.run.measure.known import check_asked
 from llmkit.run.tasks import task_run
 
 _COMMON = ("model", "task", "metrics", "resamples", "gate")
 """Settings of every evaluation; they change nothing in what is asked."""
 _SAME_FOLDER = (*_COMMON, "reference")
-_SEVERAL = 3
-"""So many models, those of several seeds for one, have a mean and a deviation."""
+_LIMITED = ("harness", "rows")
+"""What has a setting of its own for at most so many."""
 _HELD_OUT = ("text", "labelled")
 """What measures on what the model's run held out, where nothing else is named."""
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """A measurement with all that follows from it."""
-
-    subject: Subject
-    way: str
-    measured: Measurement
-    intervals: dict[str, tuple[float, float]]
-    differences: Sequence[Difference] = ()
-    gates: Sequence[Held] = ()
-    warnings: list[str] = field(default_factory=list)
-    among_others: bool = False
 
 
 def evaluate(
@@ -95,16 +84,18 @@ def evaluate(
     against = find_subject(section.gate.against, options, reporter) if section.gate.against else None
     everyone = [*subjects, *([against] if against is not None else [])]
     _check_ways(everyone, section)
+    check_asked(everyone, section, way_of(everyone[0], section))
     with _sharing(alone) as share:
         measured = [_measure(one, everyone, section, loaded, options, reporter, share) for one in everyone]
     if share.rank:
         return Result(Path(), {}, "")
     found = _judge(measured, bool(against), section, _recipe(loaded, subjects[0]).seed)
     folders = [_write(one, loaded, options, section) for one in found]
-    for one in found:
+    for one, folder in zip(found, folders, strict=True):
+        reporter.note(f"report: {folder / 'report.html'}")
         for warning in one.warnings:
             reporter.warn(f"{one.subject.word}: {warning}" if len(found) > 1 else warning)
-    return _result(found, folders, section)
+    return _result(found, folders, section, options.runs)
 
 
 def find_subject(word: str, options: Options, reporter: Reporter) -> Subject:
@@ -128,7 +119,10 @@ def _subject(word: str, place: Path) -> Subject:
     trained = load_recipe(recipe) if recipe.is_file() else None
     section = (trained.recipe.finetune or trained.recipe.pretrain) if trained else None
     trusted = section.model.trust_remote_code if section is not None else False
-    return Subject(word, place, trained, task_run(place), precision, trusted)
+    home = (
+        place.parent if (place.parent / STEP).is_file() else None
+    )  # figures of a compressed model are its own
+    return Subject(word, place, trained, task_run(place), precision, trusted, home)
 
 
 def way_of(subject: Subject, section: Eval) -> str:
@@ -162,9 +156,10 @@ def _check_ways(everyone: Sequence[Subject], section: Eval) -> None:
         if name in (*_COMMON, *EVALUATIONS[way].reads) or getattr(section, name) == getattr(plain, name):
             continue
         able = [other for other, known in EVALUATIONS.items() if name in known.reads]
+        other = f"its tasks have eval.harness.limit={section.rows}" if (way, name) == _LIMITED else ""
         raise UsageError(
             f"eval.{name}: {way} goes by no such setting",
-            hint=f"leave it out; it goes with {', '.join(able)}",
+            hint=other or f"leave it out; it goes with {', '.join(able)}",
         )
     if way in ("harness", "speed") and section.task != "auto":
         raise UsageError(f"eval.task: {way} is asked instead of a task", hint="leave eval.task out")
@@ -245,7 +240,7 @@ def _measure(
 
 def _judge(
     measured: Sequence[tuple[Subject, str, Measurement]], against: bool, section: Eval, seed: int
-) -> list[_Judged]:
+) -> list[Judged]:
     """Intervals, differences and gates; what the others are compared with comes first, or is what gates name."""
     draws = {"seed": seed, "resamples": section.resamples}
     baseline = measured[-1][2] if against else measured[0][2]
@@ -253,16 +248,18 @@ def _judge(
     for subject, way, one in measured:
         pairs, why = ([], "") if one is baseline else differences(one, baseline, **draws)
         held = [] if against and one is baseline else check_gates(section.gate, one, baseline)
-        warnings = [*one.warnings, *([f"compared without pairs: {why}"] if why else [])]
+        warnings = [*one.warnings, *few_items(one, section.resamples)]
+        if why and way != "speed":  # models that are timed have ratios within rounds
+            warnings.append(f"compared without pairs: {why}")
         ends = dict(intervals_of(one, **draws))
-        found.append(_Judged(subject, way, one, ends, pairs, held, warnings, len(measured) > 1))
+        found.append(Judged(subject, way, one, ends, pairs, held, warnings, len(measured) > 1))
     return found
 
 
-def _write(one: _Judged, loaded: Loaded | None, options: Options, section: Eval) -> Path:
+def _write(one: Judged, loaded: Loaded | None, options: Options, section: Eval) -> Path:
     """Leave figures, predictions and a report beside the model's run."""
     about = loaded or one.subject.trained
-    folder, measured = _folder(one, about, options, section), one.measured
+    folder, measured = _folder(one, loaded, options, section), one.measured
     with locked(folder):
         if about is not None:
             leave_record(folder, about)
@@ -274,7 +271,7 @@ def _write(one: _Judged, loaded: Loaded | None, options: Options, section: Eval)
             remove_file(folder / "predictions.jsonl")
         for name, content in measured.files.items():
             write_json(folder / name, jsonable(content))
-        report = write_report(folder, _facts(one, about, options, section))
+        report = write_report(folder, _facts(one, loaded, options, section))
     if (
         one.subject.trained is not None and not one.subject.step
     ):  # a model of ours: its card says what it is worth
@@ -284,7 +281,7 @@ def _write(one: _Judged, loaded: Loaded | None, options: Options, section: Eval)
     return folder
 
 
-def _facts(one: _Judged, about: Loaded | None, options: Options, section: Eval) -> dict[str, Any]:
+def _facts(one: Judged, loaded: Loaded | None, options: Options, section: Eval) -> dict[str, Any]:
     """What the report is made of."""
     measured = one.measured
     plain = dict(measured.figures)
@@ -293,7 +290,7 @@ def _facts(one: _Judged, about: Loaded | None, options: Options, section: Eval) 
         for name, value in plain.items()
     }
     return {
-        "name": about.recipe.name if about is not None else run_name(one.subject.word),
+        "name": _name(one, loaded, options),
         "kind": "eval",
         "status": "done",
         "command": options.command,
@@ -325,14 +322,32 @@ def _dataset(section: Eval) -> dict[str, Any]:
     return {"dataset": {"name": ", ".join(names), "type": ", ".join(names)}} if names else {}
 
 
-def _folder(one: _Judged, about: Loaded | None, options: Options, section: Eval) -> Path:
+def _name(one: Judged, loaded: Loaded | None, options: Options) -> str:
+    """What the model is called: as the one recipe says that was written for it, as its run is, or by its folder."""
+    if _is_written(loaded) and not one.among_others:
+        return loaded.recipe.name
+    if one.subject.trained is not None:
+        return one.subject.trained.recipe.name
+    if one.subject.home is not None:
+        return model_name(one.subject.word)
+    return home_of_foreign(one.subject.place, options.runs).name
+
+
+def _is_written(loaded: Loaded | None) -> TypeGuard[Loaded]:
+    """Whether a person wrote the recipe, with a name for what it is about."""
+    return loaded is not None and loaded.path is not None
+
+
+def _folder(one: Judged, loaded: Loaded | None, options: Options, section: Eval) -> Path:
     """Where the figures go: beside the model's run where it has one, a folder for each thing that is measured.
 
     `eval/` is for what the run held out; else the name says what was asked and on what, so that nothing is overwritten.
     """
-    name = about.recipe.name if about is not None and not one.among_others else run_name(one.subject.word)
     own = one.subject.home or home_of(one.subject.place, options.runs)
-    home = own or options.runs / name
+    if own is None and _is_written(loaded) and not one.among_others:
+        home = options.runs / loaded.recipe.name
+    else:
+        home = own or home_of_foreign(one.subject.place, options.runs)
     step = f"-{one.subject.step}" if one.subject.step else ""
     stage = one.subject.place.parent.name
     if stage == "pretrain" and (home / "finetune").is_dir():  # `eval` is for what the run ended with
@@ -355,152 +370,19 @@ def _is_plain(section: Eval) -> bool:
     return all(asked[name] == plain[name] for name in asked if name not in _SAME_FOLDER)
 
 
-def _result(found: Sequence[_Judged], folders: Sequence[Path], section: Eval) -> Result:
-    results = [_summary(one, folder) for one, folder in zip(found, folders, strict=True)]
-    summary = dict(results[0])
+def _result(found: Sequence[Judged], folders: Sequence[Path], section: Eval, runs: Path) -> Result:
+    results = [summary(one, folder) for one, folder in zip(found, folders, strict=True)]
+    told = dict(results[0])
     if len(found) > 1:
-        summary["results"] = results
-        summary["comparison"] = [pair.to_dict() for one in found for pair in one.differences]
-        summary["over_models"] = _over_models(found)
+        told["results"] = results
+        told["comparison"] = [pair.to_dict() for one in found for pair in one.differences]
+        told["over_models"] = over_models(found)
     failed = [gate for one in found for gate in one.gates if not gate.held]
-    return Result(
-        folders[0],
-        summary,
-        _next(found[0]),
-        _table(found, section),
-        _gate_error(failed) if failed else None,
-    )
+    failure = gate_error(failed) if failed else None
+    return Result(folders[0], told, _next(found[0], runs), table(found, section), failure)
 
 
-def _over_models(found: Sequence[_Judged]) -> dict[str, dict[str, float]]:
-    """Mean and deviation of each figure over models, such as those of one recipe and several seeds."""
-    if len(found) < _SEVERAL:
-        return {}
-    names = [name for name in found[0].measured.figures if all(name in one.measured.figures for one in found)]
-    values = {name: [one.measured.figures[name] for one in found] for name in names}
-    return {name: {"mean": mean(some), "deviation": stdev(some)} for name, some in values.items()}
-
-
-def _summary(one: _Judged, folder: Path) -> dict[str, Any]:
-    measured = one.measured
-    found: dict[str, Any] = {
-        "subject": measured.subject,
-        "model": measured.model,
-        "task": measured.task,
-        "metrics": dict(measured.figures),
-        "intervals": {name: list(ends) for name, ends in one.intervals.items()},
-        "settings": dict(measured.settings),
-        "gates": [gate.to_dict() for gate in one.gates],
-        "warnings": list(one.warnings),
-        "report": str(folder / "report.html"),
-    }
-    if measured.predictions:
-        found["predictions"] = str(folder / "predictions.jsonl")
-    return found
-
-
-def _table(found: Sequence[_Judged], section: Eval) -> list[tuple[str, ...]]:
-    """Figures with their intervals, a column for each model; differences and gates below."""
-    first = found[0].measured
-    names = section.metrics or [
-        name for name in first.shown if any(name in one.measured.figures for one in found)
-    ]
-    if len(found) == 1:
-        rows = [("figure", "value", "95% interval")]
-        rows += [(name, _number(name, first.figures.get(name)), _ends(found[0], name)) for name in names]
-        return [*(rows if names else []), *_noise_rows(first, names), *_gate_rows(found)]
-    spread = _over_models(found)
-    table: list[tuple[str, ...]] = [
-        ("figure", *(one.subject.word for one in found), *(["mean"] if spread else []))
-    ]
-    for name in names:
-        over = spread.get(name)
-        last = (
-            [f"{_number(name, over['mean'])}, deviation {_number(name, over['deviation'])}"] if over else []
-        )
-        figures = [_number(name, one.measured.figures.get(name)) for one in found]
-        table.append((name, *figures, *(last if spread and last else [""] * bool(spread))))
-    rows = [
-        (f"{pair.metric} of {pair.subject}", f"{pair.difference:+.4g}", _p(pair))
-        for one in found
-        for pair in one.differences
-        if pair.metric in names
-    ]
-    width = len(table[0])
-    return [*table, *(_padded(row, width) for row in [*rows, *_ratio_rows(found), *_gate_rows(found)])]
-
-
-def _padded(row: Sequence[str], width: int) -> tuple[str, ...]:
-    """A row of as many cells: what is over stands in the last."""
-    cells = [*row[: width - 1], "  ".join(row[width - 1 :])] if len(row) > width else list(row)
-    return (*cells, *[""] * (width - len(cells)))
-
-
-def _noise_rows(measured: Measurement, names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """What is left of each figure on damaged text, and how far the copies lie apart."""
-    copies = [row for row in measured.tables.get("noise", ()) if isinstance(row["seed"], int)]
-    if not copies:
-        return []
-    typos = f"{copies[0]['typos']:.0%} typos"
-    found = []
-    for name in names:
-        values = [row["metrics"][name] for row in copies if name in row["metrics"]]
-        if values:
-            apart = f"copies differ by {format_value(name, stdev(values))}" if len(values) > 1 else "one copy"
-            found.append((f"{name}, {typos}", _number(name, mean(values)), apart))
-    return found
-
-
-def _ratio_rows(found: Sequence[_Judged]) -> list[tuple[str, str, str]]:
-    """How much faster models are than others, where they were timed in turn."""
-    return [
-        (
-            f"{row['model']} against {row['against']}, batch {row['batch']} of {row['length']}",
-            f"{row['times_as_fast']:.2f} times",
-            f"{row['low']:.2f} to {row['high']:.2f} in rounds",
-        )
-        for row in found[0].measured.tables.get("speed_ratios", ())
-    ]
-
-
-def _gate_rows(found: Sequence[_Judged]) -> list[tuple[str, str, str]]:
-    return [
-        (
-            f"gate {gate.metric}",
-            _number(gate.metric, gate.value),
-            f"{'held' if gate.held else 'NOT HELD'}: {gate.said}",
-        )
-        for one in found
-        for gate in one.gates
-    ]
-
-
-def _number(name: str, value: float | None) -> str:
-    return "nothing to measure" if value is None else format_value(name, value)
-
-
-def _ends(one: _Judged, name: str) -> str:
-    ends = one.intervals.get(name)
-    return "" if ends is None else f"{format_value(name, ends[0])} to {format_value(name, ends[1])}"
-
-
-def _p(pair: Difference) -> str:
-    if pair.p is None:
-        return pair.verdict
-    return (
-        f"{pair.verdict} (p {pair.p:.2g}, {format_number(pair.low or 0)} to {format_number(pair.high or 0)})"
-    )
-
-
-def _gate_error(failed: Sequence[Held]) -> GateError:
-    lines = [
-        f"{gate.subject}: {gate.metric} is {format_value(gate.metric, gate.value)}, and must be {gate.said}"
-        for gate in failed
-    ]
-    return GateError("; ".join(lines), hint="the report stays; the model was not changed")
-
-
-def _next(one: _Judged) -> str:
+def _next(one: Judged, runs: Path) -> str:
     trained, place = one.subject.trained.recipe if one.subject.trained else None, one.subject.place
     if one.subject.task is not None:
         task = one.subject.task.section
@@ -509,4 +391,11 @@ def _next(one: _Judged) -> str:
         return try_trained(trained.pretrain.objective, str(place), trained.pretrain.prompts)
     from llmkit.models.build import kind_of
 
-    return try_command(kind_of(str(place)), str(place))
+    kind = kind_of(str(place))
+    if kind in (
+        "detector",
+        "encoder",
+        "answers",
+    ):  # without a run nothing was held out, and none of them writes
+        return shlex.join(["llmkit", "runs", *(["--runs", str(runs)] if runs != Path("runs") else [])])
+    return try_command(kind, str(place))

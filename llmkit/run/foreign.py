@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +10,56 @@ from llmkit.errors import UsageError
 from llmkit.recipe import load_recipe
 from llmkit.recipe.architectures import in_words
 from llmkit.registry import TASKS
+from llmkit.run.folders import report_of, run_name
 from llmkit.run.tasks import TaskRun
 
 if TYPE_CHECKING:
     from llmkit.run.measure.asked import Asked, Subject
 
 _LONGEST = 2048
+_MADE_HERE = ("tokenize", "pretrain", "finetune")
+_EVERYONES = ("model", "adapter", *_MADE_HERE)
+"""Names of folders that tell nothing of the model in them."""
 _NO_NAME = re.compile(r"LABEL_(\d+)")
 _POOLINGS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+
+
+def model_name(word: str) -> str:
+    """What a model is called by its path: its folder's name; of a name that all models have, that of the one around."""
+    return run_name(_telling(Path(word).absolute())[-1])
+
+
+def home_of_foreign(place: Path, runs: Path) -> Path:
+    """The folder in `runs` for the figures of a model from elsewhere, which no other model has.
+
+    Args:
+        place: The model's folder.
+        runs: The folder of run folders.
+    """
+    parts = _telling(place.absolute())
+    names = [run_name("-".join(parts[-count:])) for count in range(1, len(parts) + 1)]
+    return next((runs / name for name in names if _is_free(runs / name, place)), runs / names[-1])
+
+
+def _telling(place: Path) -> Sequence[str]:
+    """The parts of a path up to the last one that tells models apart."""
+    parts = [part for part in place.parts if part != place.anchor]
+    while len(parts) > 1 and parts[-1] in _EVERYONES:
+        parts.pop()
+    return parts or ["model"]
+
+
+def _is_free(home: Path, place: Path) -> bool:
+    """Whether no run is there, and no figures of another model."""
+    if any((home / verb).is_dir() for verb in _MADE_HERE):
+        return False
+    known = (report_of(path.parent).get("model") for path in home.glob("*/report.json"))
+    folders = {str(one.get("folder")) for one in known if isinstance(one, dict)}
+    return all(Path(folder).absolute() == place.absolute() for folder in folders)
 
 
 def foreign_run(subject: "Subject", task: str, asked: "Asked") -> TaskRun:
@@ -80,7 +118,7 @@ def _with_facts(run: TaskRun, task: str, config: Mapping[str, Any], asked: "Aske
         form, counts, labels = str(holder.task.facts["form"]), holder.task.facts["counts"], set[str]()
         labels.update(holder.task.facts["labels"])
     else:
-        found = read(task, data, asked)
+        found = read(task, data, asked, told=False)
         form, counts, labels = found.form, dict(found.counts), set(found.labels)
     names = _labels(run.place, config, labels) if task in ("cls", "tag") else []
     facts = {**run.facts, "form": form, "counts": counts, "labels": names}

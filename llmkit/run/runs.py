@@ -176,6 +176,11 @@ class Run:
         return next((stage for stage in reversed(self.stages) if stage.name in LIFE), None)
 
     @property
+    def has_model(self) -> bool:
+        """Whether it made a model that is there."""
+        return any((stage.folder / "model" / "config.json").is_file() for stage in self.stages)
+
+    @property
     def seconds(self) -> float | None:
         """How long its training took, all stages together."""
         known = [stage.seconds for stage in self.told_by if stage.seconds is not None]

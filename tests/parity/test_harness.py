@@ -276,6 +276,23 @@ def test_a_wrong_task_file_is_named(tmp_path, tasks, subject, old, new, said):
         harness.measure(subject, asked(tmp_path, harness=settings))
 
 
+def test_a_broken_file_does_not_keep_other_tasks_from_being_asked(tmp_path, tasks):
+    (tasks / "broken.yaml").write_text("task: [\n")
+    assert find_tasks(["tiny_which"], tasks)[1] == ["tiny_which"]
+    with pytest.raises(DataError, match=r"broken\.yaml"):
+        find_tasks(["tiny_broken"], tasks)
+
+
+def test_requests_that_the_model_does_not_read_whole_are_counted(tmp_path, tasks, subject, capfd):
+    rows = [{**row, "query": LONG + row["query"]} for row in QUESTIONS[:2]] + QUESTIONS[2:]
+    (tmp_path / "which.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Harness(tasks=["tiny_which"], include=str(tasks))
+    found = harness.measure(subject, asked(tmp_path, harness=settings))
+    [said] = [text for text in found.warnings if "do not fit" in text]
+    assert said.startswith("6 of 21 requests do not fit")
+    assert "Token indices" not in capfd.readouterr().err + "".join(found.warnings)
+
+
 def test_data_that_cannot_be_read_are_named(tmp_path, tasks, subject):
     data = tmp_path / "which.jsonl"
     lines = data.read_text().splitlines()

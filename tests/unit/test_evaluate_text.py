@@ -126,6 +126,9 @@ def test_documents_and_their_groups_add_up(folder, run):
     assert sum(row["num_tokens"] for row in rows) == report["final"]["eval/num_targets"]
     mean = sum(row["loss"] * row["num_tokens"] for row in rows) / report["final"]["eval/num_targets"]
     assert mean == pytest.approx(report["final"]["eval/loss"], abs=1e-6)
+    learned = [text for text in report["warnings"] if "of the 40 documents are among those" in text]
+    held_out = stream_of(run).num_documents
+    assert learned == [f"{40 - held_out} of the 40 documents are among those that the model learned from"]
     small = [row for row in rows if row["name"] == "under 1 kB"]
     sizes = [path.stat().st_size for path in (folder / "corpus").glob("*.txt")]
     assert [row["num_documents"] for row in small] == [sum(size < 1000 for size in sizes)]

@@ -20,6 +20,7 @@ from llmkit.report.run_log import read_metrics
 from llmkit.run.evaluate import find_subject
 from llmkit.run.measure.asked import Asked
 from llmkit.run.measure.labelled import measure
+from llmkit.run.measure.labels import train_rows
 from llmkit.run.tasks import load_core
 
 QUICK = ("cls", "tag")
@@ -201,6 +202,27 @@ def test_rows_of_their_own_columns_are_measured(runs, place):
     found = of(runs("cls"), place, labelled={"files": data, "columns": columns})
     assert (found.settings["held_out"], len(found.predictions)) == (False, 3)
     assert found.warnings[0].startswith("every row was said to be ")
+
+
+def test_rows_that_the_model_learned_from_are_told(runs, place):
+    file = load_recipe(runs("cls") / "resolved.yaml").recipe.finetune.data.files[0]
+    found = of(runs("cls"), place, data={"files": file})
+    learned = len(train_rows(subject(runs("cls"), place).task, options(place).runs))
+    assert 0 < learned < len(found.predictions)
+    said = f"{learned:,} of the {len(found.predictions):,} rows are among those that the model learned from"
+    assert said in found.warnings
+    other = reviews(place, ["a wholly other text,red", "and one more,blue"], "unseen.csv")
+    assert not any("learned from" in text for text in of(runs("cls"), place, data={"files": other}).warnings)
+
+
+def test_how_broken_rows_are_left_out_is_said_in_words_that_work(runs, place):
+    data = {"files": reviews(place, ["a red cat,red", ",red"], "empty.csv")}
+    with pytest.raises(DataError) as caught:
+        of(runs("cls"), place, data=data)
+    assert "`eval.data.on_error=skip`" in caught.value.hint
+    with pytest.raises(DataError) as caught:
+        of(runs("cls"), place, labelled=data)
+    assert "`eval.labelled.on_error=skip`" in caught.value.hint
 
 
 def test_rows_that_the_reader_skips_are_told(runs, place):

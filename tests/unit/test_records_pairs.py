@@ -23,6 +23,33 @@ def test_names(tmp_path, source, target):
     assert rows(tmp_path, "a.jsonl", content, "seq2seq") == [{"source": "a", "target": "b"}]
 
 
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("text,category\na red cat,1\na bad dog,0\n", "text, category"),
+        ("text,kind\na b,pos\nc d,neg\ne f,pos\ng h,neg\n", "text, kind"),
+        ("one,two,gold\na b,c d,0.4\ne f,g h,0.9\n", "one, two, gold"),
+        ("a red cat,1\na bad dog,0\n", "1, 2"),
+    ],
+)
+def test_what_stands_over_labels_is_no_text(tmp_path, text, keys):
+    said = refused(tmp_path, "a.csv", text, "embed")
+    assert f"the keys found are {keys}; nothing tells which is" in said
+    assert "columns: {" in said
+    assert "positive: category" not in said
+
+
+def test_texts_of_a_word_are_pairs(tmp_path):
+    found = rows(tmp_path, "a.csv", "house,Haus\ncat,Katze\n", "embed")
+    assert [row["anchor"] for row in found] == ["house", "cat"]
+
+
+def test_a_lone_column_of_text_is_not_proposed_for_labels(tmp_path):
+    said = refused(tmp_path, "a.csv", "text\na b\nc d\n", "cls")
+    assert "add one with the 'label'" in said
+    assert "label: text" not in said
+
+
 def test_a_header_is_no_row(tmp_path):
     assert rows(tmp_path, "a.tsv", "source\ttarget\na\tb\n", "seq2seq") == [{"source": "a", "target": "b"}]
 

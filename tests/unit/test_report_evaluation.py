@@ -16,7 +16,8 @@ from llmkit.errors import UsageError
 from llmkit.report.card import write_model_card
 from llmkit.report.confusion import confusion
 from llmkit.report.evaluation import verdict
-from llmkit.report.evaluation_tables import shown
+from llmkit.report.evaluation_tables import change, shown
+from llmkit.report.page import words as in_words
 from llmkit.report.report import write_report
 from llmkit.report.results import result_of, update_card
 from llmkit.report.side_by_side import figures, write_side_by_side
@@ -201,6 +202,19 @@ def test_a_difference_in_words_follows_from_its_numbers() -> None:
     assert verdict({**plain, "metric": "accuracy"}) == "worse, p = 0.01"
     assert verdict({**plain, "p": 0.2}) == "no difference seen, p = 0.2"
     assert verdict({"metric": "loss", "difference": 1.0, "p": None}) == "not paired"
+
+
+def test_figures_of_size_are_named_and_told_in_their_units() -> None:
+    names = ("rows_per_s", "tokens_per_s", "memory_bytes", "file_bytes", "num_documents")
+    assert list(map(in_words, names)) == [
+        "rows per s",
+        "tokens per s",
+        "peak memory",
+        "file size",
+        "documents",
+    ]
+    assert (change("memory_bytes", -12_300_000), change("file_bytes", 2e6)) == ("-12.3 MB", "+2 MB")
+    assert change("loss", -0.0123456) == "-0.01235"
 
 
 def test_figures_come_in_the_order_of_the_task() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from llmkit.errors import UsageError
 from llmkit.evaluate.measurement import Items, Measurement
-from llmkit.evaluate.verdict import check_gates, check_names, differences, intervals_of
+from llmkit.evaluate.verdict import Difference, check_gates, check_names, differences, few_items, intervals_of
 from llmkit.metrics.bootstrap import compare, interval
 from llmkit.recipe.evaluation import Gate
 from llmkit.registry import direction_of
@@ -88,6 +88,55 @@ def test_gates_hold_on_their_side_and_at_the_limit():
         assert found.held == held
 
 
+def test_a_share_of_rows_that_are_all_right_is_not_certain():
+    """Wilson's interval of n of n is n / (n + z^2) to 1."""
+    all_right, all_wrong = answered("a", [1] * 30), answered("b", [0] * 30)
+    z = 1.959964
+    assert intervals_of(all_right, seed=1, resamples=50)["accuracy"] == pytest.approx((30 / (30 + z * z), 1))
+    assert intervals_of(all_wrong, seed=1, resamples=50)["accuracy"] == pytest.approx(
+        (0, z * z / (30 + z * z))
+    )
+    assert intervals_of(all_right, seed=1, resamples=50)["loss"] == (0, 0)
+    hundred = replace(
+        answered("c", [1] * 30, task="generation"),
+        figures={"exact_match": 100.0},
+        items=Items([str(n) for n in range(30)], lambda items: {"exact_match": 100.0}, [True] * 30),
+    )
+    assert intervals_of(hundred, seed=1, resamples=50)["exact_match"] == pytest.approx(
+        (3000 / (30 + z * z), 100)
+    )
+
+
+def test_why_there_is_no_interval_is_said():
+    assert few_items(answered("a", [1, 0] * 3 + [1]), 100) == [
+        "7 items: too few for an interval (10 at least)"
+    ]
+    assert few_items(answered("a", [1, 0] * 5), 100) == few_items(answered("a", [1]), 0) == []
+
+
+def test_windows_of_two_vocabularies_are_told_from_other_data():
+    def text(name, data, tokenizer):
+        items = Items([f"window {n}" for n in range(12)], lambda items: {"loss": 1.0})
+        settings = {"text": "t", "tokenizer": tokenizer}
+        return Measurement(name, name, "text", data, {"loss": 1.0}, ["loss"], "loss", items, {}, settings)
+
+    _, why = differences(text("a", "1", "x"), text("b", "2", "y"), seed=1, resamples=10)
+    assert "20 documents at least" in why
+    assert "vocabularies" in why
+    _, why = differences(text("a", "1", "x"), text("b", "2", "x"), seed=1, resamples=10)
+    assert "not measured on the same data" in why
+
+
+def test_the_p_that_is_shown_is_the_one_that_the_verdict_is_by():
+    from llmkit.run.judged import _p
+
+    pair = Difference(
+        "b", "a", "accuracy", 0.7, 0.9, -0.2, -0.3, -0.1, p=0.3, mcnemar=1e-9, direction="higher"
+    )
+    assert _p(pair) == "worse (p < 0.001, -0.3 to -0.1)"
+    assert _p(replace(pair, mcnemar=None, p=0.02)) == "worse (p 0.02, -0.3 to -0.1)"
+
+
 def test_figures_that_were_not_measured_are_named():
     with pytest.raises(UsageError, match="`f1` does not fit cls") as error:
         check_gates(Gate(fail_under={"f1": 0.5}), answered("a", RIGHT), None)
@@ -144,7 +193,7 @@ def test_what_was_not_measured_on_the_same_data_has_no_drop():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_figures_on_damaged_text_are_shown_however_many_copies_there_are(seeds):
-    from llmkit.run.evaluate import _noise_rows
+    from llmkit.run.judged import _noise_rows
 
     rows = [{"typos": 0.0, "seed": None, "metrics": {"accuracy": 0.9}}]
     rows += [{"typos": 0.1, "seed": seed, "metrics": {"accuracy": 0.5 + 0.2 * seed}} for seed in range(seeds)]

@@ -107,7 +107,7 @@ def _roles(task: str, sample: Sequence[Record], data: Labelled) -> Roles:
     elif len(columns) == 2 and roles.has("text") != roles.has("label"):
         roles.take("label" if roles.has("text") else "text", roles.unused[0])
     if len(columns) == 1 and not roles.has("label"):
-        raise unknown_form(task, sample, "label", data.form)
+        raise unknown_form(task, sample, "label", data.form, free=())
     require(roles, ("text", "label"), task, sample, data.form)
     return roles
 

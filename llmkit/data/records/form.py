@@ -1,5 +1,6 @@
 """What every form of rows has: how one row of it is made canonical, and what is said of them all."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from llmkit.recipe.labelled import FORMS, ROLES
 from llmkit.registry import nearest
 
 _MOST_KEYS = 20
+NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+")
 
 
 def one_each(record: Record) -> Iterable[Record]:
@@ -78,7 +80,13 @@ LOOKS: dict[str, dict[str, str]] = {
 """What each form looks like, for messages."""
 
 
-def unknown_form(task: str, sample: Sequence[Record], lacking: str = "", form: str = "auto") -> DataError:
+def unknown_form(
+    task: str,
+    sample: Sequence[Record],
+    lacking: str = "",
+    form: str = "auto",
+    free: Sequence[str] | None = None,
+) -> DataError:
     """The error for rows of no known form, or not of the one that is asked for.
 
     Args:
@@ -86,6 +94,7 @@ def unknown_form(task: str, sample: Sequence[Record], lacking: str = "", form: s
         sample: The first records.
         lacking: The role for which no column was found.
         form: The form asked for, if one was.
+        free: The columns that play no role yet; None: all of them.
     """
     columns = columns_of(sample)
     keys = ", ".join(columns[:_MOST_KEYS]) + (", ..." if len(columns) > _MOST_KEYS else "")
@@ -93,12 +102,23 @@ def unknown_form(task: str, sample: Sequence[Record], lacking: str = "", form: s
     known = "; ".join(f"{name}: {LOOKS[task][name]}" for name in forms)
     what = f"the rows are not of the form `{form}`" if form != "auto" else f"no form that `{task}` knows"
     role = lacking or ROLES[task][0]
-    guess = nearest(role, columns) or (columns[0] if len(columns) == 1 else "NAME")
+    able = columns if free is None else list(free)
+    is_text = task in ("embed", "seq2seq") and role != "score"
+    fits = len(able) == 1 and not (is_text and holds_numbers(sample, able[0]))
+    guess = nearest(role, able) or (able[0] if fits else "NAME")
+    mapped = f"If a column has another name, say so: `columns: {{{role}: {guess}}}`"
+    if columns and not able:
+        mapped = f"All columns play other parts: add one with the {role!r}, or say which is which: `columns: {{...}}`"
     missing = f"; nothing tells which is {lacking!r}" if lacking else ""
     return DataError(
         f"{sample[0].where}: {what}; the keys found are {keys or 'none'}{missing}",
-        hint=f"known: {known}. If a column has another name, say so: `columns: {{{role}: {guess}}}`",
+        hint=f"known: {known}. {mapped}",
     )
+
+
+def holds_numbers(sample: Sequence[Record], column: str) -> bool:
+    """Whether a column holds numbers alone, which are no texts that belong to others."""
+    return all(NUMBER.fullmatch(str(one.fields.get(column, "")).strip()) for one in sample)
 
 
 def require(roles: Roles, needed: Sequence[str], task: str, sample: Sequence[Record], form: str) -> None:
@@ -109,7 +129,7 @@ def require(roles: Roles, needed: Sequence[str], task: str, sample: Sequence[Rec
     """
     for role in needed:
         if not roles.has(role):
-            raise unknown_form(task, sample, role, form)
+            raise unknown_form(task, sample, role, form, roles.unused)
 
 
 def average(total: int, count: int) -> str:

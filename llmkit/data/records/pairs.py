@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from llmkit.data.records.classes import number_of
-from llmkit.data.records.form import Form, average, refused, require, unknown_form
+from llmkit.data.records.form import NUMBER, Form, average, holds_numbers, refused, require, unknown_form
 from llmkit.data.records.names import NAMES
 from llmkit.data.records.record import Fields, Record, Roles, Row, columns_of, plain, text_of
 from llmkit.data.tables import short
@@ -61,11 +61,14 @@ def recognise_embed(sample: Sequence[Record], data: Labelled) -> Form:
     if columns == ["1", "2", "3"] and not data.columns:
         # A third column without a name is a score, where it is a number. Else it may be anything, such as where a
         # row is from, and is a wrong document only if the recipe says so.
-        if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", sample[0].fields["3"].strip()):
+        if NUMBER.fullmatch(sample[0].fields["3"].strip()):
             roles.take("score", "3")
         elif data.form == "triplets":
             roles.take("negatives", "3")
     _by_place(roles, columns, ("anchor", "positive"))
+    for role in ("anchor", "positive"):
+        if columns[0] == "1" and role not in data.columns and holds_numbers(sample, roles.column(role)):
+            raise unknown_form("embed", sample, role)
     require(roles, ("anchor", "positive"), "embed", sample, data.form)
     form = data.form
     if form == "auto":

@@ -15,6 +15,8 @@ from llmkit.recipe.labelled import Labelled
 Fields = Iterator[tuple[int, list[str]]]
 """The number of the line at which a row begins, and its fields."""
 _LOOK_AT = 200
+_FEWEST_LABELLED = 4
+"""Rows that must lie below a name before values that come again say anything."""
 
 
 def tsv_fields(chunks: Iterable[str], faults: Faults) -> Fields:
@@ -88,7 +90,8 @@ def names_columns(first: Sequence[Sequence[str]], data: Labelled, task: str) -> 
 
     It does if it holds a name that the recipe's `columns` has, or names of two roles of the task (of a table of
     labels, of one). Else it is taken for a row of data where the task can do without names: texts in two or three
-    columns, or a label that comes again in later rows, or a number.
+    columns, or a label that comes again in later rows, or a number. What stands over numbers or over few values that
+    come again and again, and is none of them, names a column: it is no text that belongs to another.
     """
     cells = [cell.strip() for cell in first[0]]
     asked = set(data.columns.values())
@@ -101,12 +104,24 @@ def names_columns(first: Sequence[Sequence[str]], data: Labelled, task: str) -> 
         return not any(_is_number(cell) for cell in cells)
     if task == "cls":
         return len(cells) != 2 or not any(_comes_again(first, i) for i in range(2))
-    return not (task in ("seq2seq", "embed") and len(cells) in (2, 3))
+    return not (task in ("seq2seq", "embed") and len(cells) in (2, 3)) or _stands_over_labels(first)
 
 
 def _comes_again(rows: Sequence[Sequence[str]], column: int) -> bool:
     value = rows[0][column].strip()
     return any(len(row) > column and row[column].strip() == value for row in rows[1:])
+
+
+def _stands_over_labels(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the first row differs from what is below it as the name of a column does from numbers or labels."""
+    head, *below = rows
+    for column, name in enumerate(cell.strip() for cell in head):
+        values = [row[column].strip() for row in below if len(row) > column]
+        over_numbers = bool(values) and all(map(_is_number, values)) and not _is_number(name)
+        few = len(values) >= _FEWEST_LABELLED and len(set(values)) <= len(values) / 2
+        if name.isidentifier() and name not in values and (over_numbers or few):
+            return True
+    return False
 
 
 def _is_number(text: str) -> bool:

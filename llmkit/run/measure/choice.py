@@ -9,6 +9,7 @@ from llmkit.metrics.inputs import Integers
 from llmkit.recipe.labelled import Labelled
 from llmkit.run.folders import CACHE
 from llmkit.run.measure.asked import Asked, Subject
+from llmkit.run.measure.labels import naming_settings
 
 if TYPE_CHECKING:
     from llmkit.evaluate.choices import Outcome, Question
@@ -32,7 +33,8 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
 
     data = _data(asked)
     cache = asked.options.runs / CACHE
-    questions = read_questions(data, asked.base, cache=cache)
+    with naming_settings(asked.section):
+        questions = read_questions(data, asked.base, cache=cache)
     questions = [questions[number] for number in evenly_spaced(len(questions), asked.section.rows).tolist()]
     scorer, tokenizer = scorer_of(subject, asked)
     pairs = pairs_of(questions, asked.section.choice.separator)

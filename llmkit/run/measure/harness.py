@@ -38,8 +38,9 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
     from llmkit.evaluate.harness import ask, find_tasks, rows_of
 
     manager, names = find_tasks(settings.tasks, _folder(settings, asked.base))
+    model = _model(subject, asked, settings)
     results, said = ask(
-        _model(subject, asked, settings),
+        model,
         manager,
         names,
         shots=settings.shots,
@@ -62,7 +63,7 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
         tables={"tasks": rows},
         settings=_settings(settings, results, subject.precision),
         predictions=[_prediction(task, one) for task in samples for one in samples[task]],
-        warnings=said[:_MOST_WARNINGS],
+        warnings=[*_cut(model.num_cut, model.num_asked, model.max_length), *said[:_MOST_WARNINGS]],
         files={"harness.json": _plain(results)},
         directions=_directions(results, rows),
     )
@@ -97,6 +98,11 @@ def _model(subject: Subject, asked: Asked, settings: Harness) -> Any:
         bf16=subject.precision == "bf16",
         told=told(asked, None),
     )
+
+
+def _cut(num_cut: int, num_asked: int, longest: int) -> list[str]:
+    said = f"{num_cut:,} of {num_asked:,} requests do not fit the model's {longest:,} tokens; their beginnings were cut"
+    return [said] if num_cut else []
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import DataError, MissingError, UsageError
 from llmkit.recipe.labelled import Labelled
+from llmkit.recipe.schema import Eval
 from llmkit.registry import nearest
 from llmkit.run.folders import CACHE
 from llmkit.run.measure.asked import Asked, Subject
@@ -60,7 +62,7 @@ def rows_of(run: TaskRun, subject: Subject, asked: Asked, core: "LossModule") ->
     """
     data = data_of(run, asked)
     if data is not None:
-        return _read(run, data, asked, core)
+        return _read(run, subject, data, asked, core)
     holder = asked.held_out_by or subject
     if holder is not subject and holder.task is not None:
         return _of_another(run, holder.task, asked, core)
@@ -169,7 +171,7 @@ def _of_another(run: TaskRun, holder: TaskRun, asked: Asked, core: "LossModule")
     return Rows(run.section.task, store, whole, address, False, run.section.too_long, warnings=warnings)
 
 
-def _read(run: TaskRun, data: Labelled, asked: Asked, core: "LossModule") -> Rows:
+def _read(run: TaskRun, subject: Subject, data: Labelled, asked: Asked, core: "LossModule") -> Rows:
     """Rows from files."""
     from llmkit.data.records import fingerprint
     from llmkit.data.samples import RowsHeld
@@ -184,11 +186,30 @@ def _read(run: TaskRun, data: Labelled, asked: Asked, core: "LossModule") -> Row
         raise DataError("no row is left to measure on", hint="look at what was left out")
     left = made.num_unusable + made.num_dropped
     warnings = [f"{left:,} of {len(found.rows):,} rows cannot be used and were left out"] if left else []
-    warnings += _skipped(found)
+    warnings += [*_skipped(found), *_learned_from(subject, found.rows, asked, core)]
     address = hashlib.sha256(
         json.dumps([task, fingerprint(data, asked.base, cache=cache)]).encode()
     ).hexdigest()[:32]
     return Rows(task, store, found.rows, address, False, run.section.too_long, warnings=warnings)
+
+
+def _learned_from(
+    subject: Subject, rows: "Sequence[LabelledRow]", asked: Asked, core: "LossModule"
+) -> list[str]:
+    """How many of some rows the model's own run learned from, as far as its rows are still there."""
+    from llmkit.data.records import num_shared
+
+    run = subject.task
+    if run is None or asked.section.task not in ("auto", run.section.task):
+        return []
+    try:
+        learned = whole_rows(core.objective, train_rows(run, asked.options.runs))
+    except MissingError:
+        return []
+    count = num_shared(learned, rows, run.section.task)
+    return (
+        [f"{count:,} of the {len(rows):,} rows are among those that the model learned from"] if count else []
+    )
 
 
 def _skipped(found: "Found") -> list[str]:
@@ -206,8 +227,14 @@ def _skipped(found: "Found") -> list[str]:
     ]
 
 
-def read(task: str, data: Labelled, asked: Asked) -> "Found":
+def read(task: str, data: Labelled, asked: Asked, *, told: bool = True) -> "Found":
     """The rows of a source.
+
+    Args:
+        task: What they are for.
+        data: Where they are.
+        asked: Where from paths start, and who is told.
+        told: Tell what the rows were taken for.
 
     Raises:
         DataError: They are of no known form; says which columns there are, and how to say which is which.
@@ -215,16 +242,27 @@ def read(task: str, data: Labelled, asked: Asked) -> "Found":
     from llmkit.data.records import read_rows
 
     cache = asked.options.runs / CACHE
+    note = asked.reporter.note if told else None
+    with naming_settings(asked.section):
+        return read_rows(data, task, base=asked.base, cache=cache, note=note, training=False)
+
+
+@contextmanager
+def naming_settings(section: Eval) -> Iterator[None]:
+    """Let what is wrong with rows say how the `eval` section, or the words of a command, help."""
     try:
-        return read_rows(data, task, base=asked.base, cache=cache, note=asked.reporter.note, training=False)
+        yield
     except DataError as error:
-        if "columns: {" not in error.hint:
+        key = "eval.data" if section.data is not None else "eval.labelled"
+        hint = error.hint.replace("`on_error: skip`", f"`{key}.on_error=skip`")
+        if "columns: {" in hint:
+            hint += (
+                " Here: `eval: {labelled: {files: ..., columns: ...}}` in a recipe, or "
+                "eval.labelled.files=FILES eval.labelled.columns.ROLE=NAME"
+            )
+        if hint == error.hint:
             raise
-        raise type(error)(
-            error.message,
-            hint=f"{error.hint} Here: `eval: {{labelled: {{files: ..., columns: ...}}}}` in a recipe, or "
-            "eval.labelled.files=FILES eval.labelled.columns.ROLE=NAME",
-        ) from error
+        raise type(error)(error.message, hint=hint) from error
 
 
 def check_form(run: TaskRun, form: str) -> None:

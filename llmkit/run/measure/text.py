@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _LONGEST_ROW = 2048
 _FIRST: Mapping[ModelKind, Literal["clm", "mlm"]] = {"causal": "clm", "masked": "mlm"}
 _MANY_UNKNOWN = 0.05
+_MOST_SEARCHED = 20_000_000
+"""Training tokens that are looked through for documents that are measured."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,25 @@ class Text:
     Attributes:
         shards: The text as tokens of the model's tokenizer, one entry a source.
         split: Which part of it.
+        last_end: Whether the mark of the end after the last document of each source belongs to it; those between
+            documents do.
     """
 
     shards: "Sequence[TokenShards]"
     split: "Split"
+    last_end: bool = True
 
     def streams(self) -> "list[TokenStream]":
         """The part's tokens."""
-        return [shard.split(self.split) for shard in self.shards]
+        from llmkit.data.shards import TokenStream
+
+        found = []
+        for shard in self.shards:
+            counts = shard.counts(self.split)
+            if not self.last_end and counts.tokens > 1:
+                counts = replace(counts, tokens=counts.tokens - 1)
+            found.append(TokenStream(shard.folder, self.split, shard.name, counts))
+        return found
 
     @property
     def address(self) -> str:
@@ -103,7 +116,7 @@ def measure(subject: Subject, asked: Asked) -> Measurement:
             "tokenizer": text.shards[0].manifest["tokenizer"],
             "context": context,
             "stride": section.stride,
-            "windows": _said(context, section.stride),
+            "windows": _said(context, section.stride, text.last_end),
             "precision": subject.precision,
             "held_out": section.data is None and asked.held_out_by in (None, subject),
         },
@@ -185,7 +198,7 @@ def text_of(subject: Subject, asked: Asked, tokenizer: Any) -> Text:
             engine=engine_of(asked.machine),
             reporter=asked.reporter,
         )
-        return Text(corpus.shards(tokenizer), "train")
+        return Text(corpus.shards(tokenizer), "train", last_end=_last_end(subject, asked))
     holder = asked.held_out_by or subject
     shards = shards_of_run(holder, asked.options.runs)
     if not shards:
@@ -197,6 +210,16 @@ def text_of(subject: Subject, asked: Asked, tokenizer: Any) -> Text:
         holder.trained.recipe, base=base_of(holder.trained), cache=cache, reporter=asked.reporter
     )
     return Text(for_model.shards(tokenizer), "held_out")
+
+
+def _last_end(subject: Subject, asked: Asked) -> bool:
+    """Whether the mark after the last document is measured: a run of ours learned to say it.
+
+    Of other models it says nothing, and the loop of transformers' documentation has none. Models that are compared are
+    asked the same.
+    """
+    together = [subject, *asked.others, *([asked.held_out_by] if asked.held_out_by is not None else [])]
+    return any(one.trained is not None for one in together)
 
 
 def shards_of_run(subject: Subject, runs: Path) -> "list[TokenShards]":
@@ -274,7 +297,9 @@ def _learned_from(subject: Subject, asked: Asked, text: Text) -> list[str]:
     lower threshold learned from what lies between the two.
     """
     holder = asked.held_out_by
-    if asked.section.data is not None or holder in (None, subject):
+    if asked.section.data is not None:
+        return _documents_learned(subject, asked, text)
+    if holder in (None, subject):
         return []
     own = {shard.manifest["texts"]: shard for shard in shards_of_run(subject, asked.options.runs)}
     if not own:
@@ -299,10 +324,42 @@ def _learned_from(subject: Subject, asked: Asked, text: Text) -> list[str]:
     return found
 
 
-def _said(context: int, stride: int | None) -> str:
+def _documents_learned(subject: Subject, asked: Asked, text: Text) -> list[str]:
+    """How many documents are, token by token, among those that the model's run learned from, if that is soon told."""
+    try:
+        own = shards_of_run(subject, asked.options.runs)
+    except MissingError:
+        return []
+    if not own or own[0].manifest["tokenizer"] != text.shards[0].manifest["tokenizer"]:
+        return []
+    learned = [shard.split("train") for shard in own]
+    if sum(stream.num_tokens for stream in learned) > _MOST_SEARCHED:
+        return []
+    measured = [shard.split(text.split) for shard in text.shards]
+    lengths = {int(length) for stream in measured for length in stream.document_lengths()}
+    seen = set(_documents(learned, lengths))
+    found = list(_documents(measured, lengths))
+    count = sum(one in seen for one in found)
+    if not count:
+        return []
+    return [f"{count:,} of the {len(found):,} documents are among those that the model learned from"]
+
+
+def _documents(streams: "Sequence[TokenStream]", lengths: Container[int]) -> Iterator[bytes]:
+    """A hash of the tokens of each document of one of these lengths."""
+    for stream in streams:
+        starts = stream.document_starts(0, stream.num_tokens).tolist()
+        for start, length in zip(starts, stream.document_lengths().tolist(), strict=True):
+            if length in lengths:
+                tokens = stream.read(start, start + length).astype(np.int64)
+                yield hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def _said(context: int, stride: int | None, last_end: bool) -> str:
+    end = "" if last_end else "; without the mark of the end after the last document"
     if stride is None:
-        return f"rows of {context} tokens that do not overlap"
-    return f"windows of {context} tokens that move on by {stride}; each token is measured once"
+        return f"rows of {context} tokens that do not overlap{end}"
+    return f"windows of {context} tokens that move on by {stride}; each token is measured once{end}"
 
 
 def _warnings(rows: int | None, text: Text, tokenizer: Any) -> list[str]:
