@@ -1,4 +1,4 @@
-"""llmkit's own models made known to transformers' Auto classes, in whichever order the two are imported.
+"""llmkit's own models and forms of weights made known to transformers, in whichever order the two are imported.
 
 `import llmkit` must stay light, so nothing is imported for this: a hook waits until transformers loads the tables of
 its Auto classes, and adds ours right then. Where they are loaded already, ours are added at once.
@@ -18,6 +18,11 @@ MODELS: Mapping[str, str] = {
     "llmkit.models.configs:NGramConfig": "llmkit.models.ngram:NGramForCausalLM",
 }
 """Configuration -> the causal language model that it describes."""
+
+QUANTIZERS: Mapping[str, tuple[str, str]] = {
+    "llmkit_lowrank": ("llmkit.models.lowrank:LowRankConfig", "llmkit.models.lowrank:LowRankQuantizer")
+}
+"""`quant_method` in `config.json` -> what describes such weights, and what loads them."""
 
 
 def register_on_import() -> None:
@@ -49,9 +54,17 @@ def _register_models(auto: ModuleType) -> None:
         auto.AutoModelForCausalLM.register(_load(config), _load(model), exist_ok=True)
 
 
+def _register_quantizers(auto: ModuleType) -> None:
+    for method, (config, quantizer) in QUANTIZERS.items():
+        if method not in auto.AUTO_QUANTIZER_MAPPING:
+            auto.register_quantization_config(method)(_load(config))
+            auto.register_quantizer(method)(_load(quantizer))
+
+
 _TABLES: Mapping[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.quantizers.auto": _register_quantizers,
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from llmkit.cli import compress as compressing
 from llmkit.cli import evaluate as evaluating
 from llmkit.cli import fill as filling
 from llmkit.cli import finetune as finetuning
@@ -52,6 +53,7 @@ def register(app: typer.Typer) -> None:
     _add_verb(app, "pretrain", **VERBS["pretrain"])
     app.command("finetune", help=finetuning.HELP, short_help=finetuning.SHORT_HELP)(finetuning.finetune)
     app.command("eval", help=evaluating.HELP, short_help=evaluating.SHORT_HELP)(evaluating.evaluate)
+    app.command("compress", help=compressing.HELP, short_help=compressing.SHORT_HELP)(compressing.compress)
     app.command("generate", help=generating.HELP, short_help=generating.SHORT_HELP)(generating.generate)
     app.command("fill", help=filling.HELP, short_help=filling.SHORT_HELP)(filling.fill)
     app.command("predict", help=predicting.HELP, short_help=predicting.SHORT_HELP)(predicting.predict)

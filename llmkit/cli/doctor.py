@@ -32,6 +32,7 @@ EXTRAS = {
     "cluster": "for `machine.engine: slurm`",
     "metrics": "for BLEU and chrF",
     "adapters": "for `finetune.adapter`",
+    "compress": "for `method: quantize`",
 }
 LITTLE_DISK_BYTES = 5 * 10**9
 

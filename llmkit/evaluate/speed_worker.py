@@ -20,9 +20,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, UsageError
 from llmkit.evaluate.model import load_model
 from llmkit.models.build import kind_of, max_length
+from llmkit.models.runtimes import RuntimeModel, load_runtime, runtime_of
 from llmkit.registry import ModelKind
 
 WRITES: tuple[ModelKind, ...] = ("causal", "seq2seq")
@@ -30,7 +31,7 @@ WRITES: tuple[ModelKind, ...] = ("causal", "seq2seq")
 
 Clock = Callable[[], float]
 
-_WEIGHTS = ("safetensors", "gguf", "onnx", "pte", "bin", "pt")
+_WEIGHTS = ("safetensors", "gguf", "onnx*", "pt2", "pte", "bin", "pt")
 _FIRST_ID = 3
 """Ids below are special ones in most vocabularies."""
 _STEP_ID = 7919
@@ -61,7 +62,12 @@ class TimedModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, kind: ModelKind, *, bf16: bool = False, clock: Clock = time.perf_counter
+        self,
+        model: PreTrainedModel | RuntimeModel,
+        kind: ModelKind,
+        *,
+        bf16: bool = False,
+        clock: Clock = time.perf_counter,
     ) -> None:
         self._model = model
         self._writes = kind in WRITES
@@ -146,18 +152,19 @@ def batch_ids(batch: int, length: int, vocab_size: int, taken: frozenset[int] = 
     return torch.tensor(usable)[places_BT].view(batch, length)
 
 
-def facts_of(folder: Path, model: PreTrainedModel, kind: ModelKind) -> dict[str, Any]:
+def facts_of(folder: Path, model: PreTrainedModel | RuntimeModel, kind: ModelKind) -> dict[str, Any]:
     """What a model is without being timed.
 
     Returns:
         `kind`; `writes`; `longest`, the tokens that it reads at most, or None; `num_parameters`; `file_bytes`, the size
         of its weights on disk.
     """
+    foreign = isinstance(model, RuntimeModel)
     return {
         "kind": kind,
         "writes": kind in WRITES,
         "longest": max_length(model.config),
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": model.num_parameters() if foreign else sum(p.numel() for p in model.parameters()),
         "file_bytes": weight_bytes(folder),
     }
 
@@ -213,13 +220,21 @@ class Server:
     def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folder, self._device = Path(request["folder"]), str(request["device"])
         self._before = psutil.Process().memory_info().rss
-        model = load_model(folder, trusted=request["trusted"], kind=request.get("kind"))
+        model = self._loaded(folder, request)
         kind = request.get("kind") or kind_of(str(folder))
         facts = facts_of(folder, model, kind)
         model.to(torch.device(self._device)).eval()
         self._peak = self._memory()
         self._timed = TimedModel(model, kind, bf16=request["bf16"])
         return facts
+
+    def _loaded(self, folder: Path, request: Mapping[str, Any]) -> PreTrainedModel | RuntimeModel:
+        """The model; one of another runtime is run by that."""
+        if runtime_of(folder) is None:
+            return load_model(folder, trusted=request["trusted"], kind=request.get("kind"))
+        if self._device != "cpu":
+            raise UsageError(f"{folder}: an exported model is timed on CPU", hint="--device cpu")
+        return load_runtime(folder)
 
     def _memory(self) -> int:
         """The most that there was; the kernel's own mark may fall by some pages."""

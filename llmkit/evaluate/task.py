@@ -22,6 +22,7 @@ from llmkit.models.adapter_files import CONFIG as ADAPTER
 from llmkit.models.adapters import load_adapter
 from llmkit.models.growing import grow_vocabulary
 from llmkit.models.heads import choose_heads
+from llmkit.models.runtimes import load_runtime, runtime_of
 from llmkit.models.tasks import build_task_model
 from llmkit.objectives.base import TARGETS, Example, Judges, LossModule, Material, Objective, Refers
 from llmkit.objectives.detail import Packs, Recording
@@ -48,6 +49,10 @@ def load_task(
         UsageError: The folder holds no model that was trained for the task.
     """
     kind, adapter = TASKS[section.task].model, (place / ADAPTER).is_file()
+    if runtime_of(place) is not None:
+        exported = load_runtime(place).eval()
+        choose_heads(exported, kind)  # it answers as a transformers model does
+        return LossModule(exported, make_task(section, material), bf16=False).eval()
     model, new = build_task_model(
         base if adapter else str(place),
         kind,

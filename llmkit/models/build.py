@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,6 +28,7 @@ from transformers import (
 
 from llmkit.errors import MissingError, UsageError
 from llmkit.models.trust import check_trust
+from llmkit.models.unpacked import check_package, is_packed, unpack, without_bars
 from llmkit.plan import model_fields
 from llmkit.plan.shape_encoders import unused_positions
 from llmkit.recipe.architectures import OWN, kind_of_config
@@ -258,6 +260,8 @@ def kind_of(name: str) -> ModelKind:
 def load_weights(name: str, kind: ModelKind, *, trusted: bool) -> PreTrainedModel:
     """A model by folder or Hub name, in float32 on CPU, in evaluation mode; every tensor is from its safetensors.
 
+    Weights in few bits become plain ones: what the files say.
+
     Args:
         name: A folder, or a name on the Hub.
         kind: What it is loaded as.
@@ -265,21 +269,28 @@ def load_weights(name: str, kind: ModelKind, *, trusted: bool) -> PreTrainedMode
 
     Raises:
         UsageError: It brings code or pickles, or its weights do not belong to its configuration.
+        MissingError: Its weights are in few bits, and the package that knows them is not installed.
         OSError: There is no such model.
     """
     check_trust(name, trusted=trusted)
+    packed = is_packed(PretrainedConfig.get_config_dict(name)[0])
+    if packed:
+        check_package()
     # Else a model without safetensors is sent to a converter elsewhere, and its answer taken for the model.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    model, info = AUTO_CLASSES[kind].from_pretrained(
-        name,
-        dtype=torch.float32,
-        trust_remote_code=trusted,
-        output_loading_info=True,
-        use_safetensors=True,
-        weights_only=True,
-        local_files_only=Path(name).exists(),
-    )
-    _left_out[model] = check_loaded(name, info)
+    with without_bars() if packed else nullcontext():
+        model, info = AUTO_CLASSES[kind].from_pretrained(
+            name,
+            dtype=torch.float32,
+            trust_remote_code=trusted,
+            output_loading_info=True,
+            use_safetensors=True,
+            weights_only=True,
+            local_files_only=Path(name).exists(),
+        )
+        _left_out[model] = check_loaded(name, info)
+        if packed:
+            unpack(model)
     return model
 
 

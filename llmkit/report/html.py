@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmkit.registry import TASKS
-from llmkit.report import evaluation, html_text, html_tokenizer
+from llmkit.report import compression, evaluation, html_text, html_tokenizer
 from llmkit.report.explained import explained
 from llmkit.report.formatting import (
     format_bytes,
@@ -26,11 +26,14 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def render(report: Facts) -> str:
     """The page for a report as `report.collect` makes it; what the report lacks is left out."""
     judged = evaluation.evaluation(report)
+    made = compression.compression(report)
     title = f"{report['name']} · {report['kind']}"
+    top = evaluation if judged else compression if made else None
     parts = (
-        _header(report, evaluation.sentence(report) if judged else _sentence(report)),
-        evaluation.headline(report) if judged else _headline(report),
+        _header(report, top.sentence(report) if top else _sentence(report)),
+        top.headline(report) if top else _headline(report),
         judged,
+        made,
         html_text.preparation(report),
         html_text.dropped(report.get("dropped_examples")),
         html_text.skipped(report),

@@ -7,6 +7,7 @@ from llmkit.errors import UsageError
 from llmkit.launch.world import detect_world
 from llmkit.recipe import Loaded
 from llmkit.report.console import Reporter
+from llmkit.run.compression import compress
 from llmkit.run.evaluate import evaluate
 from llmkit.run.finetune import finetune, plan_finetune
 from llmkit.run.folders import Options, Result, find_model
@@ -20,6 +21,7 @@ from llmkit.train.places import check_teacher
 __all__ = [
     "Options",
     "Result",
+    "compress",
     "evaluate",
     "find_model",
     "finetune",
@@ -60,9 +62,13 @@ def run_all(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
         done["eval"] = evaluate(None, loaded, options, reporter, alone=True)
         for name, *figures in done["eval"].table[1:]:
             reporter.note(f"{name} {' '.join(figures)}")
+    if recipe.compress is not None and first:
+        done["compress"] = compress(None, loaded, options, reporter)
+        for name, *figures in done["compress"].table[1:]:
+            reporter.note(f"{name} {' '.join(figures)}")
     if not done and first:
         raise UsageError("the recipe has no section to run", hint="`llmkit init gpt` shows a whole one")
     summary: dict[str, Any] = {verb: result.summary for verb, result in done.items()}
     last = done.get("finetune") or done.get("pretrain") or next(reversed(done.values()), None)
-    failed = done["eval"].failed if "eval" in done else None
+    failed = next((result.failed for result in done.values() if result.failed is not None), None)
     return Result(options.runs / recipe.name, summary, last.next_command if last else "", failed=failed)

@@ -15,6 +15,10 @@ from llmkit.recipe import Loaded
 from llmkit.report.environment import write_environment
 
 CACHE = ".cache"
+CHAIN = "chain.json"
+"""In a folder of `llmkit compress`: which model the chain ended with."""
+STEP = "step.json"
+"""Beside a compressed model: what was done, and to which model."""
 _MAKES_MODELS = ("finetune", "pretrain")
 """The verbs that leave a model, the last of a run's life first."""
 
@@ -172,7 +176,12 @@ def find_model(word: str, runs: Path, *, adapters: bool = False) -> Path:
     """
     places = [Path(word), runs / word]
     for place in places:
-        tries = [place, place / "model", *(place / verb / "model" for verb in _MAKES_MODELS)]
+        tries = [
+            place,
+            place / "model",
+            *(place / verb / "model" for verb in _MAKES_MODELS),
+            *_end_of_chain(place),
+        ]
         for folder in tries:
             if (folder / "config.json").is_file():
                 return folder
@@ -192,13 +201,22 @@ def find_model(word: str, runs: Path, *, adapters: bool = False) -> Path:
     )
 
 
+def _end_of_chain(folder: Path) -> list[Path]:
+    """The last model that a chain of compressions made, if `folder` is one's."""
+    try:
+        return [folder / str(json.loads((folder / CHAIN).read_bytes())["model"])]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
 def home_of(place: Path, runs: Path) -> Path | None:
     """The folder of the run that a model belongs to, `NAME` or a variant's `NAME/VARIANT` in `runs`; None elsewhere."""
     place, root = place.resolve(), runs.resolve()
     if not place.is_relative_to(root):
         return None
     parts = place.relative_to(root).parts
-    verb = next((number for number, part in enumerate(parts) if part in _MAKES_MODELS), 1)
+    made = (n for n, part in enumerate(parts) if part in _MAKES_MODELS or part.startswith("compress"))
+    verb = next((number for number in made if number), 1)
     return runs.joinpath(*parts[: max(1, verb)])
 
 

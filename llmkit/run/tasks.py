@@ -111,13 +111,14 @@ def load_core(run: TaskRun) -> "tuple[LossModule, str]":
     """
     from llmkit.evaluate.task import load_task, refer_to
     from llmkit.models.attention import kernels_of, use_attention
+    from llmkit.models.runtimes import runtime_of
     from llmkit.objectives.base import Refers
     from llmkit.train.places import model_folder
 
     device, section, material = detect_hardware(run.loaded.recipe.machine).device, run.section, run.material()
     base = model_folder(str(section.model.name))
     core = load_task(run.place, section, material, base=base, device=device, bf16=run.precision == "bf16")
-    if run.plan:
+    if run.plan and runtime_of(run.place) is None:
         # As in training, for the same bits; a kernel that this machine lacks gives way to the usual one.
         name, known = str(run.plan["attention"]), kernels_of(core.model)
         use_attention(core.model, name if name in known else "sdpa", isolate=bool(run.plan.get("packed")))

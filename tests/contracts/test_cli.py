@@ -14,6 +14,7 @@ COMMANDS = [
     "pretrain",
     "eval",
     "finetune",
+    "compress",
     "generate",
     "fill",
     "show",

@@ -17,6 +17,8 @@ TRIAL = "runs of `verify-resume`, in a scratch folder of the door: what a kill l
 
 ALLOWED = {
     # Fills what the door publishes.
+    "compress/export.py _moving.write shutil.copyfile": FILLS,
+    "compress/export.py _write_sixteen model.save_pretrained": FILLS,
     "data/npy.py NpyWriter.__init__ path.open": FILLS,
     "data/prepare.py _take shutil.copyfile": FILLS,
     "data/prepare.py publish_tokenizer shutil.copyfile": FILLS,
@@ -30,6 +32,11 @@ ALLOWED = {
     "data/tokenizers/special.py write_tokenizer tokenizer.save": FILLS,
     "data/tokenizers/special.py write_tokenizer write_text": FILLS,
     "models/save.py save_model model.save_pretrained": FILLS,
+    "compress/packed.py write_packed model.save_pretrained": FILLS,
+    "compress/packed.py write_packed write_text": FILLS,
+    "run/compression/artefacts.py copy_companions mkdir": FILLS,
+    "run/compression/artefacts.py copy_companions shutil.copyfile": FILLS,
+    "run/compression/artefacts.py save_like save_pretrained": FILLS,
     "models/adapter_files.py save_adapter config.save_pretrained": FILLS,
     "models/adapter_files.py save_adapter save_file": FILLS,
     "train/checkpoint.py Checkpoints.write save_file": FILLS,
@@ -40,6 +47,9 @@ ALLOWED = {
     "run/sweep.py _Sweep._start open": LOG,
     "data/cluster.py _Worker.__init__ open": LOG,
     "launch/local.py _run_once tempfile.TemporaryDirectory": PRIVATE,
+    "compress/export.py apply tempfile.TemporaryDirectory": PRIVATE,
+    "compress/export.py _made save_pretrained": PRIVATE,
+    "compress/onnx_export.py _quantise left.unlink": PRIVATE,
     "data/tables.py _seekable tempfile.TemporaryFile": PRIVATE,
     "data/files.py spool_stdin text.open": "standard input, into a scratch folder; moved to a folder of the door",
     "data/files.py spool_stdin text.rename": FILLS,

@@ -1,0 +1,1 @@
+"""Make a model smaller or faster: model in, model out."""

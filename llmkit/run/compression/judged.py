@@ -1,0 +1,131 @@
+"""The models of a chain beside the first, target by target, on some of what they are judged by."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llmkit.report.console import Reporter
+from llmkit.run.compression.judge import Judged, is_exported
+from llmkit.run.compression.material import Material
+
+if TYPE_CHECKING:
+    from llmkit.objectives.base import Batch, LossModule
+    from llmkit.recipe.schema import Pretrain
+
+_MOST_BATCHES = 16
+_MOST_TOKENS = 4096
+"""Tokens that are shown to a model together."""
+_MOST_ROWS = 1024
+_LONGEST_ROW = 2048
+
+
+def pair_all(judged: Sequence[Judged], material: Material, reporter: Reporter) -> None:
+    """Compare each model of a chain with the first; `paired` and `num_parameters` are filled in.
+
+    Models that another runtime runs are passed over: their exports were checked against what they were made from.
+
+    Args:
+        judged: The chain, its first model first.
+        material: What it is made of.
+        reporter: Told what happens.
+    """
+    first = material.core(judged[0].artefact.place)
+    judged[0].num_parameters = _parameters(first)
+    others = [one for one in judged[1:] if not is_exported(one.artefact)]
+    batches = judged_batches(material, first) if others else []
+    for one in others:
+        reporter.phase("compress", f"comparing {one.artefact.word} target by target")
+        core = material.core(one.artefact.place)
+        one.num_parameters = _parameters(core)
+        one.paired = paired_of(first, core, batches)
+
+
+def paired_of(first: "LossModule", core: "LossModule", batches: "Sequence[Batch]") -> dict[str, Any]:
+    """Two models compared, as a report has it; see `evaluate.paired`."""
+    from llmkit.evaluate.paired import compare_targets
+
+    return compare_targets(first, core, batches).to_dict()
+
+
+def judged_batches(material: Material, core: "LossModule", most: int = _MOST_BATCHES) -> "list[Batch]":
+    """Micro-batches of what models are judged by, evenly spaced over all of it; never of what steps looked at.
+
+    Args:
+        material: What the chain is made of.
+        core: A model of the chain.
+        most: How many at most.
+
+    Raises:
+        UsageError: Nothing says what to measure on.
+        DataError: There is nothing to measure on.
+    """
+    if material.task is not None:
+        return _of_rows(material, core, most)
+    from llmkit.data.tokenizers import load_tokenizer
+    from llmkit.run.measure.text import learned_by, text_of
+
+    subject, asked = material.subject, material.asked
+    streams = text_of(subject, asked, load_tokenizer(str(subject.place))).streams()
+    return text_batches(core, learned_by(subject), streams, most=most)
+
+
+def text_batches(
+    core: "LossModule", learned: "Pretrain", streams: Sequence[Any], *, most: int
+) -> "list[Batch]":
+    """Micro-batches of text, evenly spaced over it.
+
+    Args:
+        core: A model and its objective.
+        learned: What it learned, and in which rows.
+        streams: The text.
+        most: How many at most.
+    """
+    from llmkit.data.loader import evaluation_rows, evenly_spaced
+    from llmkit.data.rows import Rows
+    from llmkit.evaluate.text import read_window, windows_of
+    from llmkit.plan import layout_of
+    from llmkit.registry import goal_of
+
+    goal, layout, objective = goal_of(learned.objective), layout_of(learned), core.objective
+    isolate = learned.isolate_documents
+    if learned.objective == "clm":
+        context = min(learned.model.context, _LONGEST_ROW)
+        size = max(1, _MOST_TOKENS // context)
+        windows = windows_of(streams, context, None)
+        chosen = [windows[number] for number in evenly_spaced(len(windows), most * size).tolist()]
+        rows = [read_window(streams[one.source], one, isolate=isolate) for one in chosen]
+        groups: Any = (rows[start : start + size] for start in range(0, len(rows), size))
+    else:
+        size = max(1, _MOST_TOKENS // layout.stride)
+        groups = evaluation_rows(
+            Rows(streams, layout.stride, overlap=layout.overlap, partial=True),
+            micro_batch_size=size,
+            max_rows=most * size,
+            world_size=1,
+            rank=0,
+            isolate=isolate or goal.positions,
+            other=goal.other,
+        )
+    return [objective.collate([objective.encode({"seed": 0, **row}) for row in group]) for group in groups]
+
+
+def _of_rows(material: Material, core: "LossModule", most: int) -> "list[Batch]":
+    from llmkit.data.loader import evenly_spaced
+    from llmkit.data.sample_batches import held_out_batches
+    from llmkit.run.measure.labels import rows_of
+
+    assert material.task is not None
+    asked = replace(material.asked, held_out_by=material.subject)
+    store = rows_of(material.task, material.subject, asked, core).store
+    rows = min(_MOST_ROWS, material.section.rows or _MOST_ROWS)
+    found = held_out_batches(store, tokens=_MOST_TOKENS, max_rows=rows, world_size=1, rank=0)
+    groups = [group for group in found if group]
+    objective = core.objective
+    return [
+        objective.collate([objective.encode(row) for _, row in groups[number]])
+        for number in evenly_spaced(len(groups), most).tolist()
+    ]
+
+
+def _parameters(core: "LossModule") -> int:
+    return sum(parameter.numel() for parameter in core.model.parameters())

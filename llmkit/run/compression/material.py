@@ -1,0 +1,203 @@
+"""What a model that becomes smaller learned, and from what: to load it, to show it inputs, to measure it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import DataError, UsageError
+from llmkit.evaluate.sharing import ALONE
+from llmkit.hardware import detect_hardware
+from llmkit.recipe.compression import Step
+from llmkit.recipe.schema import Compress, Eval, Recipe, Source
+from llmkit.registry import TASKS
+from llmkit.report.console import Reporter
+from llmkit.run.folders import Options
+from llmkit.run.foreign import foreign_run
+from llmkit.run.measure.asked import Asked, Subject
+from llmkit.run.tasks import TaskRun, load_core
+
+if TYPE_CHECKING:
+    from llmkit.objectives.base import Batch, LossModule
+
+_MOST_TOKENS = 4096
+"""Tokens that are shown to a model together."""
+_LONGEST_ROW = 2048
+
+
+@dataclass(frozen=True)
+class Material:
+    """A model and what it was made from.
+
+    Attributes:
+        subject: The model that the chain begins with.
+        section: The recipe's `compress` section.
+        asked: What an evaluation of it is told.
+        task: What it was trained for; None: text.
+    """
+
+    subject: Subject
+    section: Compress
+    asked: Asked
+    task: TaskRun | None
+
+    def of(self, word: str, place: Path) -> Subject:
+        """An artefact of the chain, to be measured on what the first model is measured on."""
+        task = None if self.subject.task is None else replace(self.subject.task, place=place)
+        return replace(self.subject, word=word, place=place, task=task)
+
+    def core(self, place: Path) -> "LossModule":
+        """A model of the chain, with what it learned, in float32, ready to be changed."""
+        if self.task is not None:
+            core, _ = load_core(replace(self.task, place=place, precision="fp32"))
+            return core
+        from llmkit.data.tokenizers import load_tokenizer
+        from llmkit.run.measure.text import text_core
+
+        subject = replace(self.of("", place), precision="fp32")
+        return text_core(subject, self.asked, load_tokenizer(str(place)))[0]
+
+    def batches(self, core: "LossModule", step: Step) -> "Sequence[Batch]":
+        """What the model learned from, as micro-batches; none for a step that looks at nothing.
+
+        Raises:
+            UsageError: The step needs some, and nothing says what the model learned from.
+            DataError: There is nothing.
+        """
+        if not looks(step):
+            return []
+        made = self._of_rows(core) if self.task is not None else self._of_text(core)
+        if not made:
+            raise DataError("there is nothing that a step could look at", hint="name more: compress.learn")
+        return made
+
+    def _of_text(self, core: "LossModule") -> "list[Batch]":
+        from llmkit.data.loader import evaluation_rows, evenly_spaced
+        from llmkit.data.rows import Rows
+        from llmkit.data.tokenizers import load_tokenizer
+        from llmkit.evaluate.text import read_window, windows_of
+        from llmkit.plan import layout_of
+        from llmkit.registry import goal_of
+        from llmkit.run.measure.text import learned_by
+
+        learned, settings = learned_by(self.subject), self.section.calibration
+        streams = self._streams(load_tokenizer(str(self.subject.place)))
+        objective, goal, layout = core.objective, goal_of(learned.objective), layout_of(learned)
+        if learned.objective == "clm":
+            context = min(learned.model.context, settings.tokens or _LONGEST_ROW)
+            windows = windows_of(streams, context, None)
+            chosen = [windows[number] for number in evenly_spaced(len(windows), settings.rows).tolist()]
+            isolate = learned.isolate_documents
+            rows = [read_window(streams[one.source], one, isolate=isolate) for one in chosen]
+            size = max(1, _MOST_TOKENS // context)
+            groups: Any = (rows[start : start + size] for start in range(0, len(rows), size))
+        else:
+            groups = evaluation_rows(
+                Rows(streams, layout.stride, overlap=layout.overlap, partial=True),
+                micro_batch_size=max(1, _MOST_TOKENS // layout.stride),
+                max_rows=settings.rows,
+                world_size=1,
+                rank=0,
+                isolate=learned.isolate_documents or goal.positions,
+                other=goal.other,
+            )
+        return [
+            objective.collate([objective.encode({"seed": 0, **row}) for row in group]) for group in groups
+        ]
+
+    def _streams(self, tokenizer: Any) -> Any:
+        from llmkit.run.measure.text import shards_of_run, text_of
+
+        if self.section.learn is not None:
+            named = replace(self.asked, section=Eval(data=self.section.learn))
+            return text_of(self.subject, named, tokenizer).streams()
+        shards = shards_of_run(self.subject, self.asked.options.runs)
+        if not shards:
+            raise _unknown(self.subject)
+        return [shard.split("train") for shard in shards]
+
+    def _of_rows(self, core: "LossModule") -> "list[Batch]":
+        from llmkit.data.sample_batches import held_out_batches
+        from llmkit.run.measure.labels import rows_of, train_rows
+
+        assert self.task is not None
+        if self.section.learn is not None:
+            named = replace(self.asked, section=Eval(data=self.section.learn))
+            store = rows_of(self.task, self.subject, named, core).store
+        elif self.task is not self.subject.task:
+            raise _unknown(self.subject)
+        else:
+            store = train_rows(self.task, self.asked.options.runs)
+        groups = held_out_batches(
+            store,
+            tokens=_MOST_TOKENS,
+            max_rows=self.section.calibration.rows,
+            world_size=1,
+            rank=0,
+        )
+        objective = core.objective
+        return [objective.collate([objective.encode(row) for _, row in group]) for group in groups if group]
+
+
+def material_of(
+    subject: Subject, section: Compress, recipe: Recipe, base: Path, options: Options, reporter: Reporter
+) -> Material:
+    """What is known of a model that is to become smaller.
+
+    Args:
+        subject: The model.
+        section: The recipe's `compress` section.
+        recipe: Says seed, language and machine.
+        base: The folder that paths may start from.
+        options: As for every verb.
+        reporter: Told what happens.
+
+    Raises:
+        UsageError: Nothing says what to measure it on.
+    """
+    judged = Eval(task=section.task, data=section.data, rows=section.rows, reference=[])
+    asked = Asked(
+        section=judged,
+        base=base,
+        language=recipe.language,
+        seed=recipe.seed,
+        device=detect_hardware(recipe.machine).device,
+        options=options,
+        reporter=reporter,
+        share=ALONE,
+        held_out_by=subject,
+        machine=recipe.machine,
+    )
+    task = subject.task
+    if section.task in TASKS and (task is None or task.section.task != section.task):
+        task = foreign_run(subject, section.task, asked)
+    elif section.task == "text":
+        task = None
+    return Material(subject, section, asked, task)
+
+
+def looks(step: Step) -> bool:
+    """Whether a step looks at what the model learned from."""
+    if step.method == "quantize":
+        plain = step.solver == "rtn" or (step.solver == "auto" and step.format in ("int8", "fp8"))
+        smooth = step.format == "w8a8" and bool(step.smooth)
+        return not plain or smooth or step.format == "mixed"
+    if step.method == "prune":
+        return step.by != "magnitude"
+    if step.method == "factorize":
+        return step.by != "weights"
+    if step.method == "distil":
+        return step.choose == "influence" or (step.channels or 1) < 1
+    return step.to in ("onnx", "gguf", "torch")
+
+
+def sources_of(section: Compress) -> Mapping[str, Sequence[Source] | None]:
+    """The texts or rows that a section names, by its keys."""
+    return {"learn": section.learn, "data": section.data}
+
+
+def _unknown(subject: Subject) -> UsageError:
+    return UsageError(
+        f"{subject.word}: no run trained it, and nothing says what it learned from",
+        hint="give some for the steps to look at: --learn FILES (compress.learn)",
+    )
