@@ -155,7 +155,7 @@ def _gguf(
     """The same for llama.cpp; where it is not installed, the file is read back and its weights are compared."""
     model, file = given.model, folder / FILES["gguf"]
     check_family(model)
-    tokenizer = AutoTokenizer.from_pretrained(given.place)
+    tokenizer = AutoTokenizer.from_pretrained(given.place, trust_remote_code=False)
     words = words_of(tokenizer, int(model.get_input_embeddings().weight.shape[0]))
     stored: Type = form  # type: ignore[assignment]  # one of TYPES["gguf"]
     tensors = tensors_of(model, stored)
@@ -264,7 +264,7 @@ def _write_sixteen(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> 
 def _for_tracing(inputs: Inputs, given: Given) -> dict[str, torch.Tensor]:
     """Inputs of two rows at least: of one, a program would be made for one row."""
     made = {name: value if len(value) > 1 else value.repeat(2, 1) for name, value in inputs.items()}
-    names = AutoTokenizer.from_pretrained(given.place).model_input_names
+    names = AutoTokenizer.from_pretrained(given.place, trust_remote_code=False).model_input_names
     takes = inspect.signature(given.model.forward).parameters
     if "token_type_ids" in names and "token_type_ids" in takes and "token_type_ids" not in made:
         made["token_type_ids"] = torch.zeros_like(made["input_ids"])

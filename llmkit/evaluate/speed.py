@@ -39,6 +39,7 @@ class Contender:
         word: What it is called.
         folder: Its folder.
         bf16: Compute matrix products in bfloat16.
+        half: Hold the weights in bfloat16 and compute everything so, as models are served.
         trust_remote_code: Code that comes with it may run.
         kind: What it is loaded as; None: as its configuration says.
     """
@@ -46,6 +47,7 @@ class Contender:
     word: str
     folder: Path
     bf16: bool = False
+    half: bool = False
     trust_remote_code: bool = False
     kind: ModelKind | None = None
 
@@ -208,7 +210,7 @@ def time_models(
 
 
 def _loading(one: Contender, device: str) -> dict[str, Any]:
-    words = {"folder": str(one.folder), "device": device, "bf16": one.bf16}
+    words = {"folder": str(one.folder), "device": device, "bf16": one.bf16, "half": one.half}
     return {"do": "load", **words, "trusted": one.trust_remote_code, "kind": one.kind}
 
 

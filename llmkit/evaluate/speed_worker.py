@@ -231,7 +231,8 @@ class Server:
     def _loaded(self, folder: Path, request: Mapping[str, Any]) -> PreTrainedModel | RuntimeModel:
         """The model; one of another runtime is run by that."""
         if runtime_of(folder) is None:
-            return load_model(folder, trusted=request["trusted"], kind=request.get("kind"))
+            model = load_model(folder, trusted=request["trusted"], kind=request.get("kind"))
+            return model.to(torch.bfloat16) if request.get("half") else model
         if self._device != "cpu":
             raise UsageError(f"{folder}: an exported model is timed on CPU", hint="--device cpu")
         return load_runtime(folder)

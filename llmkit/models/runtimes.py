@@ -48,7 +48,7 @@ def load_runtime(folder: Path) -> "RuntimeModel":
             f"{folder}: no model for another runtime", hint=f"it would be {', '.join(FILES.values())}"
         )
     made: Mapping[Runtime, type[RuntimeModel]] = {"onnx": OnnxModel, "gguf": GgufModel, "torch": TorchModel}
-    return made[runtime](folder / FILES[runtime], AutoConfig.from_pretrained(folder))
+    return made[runtime](folder / FILES[runtime], AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def need_onnxruntime() -> Any:

@@ -111,31 +111,21 @@ def _gates(report: Facts) -> str:
 def _steps(report: Facts, chain: Sequence[Facts]) -> str:
     metric, first = str(report.get("best") or ""), chain[0]
     like, likeness = _likeness(chain)
-    head = [
-        "model",
-        "what was done",
-        "size",
-        "of the first",
-        "parameters",
-        words(metric),
-        "difference",
-        *like,
-    ]
+    counted = ["parameters"] if any(_parameters(one) != _NONE for one in chain) else []
+    head = ["model", "what was done", "size", "of the first", *counted, words(metric), "difference", *like]
     rows = []
     for number, one in enumerate(chain):
-        name = _named(one)
-        rows.append(
-            [
-                name,
-                _done(one) if number else "as it was",
-                _size(one),
-                _share(one, first) if number else _NONE,
-                _parameters(one),
-                _value(one, metric),
-                _difference(one, metric) if number else _NONE,
-                *(likeness(one) if number else [_NONE] * len(like)),
-            ]
-        )
+        cells = [
+            _named(one),
+            _done(one) if number else "as it was",
+            _size(one),
+            _share(one, first) if number else _NONE,
+            *([_parameters(one)] if counted else []),
+            _value(one, metric),
+            _in_lines(_difference(one, metric)) if number else _NONE,
+            *(map(_in_lines, likeness(one)) if number else [_NONE] * len(like)),
+        ]
+        rows.append(cells)
     lead = "Each model was read from disk again and measured on the same data as the first"
     lead += "; in brackets the difference's 95% interval." if any(map(_has_ends, chain)) else "."
     if "NLL" in like:
@@ -167,7 +157,9 @@ def _nll(paired: Facts) -> str:
     value, error = paired.get("nll_difference"), paired.get("error")
     if not is_number(value):
         return _NONE
-    return f"{value:+.4f}" + (f" ± {error:.4f}" if is_number(error) else "")
+    small = 0 < max(abs(value), float(error) if is_number(error) else 0.0) < _TINY
+    form = ".1e" if small else ".4f"
+    return f"{value:+{form}}" + (f" ± {error:{form}}" if is_number(error) else "")
 
 
 def _done(one: Facts) -> Html:
@@ -242,12 +234,14 @@ def _tried(report: Facts) -> str:
     ]
     head = ["tried", "size", "of 16 bits", "time, of bf16", words(metric), "difference", ""]
     better = "lower" if lower_is_better(metric) else "higher"
+    is_chosen = any(one.get("chosen") for one in tried)
+    chosen = "the ring is around what was chosen" if is_chosen else "none of them does what was asked for"
     return section(
         "What was tried",
         by_size,
         by_time,
         table(head, rows, numeric=range(1, 6)),
-        lead=f"{better.capitalize()} is better, and so is further left; the ring is around what was chosen.",
+        lead=f"{better.capitalize()} is better, and so is further left; {chosen}.",
     )
 
 
@@ -309,6 +303,7 @@ def _plain(facts: Facts) -> list[tuple[str, str]]:
 
 _MOST_FACTS = 60
 _SHORT = 24
+_TINY = 1e-3
 
 
 # --- words
@@ -417,6 +412,11 @@ def _cells(one: Facts) -> list[Facts]:
 def _named(one: Facts) -> Html:
     name = str(one.get("name"))
     return Html(f"<b{' class=whole' if len(name) <= _SHORT else ''}>{escape(name)}</b>")
+
+
+def _in_lines(cell: str) -> Html:
+    """A cell whose bracket or error stands under its number, for the table has many columns."""
+    return Html(escape(cell).replace(" (", "<br>(").replace(" ± ", "<br>± "))
 
 
 def _size(one: Facts) -> str:

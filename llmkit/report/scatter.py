@@ -59,12 +59,11 @@ def scatter(
         return _TOP + (top - value) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM)
 
     body = []
-    for value in ticks(bottom, top, 5):
+    heights = ticks(bottom, top, 5)
+    for value, said in zip(heights, _apart(heights, format_y), strict=True):
         y = y_of(value)
         body.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(format_y(value))}</text>'
-        )
+        body.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(said)}</text>')
     for value in ticks(left, right, 6):
         x = x_of(value)
         body.append(
@@ -132,6 +131,16 @@ def _is_free(x: float, y: float, width: float, taken: Sequence[tuple[float, floa
     return all(
         x + width < left or x > right or y + _LINE <= top or y >= bottom for left, top, right, bottom in taken
     )
+
+
+def _apart(values: Sequence[float], form: Callable[[float], str]) -> list[str]:
+    """Values as `form` writes them; with more digits where that makes two of them the same."""
+    found = [form(value) for value in values]
+    for digits in range(4, 12):
+        if len(set(found)) == len(values):
+            break
+        found = [f"{value:.{digits}g}" for value in values]
+    return found
 
 
 def _room(values: Sequence[float]) -> tuple[float, float]:

@@ -93,8 +93,10 @@ def evaluate(
     folders = [_write(one, loaded, options, section) for one in found]
     for one, folder in zip(found, folders, strict=True):
         reporter.note(f"report: {folder / 'report.html'}")
+        few = few_items(one.measured, section.resamples)
         for warning in one.warnings:
-            reporter.warn(f"{one.subject.word}: {warning}" if len(found) > 1 else warning)
+            tell = reporter.note if warning in few else reporter.warn  # nothing is wrong with few
+            tell(f"{one.subject.word}: {warning}" if len(found) > 1 else warning)
     return _result(found, folders, section, options.runs)
 
 

@@ -54,7 +54,7 @@ def extended(tmp_path_factory):
     insert(schema, '"clm", ', '"shuffle", ')
     insert(
         schema,
-        "from llmkit.recipe.optimizers import",
+        "from llmkit.recipe.parts import",
         "from llmkit.recipe.objectives import Shuffle\n",
     )
     insert(package / "registry.py", '    "clm": Goal(', f"    {line}")

@@ -9,7 +9,7 @@ import torch
 import tuning
 from training import options, pretrain
 
-from llmkit.errors import ExitCode, UsageError
+from llmkit.errors import ExitCode, MissingError, UsageError
 from llmkit.evaluate.measurement import Items, Measurement
 from llmkit.evaluate.speed import Contender
 from llmkit.recipe import load_recipe
@@ -85,14 +85,19 @@ def test_each_model_of_a_chain_is_compared_with_the_first(folder, run):
     chain = [
         Judged(first, None),
         Judged(replace(first, word="1-same"), None),
-        Judged(replace(first, word="2-export", step=Step(method="export", to="onnx")), None),
+        Judged(
+            replace(first, word="2-export", place=folder / "gone", step=Step(method="export", to="onnx")),
+            None,
+        ),
     ]
     pair_all(chain, given, QUIET)
     assert chain[0].paired == {}
     assert chain[1].paired["num_targets"] > 100
     assert (chain[1].paired["nll_difference"], chain[1].paired["agreement"]) == (0, 1)
     assert chain[1].num_parameters == chain[0].num_parameters > 1000
-    assert chain[2].paired == {}
+    assert "no such folder" in chain[2].paired["why"]
+    with pytest.raises(MissingError):  # of others that is an error
+        pair_all([chain[0], Judged(replace(first, place=folder / "gone"), None)], given, QUIET)
 
 
 # --- timing
@@ -107,7 +112,7 @@ class Clocked:
     def __call__(self, contender: Contender, device):
         from contextlib import nullcontext
 
-        self.asked.append((contender.word, contender.bf16))
+        self.asked.append((contender.word, contender.half))
         return nullcontext(SimpleNamespace(ask=lambda request: self._answer(contender, request)))
 
     def _answer(self, contender, request):
@@ -136,7 +141,8 @@ def test_the_first_is_timed_in_fp32_too_and_all_ratios_are_to_its_bf16():
     clocked = Clocked({"m (fp32)": 1.0, "m (bf16)": 2.0, "1-q (bf16)": 4.0, "2-e (gguf q8_0)": 0.5})
     chain = chain_of_three()
     settings = Speed(batch=[1], length=[64], new_tokens=16, rounds=3)
-    assert speed_of(chain, settings, given, QUIET, start=clocked) == []
+    [said] = speed_of(chain, settings, given, QUIET, start=clocked)
+    assert said.startswith("in fp32 m is 2.0 times as fast as in bf16")
     assert clocked.asked == [
         ("m (fp32)", False), ("m (bf16)", True), ("1-q (bf16)", True), ("2-e (gguf q8_0)", False),
     ]  # fmt: skip

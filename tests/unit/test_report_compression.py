@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from llmkit.report.compressed_card import compressed_card
 from llmkit.report.compression import compression, deed, sentence, table_of
+from llmkit.report.formatting import format_number
 from llmkit.report.report import write_report
 from llmkit.report.scatter import Dot, frontier, scatter
 
@@ -131,8 +132,8 @@ def test_the_page_says_what_was_done_and_what_it_cost(tmp_path: Path) -> None:
         "50%",
         "25% of the channels taken out (activation)",
         "weights of 4 bits (gptq, groups of 64), then trained",
-        "+1 (0.8 to 1.2)",
-        "+0.0812 ± 0.0031",
+        "+1|(0.8 to 1.2)",
+        "+0.0812|± 0.0031",
         "87.6%",  # both say the same; 87.65 to even
         "failed",
         "at worst 12.12",
@@ -179,6 +180,12 @@ def test_a_model_that_another_runtime_runs_has_what_is_known_of_it(tmp_path: Pat
     text = text_of(page_of(tmp_path, chain=[facts()["chain"][0], exported], gates=[]))
     assert "GGUF for llama.cpp" in text
     assert "The gate" not in text
+
+
+def test_tiny_differences_are_no_noughts() -> None:
+    chain = facts()["chain"]
+    chain[1]["paired"] = {"nll_difference": -2.1e-5, "error": 4e-6}
+    assert table_of({"chain": chain, "best": "perplexity"})[2][4] == "-2.1e-05 ± 4.0e-06"
 
 
 def test_the_terminals_table_is_short_and_square() -> None:
@@ -286,3 +293,14 @@ def test_a_parent_without_a_head_leaves_a_card_all_the_same(parent: str | None) 
     data = ModelCard(card(parent)).data
     assert data.license is None
     assert data.tags == ["llmkit", "compressed"]
+
+
+def test_ticks_that_are_near_each_other_are_told_apart() -> None:
+    drawn = scatter("t", [Dot("a", 0, 150.701), Dot("b", 1, 150.704)], format_x=str, format_y=format_number)
+    labels = re.findall(r'text-anchor="end">([^<]+)<', drawn)
+    assert len(labels) >= 3
+    assert len(set(labels)) == len(labels)
+
+
+def test_where_nothing_was_chosen_the_page_says_so() -> None:
+    assert "none of them does what was asked for" in compression(facts(tried=[{**TRIED[0]}, {**TRIED[2]}]))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from llmkit.errors import MissingError, UsageError
 from llmkit.report.console import Reporter
 from llmkit.run.compression.judge import Judged, is_exported
 from llmkit.run.compression.material import Material
@@ -22,7 +23,7 @@ _LONGEST_ROW = 2048
 def pair_all(judged: Sequence[Judged], material: Material, reporter: Reporter) -> None:
     """Compare each model of a chain with the first; `paired` and `num_parameters` are filled in.
 
-    Models that another runtime runs are passed over: their exports were checked against what they were made from.
+    A model that its runtime cannot be asked as the objective asks is passed over, and says so.
 
     Args:
         judged: The chain, its first model first.
@@ -31,13 +32,17 @@ def pair_all(judged: Sequence[Judged], material: Material, reporter: Reporter) -
     """
     first = material.core(judged[0].artefact.place)
     judged[0].num_parameters = _parameters(first)
-    others = [one for one in judged[1:] if not is_exported(one.artefact)]
-    batches = judged_batches(material, first) if others else []
-    for one in others:
+    batches = judged_batches(material, first) if judged[1:] else []
+    for one in judged[1:]:
         reporter.phase("compress", f"comparing {one.artefact.word} target by target")
-        core = material.core(one.artefact.place)
-        one.num_parameters = _parameters(core)
-        one.paired = paired_of(first, core, batches)
+        try:
+            core = material.core(one.artefact.place)
+            one.num_parameters = _parameters(core)
+            one.paired = paired_of(first, core, batches)
+        except (UsageError, MissingError) as error:
+            if not is_exported(one.artefact):
+                raise
+            one.paired = {"num_targets": 0, "why": error.message}
 
 
 def paired_of(first: "LossModule", core: "LossModule", batches: "Sequence[Batch]") -> dict[str, Any]:
@@ -128,4 +133,9 @@ def _of_rows(material: Material, core: "LossModule", most: int) -> "list[Batch]"
 
 
 def _parameters(core: "LossModule") -> int:
-    return sum(parameter.numel() for parameter in core.model.parameters())
+    from llmkit.models.runtimes import RuntimeModel
+
+    model: Any = core.model
+    if isinstance(model, RuntimeModel):
+        return model.num_parameters()
+    return sum(parameter.numel() for parameter in model.parameters())

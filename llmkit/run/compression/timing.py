@@ -1,4 +1,4 @@
-"""How fast the models of a chain are: all in turn, each in bfloat16, the first in float32, too."""
+"""How fast the models of a chain are: all in turn, with weights in bfloat16, the first in float32, too."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,9 @@ from llmkit.registry import TASKS
 from llmkit.report.console import Reporter
 from llmkit.run.compression.judge import Judged, is_exported
 from llmkit.run.compression.material import Material
+
+_FASTER = 1.1
+"""From here on fp32 is said to be the faster of the two."""
 
 if TYPE_CHECKING:
     from llmkit.evaluate.speed import Start, Timed
@@ -58,10 +61,21 @@ def speed_of(
         one.speed = rows[id(one)]
     for one, found in zip(judged, timed[1:], strict=True):
         one.num_parameters = one.num_parameters or int(found.facts["num_parameters"] or 0)
-    return [
+    return _slow_bf16(judged[0]) + [
         f"{one.artefact.word}: {said}"
         for (one, _), found in zip(given, timed, strict=True)
         if (said := restless(found))
+    ]
+
+
+def _slow_bf16(first: Judged) -> list[str]:
+    """What to say where the baseline is not how anybody would run the model here."""
+    times = [row["times_as_fast"] for row in first.speed if row["precision"] == "fp32"]
+    if not times or min(times) < _FASTER:
+        return []
+    return [
+        f"in fp32 {first.artefact.word} is {min(times):.1f} times as fast as in bf16 on this machine, so "
+        f"divide the others' ratios by that; processors with instructions for bf16 differ"
     ]
 
 
@@ -80,7 +94,7 @@ def _contender(one: Judged, precision: str, material: Material) -> Contender:
     return Contender(
         f"{one.artefact.word} ({precision})",
         one.artefact.place,
-        bf16=precision == "bf16",
+        half=precision == "bf16",
         trust_remote_code=material.subject.trust_remote_code,
         kind=TASKS[task.section.task].model if task is not None else None,
     )

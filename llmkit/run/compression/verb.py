@@ -96,6 +96,8 @@ def compress(
         facts["warnings"] += warnings
         if found.tried:
             facts["tried"] = list(found.tried)
+        if found.failed is not None:
+            facts["status"] = "failed"
         leave_record(folder, loaded)
         last = found.artefacts[-1].place
         write_json(folder / CHAIN, {"model": str(last.relative_to(folder))})
@@ -398,6 +400,7 @@ def _row(one: Judged, first: Judged) -> dict[str, Any]:
         "facts": dict(artefact.facts or {}),
         "standard": artefact.standard,
         "file_bytes": one.file_bytes,
+        "num_parameters": one.num_parameters,
         "figures": dict(figures_of(one)),
         "differences": [pair.to_dict() for pair in one.differences],
         "paired": dict(one.paired),
