@@ -131,6 +131,43 @@ def _rest_type(place: Path) -> torch.dtype:
     return torch.float16 if (known.get("dtype") or known.get("torch_dtype")) == "float16" else torch.bfloat16
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """A grid whose scales are fitted already.
+
+    Attributes:
+        grid: The grid.
+        scale_OG: Its scales.
+        zero_OG: Their zero points, if there are some.
+    """
+
+    grid: Grid
+    scale_OG: torch.Tensor
+    zero_OG: torch.Tensor | None
+
+    @classmethod
+    def to(cls, weight_OI: torch.Tensor, gram_II: torch.Tensor, grid: Grid) -> "_Fitted":
+        """With few bits, fitted to the weight without its largest numbers, as far as that makes the error smaller."""
+        if grid.bits == _FEW:
+            weight_OI = awq_clipped(weight_OI, gram_II, grid)
+        return cls(grid, *grid.fit(weight_OI))
+
+    @property
+    def columns(self) -> int | None:
+        """Inputs in a line that share a scale."""
+        return self.grid.columns
+
+    def fit(self, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The scales."""
+        return self.scale_OG, self.zero_OG
+
+    def rounded(
+        self, weight_OI: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As the grid has it."""
+        return self.grid.rounded(weight_OI, scale_OG, zero_OG)
+
+
 @dataclass
 class _Work:
     """A model while it is being quantised.
@@ -211,8 +248,9 @@ class _Work:
         for name, read in reads.items():
             weight_OI = self.layers[name].weight.detach()
             gram_II = read.gram_II.to(weight_OI.device)
+            fitted = _Fitted.to(weight_OI, gram_II, self.grids[name])
             damping = self.step.damping or _DAMPING
-            rounded = gptq(weight_OI, gram_II, self.grids[name], damping=damping)
+            rounded = gptq(weight_OI, gram_II, fitted, damping=damping, act_order=True)
             self._measure(name, rounded, gram_II)
             self._keep(name, rounded)
         self.given.told(f"rounded: {', '.join(reads)}")

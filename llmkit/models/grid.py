@@ -6,7 +6,7 @@ Shape suffixes: O outputs, I inputs of a linear layer, G groups of inputs with a
 group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +35,7 @@ class Grid:
 
     **Source**: integers: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", CVPR 2018, section 2.1; floats: Micikevicius et al., "FP8 Formats for Deep
-    Learning", 2022, section 3 (E4M3). As both are in the `compressed-tensors` format, the largest weight of a group is
-    half a step beyond the largest number.
+    Learning", 2022, section 3 (E4M3).
     """
 
     bits: int
@@ -45,16 +44,36 @@ class Grid:
     float8: bool = False
 
     def fit(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale, and zero point where there is one, of each group of each row [O, G]."""
+        """Scale, and zero point where there is one, of each group of each row [O, G].
+
+        Of integers without an offset, the largest weight of a group becomes the largest number, the smallest, or half a
+        step beyond: what changes the group least. So weights that are such numbers already stay what they are.
+        """
         weight_OGJ = weight_OI.detach().float().unflatten(1, (-1, self.columns or weight_OI.shape[1]))
         if self.symmetric:
             most_OG = weight_OGJ.abs().amax(2)
-            return _scale(most_OG / (_LARGEST_FLOAT8 if self.float8 else (2**self.bits - 1) / 2)), None
+            if self.float8:
+                return _scale(most_OG / _LARGEST_FLOAT8), None
+            limit = 2 ** (self.bits - 1)
+            return self._least(weight_OI.float(), most_OG, (limit - 0.5, limit - 1, limit)), None
         # Zero must be one of the numbers.
         low_OG, high_OG = weight_OGJ.amin(2).clamp(max=0), weight_OGJ.amax(2).clamp(min=0)
         scale_OG = _scale((high_OG - low_OG) / (2**self.bits - 1))
         least = -(2 ** (self.bits - 1))
         return scale_OG, (least - low_OG / scale_OG).round().clamp(least, -least - 1)
+
+    def _least(
+        self, weight_OI: torch.Tensor, most_OG: torch.Tensor, numbers: Sequence[float]
+    ) -> torch.Tensor:
+        """The scales that make the largest weight one of these numbers, whichever changes the group least."""
+        best_OG, least_OG = torch.empty_like(most_OG), torch.full_like(most_OG, torch.inf)
+        for number in numbers:
+            scale_OG = _scale(most_OG / number)
+            gap_OI = self.rounded(weight_OI, scale_OG, None) - weight_OI
+            error_OG = gap_OI.square().unflatten(1, (most_OG.shape[1], -1)).sum(2)
+            best_OG = torch.where(error_OG < least_OG, scale_OG, best_OG)
+            least_OG = torch.minimum(error_OG, least_OG)
+        return best_OG
 
     def codes(
         self, weight_OI: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor | None

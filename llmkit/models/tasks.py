@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers.utils import logging
 from llmkit.errors import MissingError, UsageError
 from llmkit.models.build import AUTO_CLASSES, max_length, set_dropout
 from llmkit.models.trust import check_trust
+from llmkit.models.unpacked import check_package, is_packed, unpack, without_bars
 from llmkit.recipe.architectures import in_words
 from llmkit.registry import ModelKind
 
@@ -54,15 +55,18 @@ def build_task_model(
         The model, and the names of its weights that are new.
 
     Raises:
-        MissingError: There is no such model.
+        MissingError: There is no such model, or the package that knows its weights in few bits is not installed.
         UsageError: It cannot be a model of this kind, or its weights are not those of its configuration.
     """
     check_trust(folder, trusted=trusted)
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     config = _config(folder, labels, pad_token_id, dropout, number=number, trusted=trusted)
+    packed = is_packed(config.to_dict())
+    if packed:
+        check_package()
     torch.manual_seed(seed)
     try:
-        with _quiet():  # what is new is told in our own words
+        with _quiet(), without_bars() if packed else nullcontext():  # what is new is told in our own words
             model, info = AUTO_CLASSES[kind].from_pretrained(
                 folder,
                 config=config,
@@ -79,6 +83,9 @@ def build_task_model(
     except ValueError as error:
         raise _other_kind(folder, config, kind, error) from error
     new = _new_weights(folder, model, info)
+    if packed:
+        with without_bars():
+            unpack(model)
     model.train()  # what is loaded comes in evaluation mode
     return model, new
 

@@ -34,7 +34,7 @@ SMALL = [
 
 
 def smoke(name, folder, *words):
-    sources = load_recipe(name).recipe.pretrain.data
+    sources = load_recipe(name).recipe.pretrain.data or ()  # else those of `tokenize`
     for number, source in enumerate(sources):
         if source.files != ["stdlib:"]:
             corpus = write_corpus(folder / f"corpus-{number}")

@@ -357,6 +357,7 @@ def run_alone(code, *words):
     return json.loads(made.stdout)
 
 
+@pytest.mark.slow
 def test_onnxruntime_alone_says_what_a_classifier_says(tmp_path):
     pytest.importorskip("onnxruntime")
     torch.manual_seed(1)

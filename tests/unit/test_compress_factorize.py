@@ -140,6 +140,7 @@ def test_llmkit_loads_and_trains_it(tmp_path):
         factorize.apply(given(loaded), step(share="40%"))
 
 
+@pytest.mark.slow
 def test_another_process_loads_it_once_llmkit_is_imported(tmp_path):
     made = factorize.apply(given(llama()), step(share="40%"))
     made.model.save_pretrained(tmp_path)

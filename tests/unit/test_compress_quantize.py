@@ -32,6 +32,7 @@ from llmkit.errors import MissingError, UsageError
 from llmkit.models.build import load_weights
 from llmkit.models.grid import Grid, group_size, round_inputs
 from llmkit.models.rounded import RoundedLinear, Rounding, plain, round_weights, roundings, set_rounding
+from llmkit.models.tasks import build_task_model
 from llmkit.objectives.base import Loss, LossModule
 from llmkit.recipe.compression import Step
 from llmkit.recipe.training import Rounded
@@ -200,6 +201,23 @@ def test_other_architectures(kind, tmp_path):
     assert made.facts["num_layers"] == {"qwen3": 14, "bert": 12, "t5": 2 * 7 + 2 * 11}[kind]
 
 
+@pytest.mark.parametrize("settings", [{"format": "int4"}, {"format": "w8a8"}])
+def test_a_classifier_goes_on_as_a_plain_model(settings, tmp_path):
+    made = done(tiny("bert"), **settings)
+    made.write(tmp_path)
+    model, new = build_task_model(str(tmp_path), "sequence", labels=["a", "b", "c"])
+    assert new == ()
+    assert model.state_dict().keys() == made.model.state_dict().keys()
+    assert torch.equal(logits(model.eval()), logits(made.model))
+    assert all(p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path / "plain")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "plain")
+    expected = {n: t for n, t in made.model.state_dict().items() if n.endswith("weight")}
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in expected.items())
+    _, new = build_task_model(str(tmp_path), "sequence", labels=["a", "b"])
+    assert sorted(new) == ["classifier.bias", "classifier.weight"]
+
+
 def test_gptq_loses_less_than_rounding_to_the_nearest():
     whole = tiny()
     names, core = list(linear_layers(whole, ())), LossModule(whole, Words(), bf16=False)
@@ -220,6 +238,15 @@ def test_gptq_loses_less_than_rounding_to_the_nearest():
     }
     assert gaps["gptq"] < gaps["rtn"]
     assert gaps["awq"] < gaps["rtn"]
+
+
+def test_training_goes_on_from_where_gptq_left_off(tmp_path):
+    done(tiny(hidden_size=128, intermediate_size=256), format="int4", group=64).write(tmp_path)
+    model = load_weights(str(tmp_path), "causal", trusted=False)
+    stored = {name: layer.weight.detach().clone() for name, layer in linear_layers(model, ()).items()}
+    grids = round_weights(model, Rounded.model_validate({"bits": 4, "group": 64}))
+    same = [(grids[name].nearest(weight) == weight).float().mean() for name, weight in stored.items()]
+    assert min(same) > 0.97  # all but groups whose largest number is neither 7 nor -8
 
 
 # What factors can move through.
@@ -258,6 +285,9 @@ def test_smoothing_helps_where_a_channel_is_large():
         for layer in model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[3] = 60.0
+            block, feed = layer.self_attn, layer.mlp
+            for reader in (block.q_proj, block.k_proj, block.v_proj, feed.gate_proj, feed.up_proj):
+                reader.weight[:, 3] /= 60
     before = logits(model)
     gaps = {
         smooth: float(
@@ -383,12 +413,12 @@ def test_rounded_layers_are_those_that_quantize_treats():
 
 
 def test_the_grid_by_hand():
-    weight = torch.tensor([[7.5, -3.2, 0.4, 0.6]])
+    # A scale of 1 loses 0.2² + 0.4² + 0.4² = 0.36; 8 / 7 loses 0.5, 8 / 7.5 loses 0.66.
+    weight = torch.tensor([[-8.0, 3.2, 0.4, 0.6]])
     scale, zero = Grid(4).fit(weight)
     assert scale.tolist() == [[1.0]]
     assert zero is None
-    # 7.5 is half a step beyond the largest number, 7.
-    assert Grid(4).rounded(weight, scale, None).tolist() == [[7.0, -3.0, 0.0, 1.0]]
+    assert Grid(4).rounded(weight, scale, None).tolist() == [[-8.0, 3.0, 0.0, 1.0]]
     weight = torch.tensor([[0.0, 15.0, 3.4, 7.6]])
     scale, zero = Grid(4, symmetric=False).fit(weight)
     assert (scale.tolist(), zero.tolist()) == ([[1.0]], [[-8.0]])
@@ -398,6 +428,15 @@ def test_the_grid_by_hand():
     weight = torch.tensor([[448.0, 17.5, -21.5, 0.0]])
     assert Grid(8, float8=True).nearest(weight).tolist() == [[448.0, 18.0, -22.0, 0.0]]
     assert Grid(4, 2).nearest(torch.zeros(1, 4)).tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("most", [7, -8])
+def test_what_is_rounded_stays_what_it_is(most):
+    torch.manual_seed(0)
+    codes = torch.randint(-6, 7, (5, 64)).float()
+    codes[:, ::32] = most
+    weight = codes * torch.rand(5, 1).bfloat16().float()
+    assert torch.equal(Grid(4, 32).nearest(weight), weight)
 
 
 @pytest.mark.parametrize(

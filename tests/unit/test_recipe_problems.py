@@ -78,7 +78,7 @@ def test_carets_stand_under_exactly_the_key_or_value() -> None:
         ("machine: {processes: atuo}", "5:22", "did you mean `auto`?"),
         ("machine: {micro_batch: 0}", "5:24", "`micro_batch`: `0` is below 1, the least that makes sense here"),
         ("eval: {metrics: [loss, perplexty]}", "5:24", "did you mean `perplexity`?"),
-        ("eval: {metrics: loss}", "5:17", "`metrics`: `loss` is not a list: one of accuracy, "),
+        ("eval: {metrics: {a: 1}}", "5:17", "`metrics`: `{'a': 1}` is no figure of an evaluation"),
         ("eval: {data: [x]}", "5:15", "`data`: `x` stands where a section (keys and values) belongs"),
     ],
 )  # fmt: skip

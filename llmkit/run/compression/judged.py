@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING, Any
 from llmkit.errors import MissingError, UsageError
 from llmkit.report.console import Reporter
 from llmkit.run.compression.judge import Judged, is_exported
-from llmkit.run.compression.material import Material
+from llmkit.run.compression.material import MOST_TOKENS, Material, text_batches
 
 if TYPE_CHECKING:
     from llmkit.objectives.base import Batch, LossModule
-    from llmkit.recipe.schema import Pretrain
 
 _MOST_BATCHES = 16
-_MOST_TOKENS = 4096
-"""Tokens that are shown to a model together."""
 _MOST_ROWS = 1024
-_LONGEST_ROW = 2048
 
 
 def pair_all(judged: Sequence[Judged], material: Material, reporter: Reporter) -> None:
@@ -71,47 +67,7 @@ def judged_batches(material: Material, core: "LossModule", most: int = _MOST_BAT
 
     subject, asked = material.subject, material.asked
     streams = text_of(subject, asked, load_tokenizer(str(subject.place))).streams()
-    return text_batches(core, learned_by(subject), streams, most=most)
-
-
-def text_batches(
-    core: "LossModule", learned: "Pretrain", streams: Sequence[Any], *, most: int
-) -> "list[Batch]":
-    """Micro-batches of text, evenly spaced over it.
-
-    Args:
-        core: A model and its objective.
-        learned: What it learned, and in which rows.
-        streams: The text.
-        most: How many at most.
-    """
-    from llmkit.data.loader import evaluation_rows, evenly_spaced
-    from llmkit.data.rows import Rows
-    from llmkit.evaluate.text import read_window, windows_of
-    from llmkit.plan import layout_of
-    from llmkit.registry import goal_of
-
-    goal, layout, objective = goal_of(learned.objective), layout_of(learned), core.objective
-    isolate = learned.isolate_documents
-    if learned.objective == "clm":
-        context = min(learned.model.context, _LONGEST_ROW)
-        size = max(1, _MOST_TOKENS // context)
-        windows = windows_of(streams, context, None)
-        chosen = [windows[number] for number in evenly_spaced(len(windows), most * size).tolist()]
-        rows = [read_window(streams[one.source], one, isolate=isolate) for one in chosen]
-        groups: Any = (rows[start : start + size] for start in range(0, len(rows), size))
-    else:
-        size = max(1, _MOST_TOKENS // layout.stride)
-        groups = evaluation_rows(
-            Rows(streams, layout.stride, overlap=layout.overlap, partial=True),
-            micro_batch_size=size,
-            max_rows=most * size,
-            world_size=1,
-            rank=0,
-            isolate=isolate or goal.positions,
-            other=goal.other,
-        )
-    return [objective.collate([objective.encode({"seed": 0, **row}) for row in group]) for group in groups]
+    return text_batches(core, learned_by(subject), streams, batches=most)
 
 
 def _of_rows(material: Material, core: "LossModule", most: int) -> "list[Batch]":
@@ -123,7 +79,7 @@ def _of_rows(material: Material, core: "LossModule", most: int) -> "list[Batch]"
     asked = replace(material.asked, held_out_by=material.subject)
     store = rows_of(material.task, material.subject, asked, core).store
     rows = min(_MOST_ROWS, material.section.rows or _MOST_ROWS)
-    found = held_out_batches(store, tokens=_MOST_TOKENS, max_rows=rows, world_size=1, rank=0)
+    found = held_out_batches(store, tokens=MOST_TOKENS, max_rows=rows, world_size=1, rank=0)
     groups = [group for group in found if group]
     objective = core.objective
     return [

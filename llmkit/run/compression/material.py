@@ -1,6 +1,6 @@
 """What a model that becomes smaller learned, and from what: to load it, to show it inputs, to measure it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from llmkit.errors import DataError, UsageError
 from llmkit.evaluate.sharing import ALONE
 from llmkit.hardware import detect_hardware
 from llmkit.recipe.compression import Step
-from llmkit.recipe.schema import Compress, Eval, Recipe, Source
+from llmkit.recipe.schema import Compress, Eval, Pretrain, Recipe
 from llmkit.registry import TASKS
 from llmkit.report.console import Reporter
 from llmkit.run.folders import Options
@@ -20,7 +20,7 @@ from llmkit.run.tasks import TaskRun, load_core
 if TYPE_CHECKING:
     from llmkit.objectives.base import Batch, LossModule
 
-_MOST_TOKENS = 4096
+MOST_TOKENS = 4096
 """Tokens that are shown to a model together."""
 _LONGEST_ROW = 2048
 
@@ -72,38 +72,13 @@ class Material:
         return made
 
     def _of_text(self, core: "LossModule") -> "list[Batch]":
-        from llmkit.data.loader import evaluation_rows, evenly_spaced
-        from llmkit.data.rows import Rows
         from llmkit.data.tokenizers import load_tokenizer
-        from llmkit.evaluate.text import read_window, windows_of
-        from llmkit.plan import layout_of
-        from llmkit.registry import goal_of
         from llmkit.run.measure.text import learned_by
 
-        learned, settings = learned_by(self.subject), self.section.calibration
+        settings = self.section.calibration
         streams = self._streams(load_tokenizer(str(self.subject.place)))
-        objective, goal, layout = core.objective, goal_of(learned.objective), layout_of(learned)
-        if learned.objective == "clm":
-            context = min(learned.model.context, settings.tokens or _LONGEST_ROW)
-            windows = windows_of(streams, context, None)
-            chosen = [windows[number] for number in evenly_spaced(len(windows), settings.rows).tolist()]
-            isolate = learned.isolate_documents
-            rows = [read_window(streams[one.source], one, isolate=isolate) for one in chosen]
-            size = max(1, _MOST_TOKENS // context)
-            groups: Any = (rows[start : start + size] for start in range(0, len(rows), size))
-        else:
-            groups = evaluation_rows(
-                Rows(streams, layout.stride, overlap=layout.overlap, partial=True),
-                micro_batch_size=max(1, _MOST_TOKENS // layout.stride),
-                max_rows=settings.rows,
-                world_size=1,
-                rank=0,
-                isolate=learned.isolate_documents or goal.positions,
-                other=goal.other,
-            )
-        return [
-            objective.collate([objective.encode({"seed": 0, **row}) for row in group]) for group in groups
-        ]
+        longest = settings.tokens or _LONGEST_ROW
+        return text_batches(core, learned_by(self.subject), streams, rows=settings.rows, longest=longest)
 
     def _streams(self, tokenizer: Any) -> Any:
         from llmkit.run.measure.text import shards_of_run, text_of
@@ -130,13 +105,61 @@ class Material:
             store = train_rows(self.task, self.asked.options.runs)
         groups = held_out_batches(
             store,
-            tokens=_MOST_TOKENS,
+            tokens=MOST_TOKENS,
             max_rows=self.section.calibration.rows,
             world_size=1,
             rank=0,
         )
         objective = core.objective
         return [objective.collate([objective.encode(row) for _, row in group]) for group in groups if group]
+
+
+def text_batches(
+    core: "LossModule",
+    learned: Pretrain,
+    streams: Sequence[Any],
+    *,
+    rows: int | None = None,
+    batches: int = 1,
+    longest: int = _LONGEST_ROW,
+) -> "list[Batch]":
+    """Micro-batches of text, evenly spaced over it.
+
+    Args:
+        core: A model and its objective.
+        learned: What it learned, and in which rows.
+        streams: The text.
+        rows: How many rows at most; None: as many as `batches` hold.
+        batches: How many micro-batches at most.
+        longest: Tokens of a row at most, where the model predicts the next one.
+    """
+    from llmkit.data.loader import evaluation_rows, evenly_spaced
+    from llmkit.data.rows import Rows
+    from llmkit.evaluate.text import read_window, windows_of
+    from llmkit.plan import layout_of
+    from llmkit.registry import goal_of
+
+    goal, layout, objective = goal_of(learned.objective), layout_of(learned), core.objective
+    isolate = learned.isolate_documents
+    if learned.objective == "clm":
+        context = min(learned.model.context, longest)
+        size = max(1, MOST_TOKENS // context)
+        windows = windows_of(streams, context, None)
+        chosen = [windows[number] for number in evenly_spaced(len(windows), rows or batches * size).tolist()]
+        read = [read_window(streams[one.source], one, isolate=isolate) for one in chosen]
+        groups: Any = (read[start : start + size] for start in range(0, len(read), size))
+    else:
+        size = max(1, MOST_TOKENS // layout.stride)
+        groups = evaluation_rows(
+            Rows(streams, layout.stride, overlap=layout.overlap, partial=True),
+            micro_batch_size=size,
+            max_rows=rows or batches * size,
+            world_size=1,
+            rank=0,
+            isolate=isolate or goal.positions,
+            other=goal.other,
+        )
+    return [objective.collate([objective.encode({"seed": 0, **row}) for row in group]) for group in groups]
 
 
 def material_of(
@@ -189,11 +212,6 @@ def looks(step: Step) -> bool:
     if step.method == "distil":
         return step.choose == "influence" or (step.channels or 1) < 1
     return step.to in ("onnx", "gguf", "torch")
-
-
-def sources_of(section: Compress) -> Mapping[str, Sequence[Source] | None]:
-    """The texts or rows that a section names, by its keys."""
-    return {"learn": section.learn, "data": section.data}
 
 
 def _unknown(subject: Subject) -> UsageError:

@@ -50,6 +50,7 @@ def recover(
     """
     loaded = _loaded(material)
     recipe, home = loaded.recipe, folder.parent.parent
+    free = recipe.machine.model_copy(update={"micro_batch": "auto"})  # another batch may not be a multiple
     name, verb = home.relative_to(options.runs), folder.relative_to(home)
     given = replace(options, fresh=False, self_check=False)
     tuned = recipe.finetune
@@ -57,7 +58,9 @@ def recover(
         section: Pretrain | Finetune = tuned.model_copy(
             update=_tuning(tuned, start, _kept(settings.train, step, sparse=sparse), settings, material)
         )
-        made = recipe.model_copy(update={"name": str(name), "finetune": section, "pretrain": None})
+        made = recipe.model_copy(
+            update={"name": str(name), "finetune": section, "pretrain": None, "machine": free}
+        )
         finetune(replace(loaded, recipe=made), given, reporter, verb=str(verb))
     else:
         assert recipe.pretrain is not None
@@ -66,7 +69,9 @@ def recover(
                 recipe.pretrain, start, _kept(settings.train, step, sparse=sparse), settings, material
             )
         )
-        made = recipe.model_copy(update={"name": str(name), "pretrain": section, "finetune": None})
+        made = recipe.model_copy(
+            update={"name": str(name), "pretrain": section, "finetune": None, "machine": free}
+        )
         pretrain(replace(loaded, recipe=made), given, reporter, verb=str(verb))
     return folder / "model"
 

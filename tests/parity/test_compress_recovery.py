@@ -1,0 +1,115 @@
+"""Recovery inside a chain: what a step did stays, killed = left alone, what is trained as rounded is stored so."""
+
+import json
+import sys
+
+import pytest
+import torch
+import tuning
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file
+from training import options, pretrain, same_bits, start
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from llmkit.recipe import load_recipe
+from llmkit.report.console import make_reporter
+from llmkit.run import compress
+
+TRAIN = {"length": "6 steps", "batch": "4 samples", "optim": {"lr": 1e-3}}
+HALF = {"method": "prune", "share": "50%", "by": "magnitude", "stages": 2, "recover": {"train": TRAIN}}
+SHALLOW = {"method": "prune", "what": "layers", "share": "50%", "recover": {"train": TRAIN}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("recovery")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    return pretrain(folder)
+
+
+def section(*steps, **more):
+    return {"llmkit": 1, "name": "c", "seed": 3, "compress": {"steps": list(steps), "speed": None, **more}}
+
+
+def made(folder, target, *steps, **more):
+    recipe = load_recipe(section(*steps, **more))
+    return compress(str(target), recipe, options(folder), make_reporter(quiet=True))
+
+
+def matrices(place):
+    """The weights that pruning may take out."""
+    tensors = load_file(place + "/model.safetensors")
+    return {name: value for name, value in tensors.items() if value.ndim == 2 and "layers" in name}
+
+
+def test_zeros_stay_through_this_recovery_and_those_after_it(folder, run):
+    result = made(folder, "tiny", HALF, SHALLOW, {"method": "quantize"})
+    _, pruned, shallow, rounded = result.summary["chain"]
+    first, second = matrices(pruned["folder"]), matrices(shallow["folder"])
+    assert sum(int((value == 0).sum()) for value in first.values()) == pytest.approx(
+        0.5 * sum(value.numel() for value in first.values()), rel=0.01
+    )
+    assert len(second) == len(first) / 2
+    assert all((value == 0).float().mean() > 0.45 for value in second.values())
+    # It has learned: what was not zero has moved.
+    before = matrices(str(run / "model"))
+    assert any(not torch.equal(value[value != 0], before[name][value != 0]) for name, value in first.items())
+    model = AutoModelForCausalLM.from_pretrained(shallow["folder"])
+    assert model.config.num_hidden_layers == 1
+    assert rounded["file_bytes"] < shallow["file_bytes"] < pruned["file_bytes"]
+    # Of the way only what a person may read is left.
+    assert not list(result.folder.glob("*.recover-*/model"))
+    assert not list(result.folder.glob("*.before/model"))
+    assert len(list(result.folder.glob("*.recover-*/report.html"))) == 3
+    times = {path: path.stat().st_mtime_ns for path in result.folder.rglob("model.safetensors")}
+    made(folder, "tiny", HALF, SHALLOW, {"method": "quantize"})
+    assert times == {path: path.stat().st_mtime_ns for path in result.folder.rglob("model.safetensors")}
+
+
+def test_what_is_trained_as_rounded_is_stored_so(folder, run):
+    """Training's last evaluation was of the rounded weights; of the artefact all others are stored in 16 bits."""
+    step = {"method": "quantize", "format": "int8", "recover": {"train": TRAIN}}
+    result = made(folder, "tiny", step)
+    [report] = result.folder.glob("1-quantize.recover-*/report.json")
+    trained = json.loads(report.read_text())["final"]["eval/loss"]
+    assert result.summary["metrics"]["loss"] == pytest.approx(trained, abs=1e-3)
+    assert result.summary["metrics"]["loss"] != result.summary["before"]["loss"]
+
+
+@pytest.mark.slow
+def test_a_chain_killed_in_a_recovery_ends_as_one_that_was_left_alone(folder, run, tmp_path):
+    path = tmp_path / "chain.yaml"
+    path.write_text(json.dumps(section(HALF, {"method": "quantize"})))
+    found = {}
+    for name, kills in (("alone", ()), ("killed", ("4",))):
+        runs = tmp_path / name
+        pretrain(tmp_path / name)
+        words = [sys.executable, "-m", "llmkit", "compress", "tiny", str(path), "--runs", str(runs / "runs")]
+        for kill in (*kills, None):
+            process = start(words, **({"LLMKIT_KILL_AT": kill} if kill else {}))
+            _, said = process.communicate(timeout=240)
+            assert (process.returncode == 0) == (kill is None), said
+        [place] = (runs / "runs" / "tiny").glob("compress*")
+        found[name] = [
+            load_arrays(place / part / "model/model.safetensors") for part in ("1-prune", "2-quantize")
+        ]
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert same_bits(ours, theirs)
+
+
+@pytest.mark.slow
+def test_a_classifier_of_fewer_layers_learns_from_the_whole_one(folder):
+    more = {"finetune__train__length": "4 steps", "finetune__eval__every": "never"}
+    whole = tuning.finetune(folder, "cls", finetune__checkpoint__every="never", **more)
+    train = {**TRAIN, "length": "20 steps"}
+    step = {"method": "distil", "layers": 1, "recover": {"train": train}}
+    result = made(folder, whole.parent, step)
+    student = AutoModelForSequenceClassification.from_pretrained(result.summary["model"])
+    assert student.config.num_hidden_layers == 1
+    [report] = result.folder.glob("1-distil.recover-*/report.json")
+    final = json.loads(report.read_text())["final"]
+    assert result.summary["metrics"]["accuracy"] == final["eval/accuracy"]
+    assert result.summary["metrics"]["loss"] == pytest.approx(final["eval/loss"], abs=1e-6)
