@@ -6,9 +6,8 @@ import sys
 import pytest
 import torch
 import tuning
-from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
-from training import options, pretrain, same_bits, start
+from training import options, pretrain, start
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from llmkit.recipe import load_recipe
@@ -94,10 +93,9 @@ def test_a_chain_killed_in_a_recovery_ends_as_one_that_was_left_alone(folder, ru
             assert (process.returncode == 0) == (kill is None), said
         [place] = (runs / "runs" / "tiny").glob("compress*")
         found[name] = [
-            load_arrays(place / part / "model/model.safetensors") for part in ("1-prune", "2-quantize")
+            (place / part / "model/model.safetensors").read_bytes() for part in ("1-prune", "2-quantize")
         ]
-    for ours, theirs in zip(*found.values(), strict=True):
-        assert same_bits(ours, theirs)
+    assert found["alone"] == found["killed"]
 
 
 @pytest.mark.slow
