@@ -22,7 +22,7 @@ from llmkit.compress.calibrate import on_device
 from llmkit.compress.structure import block_names
 from llmkit.objectives.base import Batch, LossModule
 
-_GATED = ("gate_proj", "up_proj", "down_proj")
+_GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 """Feed-forward layers in which the second's output is multiplied to the first's, and the third reads the product."""
 _PROBE = 2.0
 _CLOSE = 1e-5
@@ -152,11 +152,10 @@ def find_folds(core: LossModule, batch: Batch, layers: Mapping[str, nn.Module]) 
 
 def _gated(layers: Mapping[str, nn.Module]) -> list[Fold]:
     """Feed-forward layers whose last reads a product with the output of another."""
-    gate, up, down = _GATED
-    places = [name.removesuffix(down) for name in layers if name.rpartition(".")[2] == down]
     return [
         Fold(f"{place}{up}", (f"{place}{down}",))
-        for place in places
+        for gate, up, down in _GATED
+        for place in (name.removesuffix(down) for name in layers if name.rpartition(".")[2] == down)
         if f"{place}{gate}" in layers and f"{place}{up}" in layers
     ]
 

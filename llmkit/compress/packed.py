@@ -3,9 +3,10 @@
 Shape suffixes: O outputs, I inputs of a linear layer, G groups of inputs with a scale of their own.
 """
 
+import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def write_packed(
     *,
     inputs: bool,
     dtype: torch.dtype,
+    packs: bool = True,
 ) -> None:
     """Leave a quantised model's weights and configuration in a folder.
 
@@ -51,6 +53,7 @@ def write_packed(
         layers: Name -> its stored weight, of all linear layers that are quantised.
         inputs: Whether what they read is to be rounded to 8 bits, each position with a scale of its own.
         dtype: The type of everything else.
+        packs: Whether several weights may be stored in one number; see `takes_packed`.
 
     Raises:
         MissingError: The package is not installed.
@@ -59,12 +62,12 @@ def write_packed(
     state = _of_type(model.state_dict(), dtype)
     for name, stored in layers.items():
         del state[f"{name}.weight"]
-        packed = _packed(stored, inputs=inputs)
+        packed = _packed(stored, _format(stored.grid, inputs=inputs, packs=packs))
         state |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
     model.save_pretrained(folder, state_dict=state)
     known = json.loads((folder / _CONFIG).read_bytes())
     known["dtype"] = str(dtype).removeprefix("torch.")
-    known["quantization_config"] = _settings(model, layers, inputs=inputs)
+    known["quantization_config"] = _settings(model, layers, inputs=inputs, packs=packs)
     (folder / _CONFIG).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -80,7 +83,29 @@ def _of_type(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str,
     return found
 
 
-def _packed(stored: Stored, *, inputs: bool) -> dict[str, torch.Tensor]:
+def takes_packed(model: PreTrainedModel, layers: Iterable[str]) -> bool:
+    """Whether transformers can load packed weights of this architecture.
+
+    A layer has no `weight` then until it is unpacked, and some architectures (T5, ModernBERT) ask each block for those
+    of its layers when a model is set up. Found by trying, without memory for the numbers.
+
+    Args:
+        model: The model; it is not changed.
+        layers: The names of the layers that would be packed.
+    """
+    with torch.device("meta"):
+        empty = type(model)(copy.deepcopy(model.config))
+    for name in layers:
+        del empty.get_submodule(name).weight
+    try:
+        for module in empty.modules():
+            empty._init_weights(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def _packed(stored: Stored, form: str) -> dict[str, torch.Tensor]:
     """The tensors of a layer, by the last part of their names."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -92,7 +117,7 @@ def _packed(stored: Stored, *, inputs: bool) -> dict[str, torch.Tensor]:
     codes_OI = codes_OI.to(torch.int8)
     if rounded.zero_OG is not None:
         found["weight_zero_point"] = rounded.zero_OG.to(torch.int8)
-    if _format(grid, inputs=inputs) != _PACKED:
+    if form != _PACKED:
         return found | {"weight": codes_OI}
     return found | {
         "weight_packed": pack_to_int32(codes_OI, grid.bits),
@@ -100,7 +125,9 @@ def _packed(stored: Stored, *, inputs: bool) -> dict[str, torch.Tensor]:
     }
 
 
-def _settings(model: PreTrainedModel, layers: Mapping[str, Stored], *, inputs: bool) -> dict[str, Any]:
+def _settings(
+    model: PreTrainedModel, layers: Mapping[str, Stored], *, inputs: bool, packs: bool
+) -> dict[str, Any]:
     """What `config.json` says of the format."""
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -113,13 +140,13 @@ def _settings(model: PreTrainedModel, layers: Mapping[str, Stored], *, inputs: b
             "targets": ["Linear"] if len(names) == 1 else [_pattern(model, name) for name in own],
             "weights": _weights(grid),
             "input_activations": _activations(grid) if inputs else None,
-            "format": _format(grid, inputs=inputs),
+            "format": _format(grid, inputs=inputs, packs=packs),
         }
     linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
     made = QuantizationConfig(
         config_groups=groups,
         quant_method=FORMAT,
-        format=_format(next(iter(names)), inputs=inputs),
+        format=_format(next(iter(names)), inputs=inputs, packs=packs),
         quantization_status="compressed",
         ignore=[_pattern(model, name) for name in linear if name not in layers],
     )
@@ -134,11 +161,11 @@ def _pattern(model: PreTrainedModel, name: str) -> str:
     return rf"re:(.*\.)?{re.escape(inner)}$"
 
 
-def _format(grid: Grid, *, inputs: bool) -> str:
+def _format(grid: Grid, *, inputs: bool, packs: bool) -> str:
     if grid.float8:
         return "float-quantized"
     # transformers cannot load packed weights whose scales have an offset.
-    return "int-quantized" if inputs or not grid.symmetric else _PACKED
+    return "int-quantized" if inputs or not grid.symmetric or not packs else _PACKED
 
 
 def _weights(grid: Grid) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from llmkit.compress.calibrate import Read, check_any, linear_layers, reads_of, 
 from llmkit.compress.folding import Fold, find_folds, move
 from llmkit.compress.given import Given, Made
 from llmkit.compress.mixed import assigned, sensitivities
-from llmkit.compress.packed import Stored, write_packed
+from llmkit.compress.packed import Stored, takes_packed, write_packed
 from llmkit.compress.solvers import (
     Rounded,
     awq_clipped,
@@ -61,7 +61,8 @@ def apply(given: Given, step: Step) -> Made:
     _check(given, step)
     check_package()
     layers = _linear(given, step.keep or ())
-    work = _Work(given, step, layers, _grids(given, step, layers), _rest_type(given.place))
+    packs = _packs(given, step, layers)
+    work = _Work(given, step, layers, _grids(given, step, layers), _rest_type(given.place), packs)
     if step.format == "w8a8" and step.smooth:
         work.smooth(step.smooth)
     work.store_rest()
@@ -105,7 +106,31 @@ def _check(given: Given, step: Step) -> None:
 def _linear(given: Given, keep: Sequence[str]) -> dict[str, nn.Linear]:
     found = linear_layers(given.model, keep)
     check_linear(found)
+    stacks = [
+        name
+        for name, module in given.model.named_modules()
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and any(weight.ndim > 2 for weight in module.parameters(recurse=False))
+    ]
+    if stacks:  # kept or not: what it makes of their names on loading goes wrong in a quantised model
+        raise UsageError(
+            f"{stacks[0]} ({type(given.model.get_submodule(stacks[0])).__name__}): transformers fails to load the "
+            "weights of experts beside quantised ones",
+            hint="make it smaller another way: --method 'export to=bf16', or prune",
+        )
     return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
+
+
+def _packs(given: Given, step: Step, layers: Mapping[str, nn.Linear]) -> bool:
+    """Whether several weights are stored in one number: 8 bits can do without, fewer cannot."""
+    packs = takes_packed(given.model, layers)
+    if not packs and step.format in ("int4", "mixed"):
+        raise UsageError(
+            f"quantize: format: {step.format}: {given.model.config.model_type} with weights of fewer than 8 bits is "
+            "written well, but transformers fails to load it",
+            hint="format: int8",
+        )
+    return packs
 
 
 def _grids(given: Given, step: Step, layers: Mapping[str, nn.Linear]) -> dict[str, Grid]:
@@ -178,6 +203,7 @@ class _Work:
         layers: The linear layers, by name.
         grids: What each is rounded to.
         dtype: The type in which the rest is stored.
+        packs: Whether several weights are stored in one number.
         stored: What was rounded so far.
         errors: How much of a layer's output changed, as a share of it, where that was measured.
         warnings: What a person should know.
@@ -188,6 +214,7 @@ class _Work:
     layers: Mapping[str, nn.Linear]
     grids: Mapping[str, Grid]
     dtype: torch.dtype
+    packs: bool
     stored: dict[str, Stored] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -300,6 +327,7 @@ class _Work:
             layers=stored,
             inputs=self.step.format in _WITH_INPUTS,
             dtype=self.dtype,
+            packs=self.packs,
         )
         return Made(self.given.model, self._facts(), write, self.warnings)
 

@@ -131,7 +131,14 @@ def _inverse_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal_I = hessian_II.diagonal()
     diagonal_I[diagonal_I == 0] = 1
     diagonal_I += damping * diagonal_I.mean()
-    lower_II = torch.linalg.cholesky(hessian_II)
+    lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
+    if failed or not lower_II.isfinite().all():
+        finite = bool(gram_II.isfinite().all())
+        raise UsageError(
+            f"what a layer of {len(gram_II):,} inputs reads cannot be made up for: "
+            + (f"damping: {damping:g} is too little" if finite else "it holds numbers that are not finite"),
+            hint="damping: 0.01, or more" if finite else "look at the model with `llmkit eval` first",
+        )
     return torch.linalg.cholesky(torch.cholesky_inverse(lower_II), upper=True)
 
 

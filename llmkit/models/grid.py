@@ -66,7 +66,7 @@ class Grid:
         self, weight_OI: torch.Tensor, most_OG: torch.Tensor, numbers: Sequence[float]
     ) -> torch.Tensor:
         """The scales that make the largest weight one of these numbers, whichever changes the group least."""
-        best_OG, least_OG = torch.empty_like(most_OG), torch.full_like(most_OG, torch.inf)
+        best_OG, least_OG = _scale(most_OG / numbers[0]), torch.full_like(most_OG, torch.inf)
         for number in numbers:
             scale_OG = _scale(most_OG / number)
             gap_OI = self.rounded(weight_OI, scale_OG, None) - weight_OI

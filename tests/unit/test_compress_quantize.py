@@ -18,6 +18,10 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
@@ -71,6 +75,12 @@ def tiny(kind="llama", **fields):
     elif kind == "t5":
         sizes = {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4, "d_kv": 16, "vocab_size": 64}
         model = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu"))
+    elif kind == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**given, num_local_experts=2))
+    elif kind == "modernbert":
+        marks = {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+        fields = {"num_attention_heads": 4, "pad_token_id": 0, "num_labels": 3, **marks}
+        model = ModernBertForSequenceClassification(ModernBertConfig(**SIZE, **fields))
     else:
         configs = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}
         config = configs[kind](**{"tie_word_embeddings": True, "head_dim": 16, **given})
@@ -191,6 +201,41 @@ def test_a_fresh_process_without_llmkit_loads_it(tmp_path):
     assert done_process.returncode == 0, done_process.stderr
 
 
+@pytest.mark.slow
+def test_a_fresh_process_without_llmkit_loads_every_format_and_solver(tmp_path):
+    more = {
+        "int8 gptq": {"format": "int8", "solver": "gptq"},
+        "int8 awq": {"format": "int8", "solver": "awq"},
+        "mixed rtn": {"format": "mixed", "solver": "rtn"},
+    }
+    cases = [("llama", name, settings) for name, settings in {**FORMATS, **more}.items()]
+    cases += [
+        (kind, name, FORMATS[name]) for kind in ("bert", "qwen3", "t5") for name in ("int8", "w8a8", "fp8")
+    ]
+    cases += [(kind, "int4", FORMATS["int4"]) for kind in ("bert", "qwen3", "gemma")]
+    for kind, name, settings in cases:
+        made, folder = done(tiny(kind), **settings), tmp_path / f"{kind}-{name}"
+        made.write(folder)
+        ids = batches(1)[0]["input_ids"]
+        torch.save((type(made.model).__name__, ids, logits(made.model)), folder / "expected.pt")
+    script = (
+        "import pathlib, sys, torch, transformers\n"
+        "for place in pathlib.Path(sys.argv[1]).iterdir():\n"
+        "    kind, ids, expected = torch.load(place / 'expected.pt')\n"
+        "    model = getattr(transformers, kind).from_pretrained(place, dtype=torch.float32)\n"
+        "    more = {'decoder_input_ids': ids} if model.config.is_encoder_decoder else {}\n"
+        "    with torch.no_grad():\n"
+        "        assert torch.equal(model(input_ids=ids, **more).logits, expected), place.name\n"
+        "    print(place.name)\n"
+        "assert 'llmkit' not in sys.modules\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout.splitlines()) == len(cases)
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "bert", "t5"])
 def test_other_architectures(kind, tmp_path):
     made = done(tiny(kind), format="w8a8")
@@ -199,6 +244,21 @@ def test_other_architectures(kind, tmp_path):
     loaded = type(made.model).from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(logits(loaded), after)
     assert made.facts["num_layers"] == {"qwen3": 14, "bert": 12, "t5": 2 * 7 + 2 * 11}[kind]
+
+
+@pytest.mark.parametrize("kind", ["t5", "modernbert"])
+def test_architectures_that_transformers_cannot_load_packed(kind, tmp_path):
+    made = done(tiny(kind), format="int8")
+    made.write(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert settings["format"] == "int-quantized"
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(tensor.dtype == torch.int8 for tensor in stored.values()) == made.facts["num_layers"]
+    loaded = type(made.model).from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(made.model))
+    for few in ("int4", "mixed"):
+        with pytest.raises(UsageError, match=f"{kind} with weights of fewer than 8 bits"):
+            done(tiny(kind), format=few)
 
 
 @pytest.mark.parametrize("settings", [{"format": "int4"}, {"format": "w8a8"}])
@@ -240,6 +300,19 @@ def test_gptq_loses_less_than_rounding_to_the_nearest():
     assert gaps["awq"] < gaps["rtn"]
 
 
+def test_gptq_with_few_bits_cuts_off_the_largest_weights(monkeypatch):
+    model = tiny()
+    with torch.no_grad():
+        for layer in linear_layers(model).values():
+            layer.weight.copy_(30 * layer.weight * layer.weight.abs())  # few are large
+    cut = done(copy.deepcopy(model), format="int4").model
+    monkeypatch.setattr(quantize, "awq_clipped", lambda weight, gram, grid: weight)
+    whole = done(model, format="int4").model
+    name = next(iter(linear_layers(whole)))
+    most = [one.get_submodule(name).weight.abs().amax(1).mean() for one in (cut, whole)]
+    assert most[0] < 0.98 * most[1]
+
+
 def test_training_goes_on_from_where_gptq_left_off(tmp_path):
     done(tiny(hidden_size=128, intermediate_size=256), format="int4", group=64).write(tmp_path)
     model = load_weights(str(tmp_path), "causal", trusted=False)
@@ -253,7 +326,8 @@ def test_training_goes_on_from_where_gptq_left_off(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("llama", 6), ("qwen3", 6), ("gemma", 6), ("bert", 0), ("t5", 4 + 6), ("gpt2", 0)]
+    ("kind", "expected"),
+    [("llama", 6), ("qwen3", 6), ("gemma", 6), ("bert", 0), ("t5", 4 + 6 + 4), ("gpt2", 0)],
 )
 def test_factors_move_and_the_model_computes_the_same(kind, expected):
     model = tiny(kind)
@@ -457,6 +531,8 @@ def test_the_largest_group_that_divides(widths, expected):
         ("llama", {"format": "int4", "symmetric": False}, "offset"),
         ("llama", {"format": "int8", "keep": ["nothing"]}, "'nothing' matches no layer"),
         ("gpt2", {"format": "int8"}, "Conv1D"),
+        ("mixtral", {"format": "int8"}, "MixtralExperts"),
+        ("mixtral", {"format": "int8", "keep": ["experts|gate"]}, "fails to load the weights of experts"),
     ],
 )
 def test_what_cannot_be_is_refused(kind, settings, said):

@@ -280,6 +280,18 @@ def test_outputs_change_least_with_sparsegpt_and_most_by_magnitude(pattern):
     assert best < middle < output_error(magnitude(weight, 0.5, pattern), weight, gram)
 
 
+@pytest.mark.parametrize("solve", [lambda w, g: gptq(w, g, Steps()), lambda w, g: sparsegpt(w, g, 0.5)])
+def test_what_cannot_be_made_up_for_is_said(solve):
+    weight, read = layer()
+    gram = gram_of(read)
+    gram[0, 1] = gram[1, 0] = 10 * gram.diagonal().max()  # no sum of squares
+    with pytest.raises(UsageError, match=r"damping: 0\.01 is too little"):
+        solve(weight, gram)
+    gram[2, 2] = torch.inf
+    with pytest.raises(UsageError, match="not finite"):
+        solve(weight, gram)
+
+
 def test_a_pattern_that_does_not_divide_is_refused():
     with pytest.raises(UsageError, match=r"h\.0\.mlp has 10 inputs, which the pattern 2:4 does not divide"):
         check_pattern(torch.zeros(3, 10), (2, 4), "h.0.mlp")
