@@ -31,7 +31,7 @@ test test-slow test-faults: export OMP_NUM_THREADS ?= 1
 test test-slow test-faults: export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help install demo test test-slow test-faults check format lint imports types bench bench-tokenize bench-finetune bench-eval bench-memory clean distclean
+.PHONY: help install demo test test-slow test-faults check format lint imports types bench bench-tokenize bench-finetune bench-eval bench-compress bench-memory clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +105,11 @@ MODEL ?=
 DATA ?=
 bench-eval: $(STAMP)  ## Questions to a model against lm-evaluation-harness; MODEL=FOLDER DATA=FOLDER, else a tiny one
 	$(BIN)/python -m benchmarks.evaluate $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+
+DECODER ?=
+ENCODER ?=
+bench-compress: $(STAMP)  ## Size, loss and speed of compressed models; DECODER=FOLDER ENCODER=RUN, else random weights
+	$(BIN)/python -W ignore -m benchmarks.compress $(if $(DECODER),--decoder $(DECODER)) $(if $(ENCODER),--encoder $(ENCODER))
 
 bench-memory: $(STAMP)  ## The most memory that tokenizing 5 GB takes
 	$(BIN)/python -m benchmarks.memory
