@@ -40,6 +40,12 @@ TASKS = [name for name, goal in registry.TASKS.items() if find_spec(goal.code.sp
 FAST = ("cls", "qa", "sft")
 """Padded rows, windows of rows and packed ones: the others' long tests are among the slow ones."""
 EACH = [pytest.param(task, marks=() if task in FAST else pytest.mark.slow) for task in TASKS]
+VARIANTS = {
+    "kto": ("dpo", {"dpo": {"loss": "kto"}}),
+    "mixup": ("cls", {"loss": {"mixup": 0.5}}),
+}
+"""Losses that compute otherwise than their task does, and have other rows: the task, and what the recipe says."""
+EACH_LOSS = [*EACH, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
 STEPS = 6
 VOCAB_SIZE = 700
 CONTEXT = 64
@@ -60,7 +66,7 @@ _CITIES = ("Oslo", "Rome", "Paris", "Vienna", "New York")
 
 def model_of(task):
     """The folder of a tiny model that can learn the task."""
-    return model(FAMILY.get(registry.TASKS[task].model, "bert"))
+    return model(FAMILY.get(registry.TASKS[VARIANTS.get(task, (task,))[0]].model, "bert"))
 
 
 @cache
@@ -245,7 +251,9 @@ FILES = {
     "seq2seq": "pairs.tsv",
     "sft": "chats.jsonl",
     "dpo": "preferences.jsonl",
+    "kto": "judged.jsonl",
     "embed": "texts.jsonl",
+    "mixup": "reviews.csv",
 }
 
 
@@ -327,6 +335,18 @@ def _dpo(count):
     )
 
 
+def _kto(count):
+    """Answers to prompts of their own; two of three are good."""
+    return _lines(
+        {
+            "prompt": _chat(n)[0],
+            "completion": _chat(n)[1] if n % 3 else f"no {_words(n)[1]} at all",
+            "label": n % 3 > 0,
+        }
+        for n in range(count)
+    )
+
+
 def _embed(count):
     return _lines(
         {"anchor": f"number {n}: where is the {_words(n)[1]}?", "positive": f"{n}: {_words(n)[3]}"}
@@ -342,7 +362,9 @@ _CONTENT = {
     "seq2seq": _seq2seq,
     "sft": _sft,
     "dpo": _dpo,
+    "kto": _kto,
     "embed": _embed,
+    "mixup": _cls,
 }
 
 
@@ -352,14 +374,16 @@ _CONTENT = {
 def recipe(folder, task, name=None, **changes):
     """A recipe for a run of seconds, with dropout; `changes` are dotted keys with `__` for the dots.
 
-    The run is called as the task unless `name` says otherwise.
+    The run is called as the task, or as the loss of `VARIANTS` that stands for one, unless `name` says otherwise.
     """
+    real, more = VARIANTS.get(task, (task, {}))
     made = {
         "llmkit": 1,
         "name": name or task,
         "seed": 7,
         "finetune": {
-            "task": task,
+            "task": real,
+            **more,
             "model": {"name": model_of(task), "context": CONTEXT},
             "data": {"files": str(rows_file(folder, task))},
             "held_out": 0.25,

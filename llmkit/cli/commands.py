@@ -14,6 +14,7 @@ from llmkit.cli import evaluate as evaluating
 from llmkit.cli import fill as filling
 from llmkit.cli import finetune as finetuning
 from llmkit.cli import generate as generating
+from llmkit.cli import merge as merging
 from llmkit.cli import predict as predicting
 from llmkit.cli import show_rows as showing
 from llmkit.cli import tokenize as tokenizing
@@ -54,6 +55,7 @@ def register(app: typer.Typer) -> None:
     app.command("finetune", help=finetuning.HELP, short_help=finetuning.SHORT_HELP)(finetuning.finetune)
     app.command("eval", help=evaluating.HELP, short_help=evaluating.SHORT_HELP)(evaluating.evaluate)
     app.command("compress", help=compressing.HELP, short_help=compressing.SHORT_HELP)(compressing.compress)
+    app.command("merge", help=merging.HELP, short_help=merging.SHORT_HELP)(merging.merge)
     app.command("generate", help=generating.HELP, short_help=generating.SHORT_HELP)(generating.generate)
     app.command("fill", help=filling.HELP, short_help=filling.SHORT_HELP)(filling.fill)
     app.command("predict", help=predicting.HELP, short_help=predicting.SHORT_HELP)(predicting.predict)

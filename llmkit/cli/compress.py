@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmkit.cli.evaluate import choose_targets
-from llmkit.cli.options import AsJson, Debug, Fresh, Quiet, Runs, Settings, Smoke, described
+from llmkit.cli.options import AsJson, Debug, DryRun, Fresh, Quiet, Runs, Settings, Smoke, described
+from llmkit.cli.output import as_columns, give, give_json
 from llmkit.errors import UsageError
 from llmkit.registry import METHODS, nearest
+
+if TYPE_CHECKING:
+    from llmkit.recipe import Loaded
 
 SHORT_HELP = "Make a model smaller or faster, and measure what that costs."
 HELP = described(
@@ -59,6 +63,7 @@ def compress(
     data: Annotated[
         str | None, typer.Option(metavar="FILES", help="What to measure on: by default what was held out.")
     ] = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     fresh: Fresh = False,
@@ -70,7 +75,7 @@ def compress(
     from llmkit import run
     from llmkit.cli.commands import finish, reporting, to_options
 
-    settings = Settings(runs, quiet=quiet, as_json=as_json, fresh=fresh, smoke=smoke)
+    settings = Settings(runs, dry_run, quiet=quiet, as_json=as_json, fresh=fresh, smoke=smoke)
     section: dict[str, Any] = {}
     if method:
         section["steps"] = list(map(step_of, method))
@@ -91,9 +96,25 @@ def compress(
             f"{models[0]}: nothing says how to make it smaller",
             hint="--method int8, or a recipe with `compress`",
         )
+    if dry_run:
+        _outline(models[0] if models else None, loaded, settings)
+        return
     with reporting(settings) as reporter:
         result = run.compress(models[0] if models else None, loaded, to_options(settings), reporter)
     finish(result, settings)
+
+
+def _outline(model: str | None, loaded: "Loaded", settings: Settings) -> None:
+    """Say what would be done."""
+    from llmkit import run
+    from llmkit.cli.commands import reporting, to_options
+
+    with reporting(settings) as reporter:
+        facts, rows = run.outline_compression(model, loaded, to_options(settings), reporter)
+    if settings.as_json:
+        give_json(facts)
+    else:
+        give(as_columns(rows))
 
 
 def step_of(word: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ HELP = described(
     llmkit generate runs/my "Once" "Twice" -n 3 --temperature 0.7
     cat prompts.txt | llmkit generate runs/my --json
     llmkit generate runs/my-chat "Who are you?" --system "Be brief."
+    llmkit generate path/to/base "Who?" --adapter runs/polite --adapter runs/short=0.5
     """,
     "Let a trained model write: go on from a text, or, where it has learned to chat, answer it. Without prompts, each "
     "line of stdin is one.",
@@ -54,6 +55,14 @@ def generate(
         str,
         typer.Option(metavar="TEXT", help="What the system says before the question.", show_default=False),
     ] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN[=WEIGHT]",
+            help="An adapter for this model; several are added up.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same texts.")] = 42,
     as_json: AsJson = False,
     runs: Runs = Path("runs"),
@@ -84,6 +93,7 @@ def generate(
             reporter=reporter,
             chat=chat,
             system=system,
+            adapters=adapter or (),
         )
     if as_json:
         give_json({"samples": written})
@@ -95,5 +105,9 @@ def generate(
     give("\n---\n".join(map(visible, shown)))
     say(
         "next: "
-        + as_typed(f"llmkit generate {shlex.quote(model)} {shlex.quote(texts[0])} -n 3 --seed {seed + 1}")
+        + as_typed(
+            f"llmkit generate {shlex.quote(model)} {shlex.quote(texts[0])} "
+            + "".join(f"--adapter {shlex.quote(word)} " for word in adapter or ())
+            + f"-n 3 --seed {seed + 1}"
+        )
     )

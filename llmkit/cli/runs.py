@@ -109,7 +109,12 @@ def _status(run: "Run") -> str:
 
 def _did(run: "Run") -> list[str]:
     """The stages by name; several evaluations of other data are counted."""
-    names = [stage.name for stage in run.stages]
+    names = [
+        f"{stage.name} (does not hold)"
+        if stage.name.startswith("compress") and stage.status == "failed"
+        else stage.name
+        for stage in run.stages
+    ]
     others = [name for name in names if name.startswith("eval-")]
     plain = [name for name in names if name not in others]
     return [*plain, *([f"{len(others)} more eval{'s' if len(others) > 1 else ''}"] if others else [])]

@@ -44,19 +44,22 @@ def factors(
     if hessian_II is None:
         left_OK, values_K, right_KI = torch.linalg.svd(wide_OI, full_matrices=False)
     else:
-        root_II = _root(hessian_II.double())
-        left_OK, values_K, right_KI = torch.linalg.svd(wide_OI @ root_II, full_matrices=False)
-        # right S^-1, S lower triangular
-        right_KI = torch.linalg.solve_triangular(root_II, right_KI, upper=False, left=False)
+        vectors_II, root_I = _root(hessian_II.double())
+        left_OK, values_K, right_KI = torch.linalg.svd(wide_OI @ vectors_II * root_I, full_matrices=False)
+        right_KI = (right_KI / root_I) @ vectors_II.T  # right S^-1
     half_K = values_K[:rank].sqrt()
     up_OK, down_KI = left_OK[:, :rank] * half_K, half_K[:, None] * right_KI[:rank]
     return up_OK, down_KI, float(values_K[rank:].square().sum())
 
 
-def _root(hessian_II: torch.Tensor) -> torch.Tensor:
-    """Lower triangular S with S S^T = H, the ridge included."""
+def _root(hessian_II: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal V and r [I] with S = V diag(r) and S S^T = H, the ridge included.
+
+    By eigenvalues, for those of a Hessian of fewer positions than inputs are zero to rounding, some below it.
+    """
     ridge = _RIDGE * float(hessian_II.diagonal().mean()) or _RIDGE
-    return torch.linalg.cholesky(hessian_II + ridge * torch.eye(len(hessian_II), dtype=hessian_II.dtype))
+    values_I, vectors_II = torch.linalg.eigh(hessian_II)
+    return vectors_II, (values_I.clamp(min=0) + ridge).sqrt()
 
 
 def apply(given: Given, step: Step) -> Made:

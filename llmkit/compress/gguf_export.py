@@ -191,6 +191,7 @@ def write_gguf(
     writer.add_name(name)
     _add_sizes(writer, model)
     _add_words(writer, words)
+    _add_turn_end(writer, model, words)
     common = max((one.type for one in tensors), key=[one.type for one in tensors if one.type != "F32"].count)
     kinds = gguf.LlamaFileType
     writer.add_file_type(kinds.ALL_F32 if common == "F32" else kinds[f"MOSTLY_{common}"])
@@ -284,6 +285,15 @@ def _add_words(writer: Any, words: Words) -> None:
     writer.add_add_eos_token(words.ends)
     if words.template:
         writer.add_chat_template(words.template)
+
+
+def _add_turn_end(writer: Any, model: PreTrainedModel, words: Words) -> None:
+    """Another token than the end of text that ends what the model writes, such as the end of an answer."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = own if isinstance(own, list) else [own]
+    others = [number for number in ends if number is not None and number != words.special.get("eos")]
+    if others:
+        writer.add_eot_token_id(others[0])
 
 
 def as_stored(value: torch.Tensor, tensor: Tensor) -> torch.Tensor:

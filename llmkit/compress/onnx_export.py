@@ -60,28 +60,56 @@ def write_onnx(
     """
     need_onnx()
     with _quiet():
-        program = trace(model, kind, inputs)
         try:
-            made = torch.onnx.export(
-                program,
-                (),
-                kwargs=dict(inputs),
-                input_names=list(inputs),
-                output_names=list(OUTPUTS[kind]),
-                dynamo=True,
-            )
+            program, made = _exported(model, kind, inputs)
         except torch.onnx.OnnxExporterError as error:
-            said = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"export: {model.config.model_type} has no form in ONNX ({said})",
-                hint="export it by `to: torch`, or as safetensors: `to: bf16`",
-            ) from error
+            if model.config._attn_implementation == "eager" or not model._supports_sdpa:
+                raise _no_form(model, error) from error
+            with _plain_attention(model):  # T5's fused kernel leaves strides behind that ONNX has not
+                try:
+                    program, made = _exported(model, kind, inputs)
+                except torch.onnx.OnnxExporterError as second:
+                    raise _no_form(model, second) from second
     assert made is not None
     size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
     whole = file.with_name("whole.onnx") if int8 else file
     made.save(str(whole), external_data=size > _ONE_FILE_BYTES)
     if int8:
         _quantise(whole, file, kind, external=size > _ONE_FILE_BYTES)
+
+
+def _exported(
+    model: PreTrainedModel, kind: ModelKind, inputs: Mapping[str, torch.Tensor]
+) -> tuple[torch.export.ExportedProgram, torch.onnx.ONNXProgram | None]:
+    program = trace(model, kind, inputs)
+    made = torch.onnx.export(
+        program,
+        (),
+        kwargs=dict(inputs),
+        input_names=list(inputs),
+        output_names=list(OUTPUTS[kind]),
+        dynamo=True,
+    )
+    return program, made
+
+
+def _no_form(model: PreTrainedModel, error: Exception) -> UsageError:
+    said = " ".join(str(error).split())[:200]
+    return UsageError(
+        f"export: {model.config.model_type} has no form in ONNX ({said})",
+        hint="export it by `to: torch`, or as safetensors: `to: bf16`",
+    )
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attention in matrix products and a softmax."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _quantise(whole: Path, file: Path, kind: ModelKind, *, external: bool) -> None:

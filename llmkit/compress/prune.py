@@ -10,6 +10,7 @@ Language Models via Pruning and Knowledge Distillation" (Minitron), NeurIPS 2024
 "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, section 3.1.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ from llmkit.recipe.compression import Step
 
 _ROUND = 32
 """Wide layers keep a multiple of so many channels: kernels like it, and so do weights in groups."""
-_WIDE = 512
+_WIDE = 256
 
 
 def apply(given: Given, step: Step) -> Made:
@@ -130,13 +131,23 @@ def _within(name: str, block: str) -> bool:
     return name == block or name.startswith(f"{block}.")
 
 
-def number_left(count: int, share: float, what: str, *, multiple: int = 1) -> int:
+def whole_number(count: int, left: float) -> int:
+    """The nearest number of `count` channels, heads or layers that may stay; of two the larger."""
+    multiple = _multiple_of(count)
+    return multiple * math.floor(left / multiple + 0.5 + 1e-9)
+
+
+def _multiple_of(count: int) -> int:
+    return _ROUND if count >= _WIDE and count % _ROUND == 0 else 1
+
+
+def number_left(count: int, share: float, what: str) -> int:
     """How many of `count` stay when a share goes; at least one stays and at least one goes.
 
     Raises:
         UsageError: The share comes to none, or to all.
     """
-    left = multiple * round(count * (1 - share) / multiple)
+    left, multiple = whole_number(count, count * (1 - share)), _multiple_of(count)
     if 0 < left < count:
         return left
     amount = "none" if left >= count else "all"
@@ -166,10 +177,7 @@ def fewer_channels(
         damping: Of the least squares: added to the diagonal, as a share of its mean.
     """
     sites = feed_sites(given.model)
-    left = {}
-    for site in sites:
-        wide = site.num_units >= _WIDE and site.num_units % _ROUND == 0
-        left[site.name] = number_left(site.num_units, share, "channels", multiple=_ROUND if wide else 1)
+    left = {site.name: number_left(site.num_units, share, "channels") for site in sites}
     kept, facts = _chosen(given, sites, left, by=by, damping=damping)
     first = sites[0]
     facts["channels"] = [first.num_units, left[first.name]]

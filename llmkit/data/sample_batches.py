@@ -4,7 +4,7 @@ A step holds a fixed number of rows whatever their lengths, so the gradient does
 rows are computed at a time follows from a number of tokens: see `packing.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class SampleBatches:
         groups: The numbers of the rows in each source of the order; None: one source, all rows.
         encode: What is made of each row.
         draws: Whether chance decides what is made of a row; where not, it is made once and kept.
+        partner: The seed of a row -> the number of another that `encode` mixes into it, so that both need room.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class SampleBatches:
         encode: Encode,
         draws: bool = False,
         groups: Sequence[Ints] | None = None,
+        partner: Callable[[int], int] | None = None,
     ) -> None:
         self.rows = rows
         self.order = order
@@ -62,6 +64,7 @@ class SampleBatches:
         self.rank = rank
         self.encode = encode
         self.groups = groups
+        self.partner = partner
         self._keeps = not draws and int(rows.lengths.sum()) <= _MOST_KEPT
         self._made: dict[int, Mapping[str, Ints]] = {}
 
@@ -69,7 +72,7 @@ class SampleBatches:
         """This rank's `(global micro-batch number, examples)` of optimizer step `step`, counted from 0."""
         numbers = self.numbers(step)
         found: StepExamples = []
-        for micro, group in enumerate(self.shares(numbers)):
+        for micro, group in enumerate(self.shares(numbers, self.others(step))):
             if micro % self.world_size == self.rank:
                 found.append((micro, self._examples(step, numbers, group)))
         return found
@@ -82,18 +85,25 @@ class SampleBatches:
             return within
         return np.array([self.groups[s][w] for s, w in zip(sources.tolist(), within.tolist(), strict=True)])
 
-    def shares(self, numbers: Ints) -> list[list[int]]:
-        """The micro-batches of all ranks, as places within the step."""
-        return micro_batches(
-            self.rows.lengths[numbers], budget=self.tokens, world_size=self.world_size, packed=self.packed
-        )
+    def others(self, step: int) -> Ints | None:
+        """The numbers of the rows that are mixed into those of a step; None where none are."""
+        if self.partner is None:
+            return None
+        return np.array([self.partner(self._seed(step, place)) for place in range(self.rows_per_step)])
+
+    def shares(self, numbers: Ints, others: Ints | None = None) -> list[list[int]]:
+        """The micro-batches of all ranks, as places within the step; a row has room for what is mixed into it."""
+        lengths = self.rows.lengths[numbers]
+        if others is not None:
+            lengths = np.maximum(lengths, self.rows.lengths[others])
+        return micro_batches(lengths, budget=self.tokens, world_size=self.world_size, packed=self.packed)
 
     def places(self, step: int, micro: Sequence[int] | None = None) -> list[tuple[int, int]]:
         """Micro-batch and row number of each row of a step; of these micro-batches only, or of all."""
         numbers = self.numbers(step)
         return [
             (number, int(numbers[place]))
-            for number, group in enumerate(self.shares(numbers))
+            for number, group in enumerate(self.shares(numbers, self.others(step)))
             if micro is None or number in micro
             for place in group
         ]
@@ -106,11 +116,13 @@ class SampleBatches:
     def _example(self, step: int, number: int, place: int) -> Mapping[str, Ints]:
         if number in self._made:
             return self._made[number]
-        seed = row_seed(self.order.seed, step * self.rows_per_step + place)
-        example = self.encode({**self.rows[number], "seed": seed})
+        example = self.encode({**self.rows[number], "seed": self._seed(step, place)})
         if self._keeps:
             self._made[number] = example
         return example
+
+    def _seed(self, step: int, place: int) -> int:
+        return row_seed(self.order.seed, step * self.rows_per_step + place)
 
 
 def _unlearned(example: Mapping[str, Ints]) -> Mapping[str, Ints]:

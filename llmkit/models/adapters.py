@@ -247,6 +247,12 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, name: str = "default")
         fill_adapter(model, folder, name)
 
 
+def add_adapter(config: "LoraConfig", model: PreTrainedModel, name: str) -> None:
+    """Put an empty adapter beside those of a model; what learns and what computes stays as it was."""
+    with _as_before(model):
+        _inject(config, model, name)
+
+
 def _go_on_from(model: PreTrainedModel, folder: Path, spec: Adapter) -> None:
     saved, mine = read_config(folder), model.peft_config[spec.name]
     for field, key in (
@@ -276,21 +282,27 @@ def using_adapter(model: PreTrainedModel, name: str | None) -> Iterator[None]:
         known = ", ".join(adapter_names(model)) or "none"
         raise UsageError(f"the model has no adapter {name!r}", hint=f"it has: {known}")
     with _as_before(model):
-        for part in _adapted(model):
-            part.set_adapter([name] if name in part._get_available_adapters() else [])
-            part.enable_adapters(name is not None)
+        activate(model, () if name is None else (name,))
         yield
+
+
+def activate(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Let the model compute with all of these adapters together from now on; with none, as the base."""
+    for part in adapted_layers(model):
+        there = part._get_available_adapters()
+        part.set_adapter([name for name in names if name in there])
+        part.enable_adapters(bool(names))
 
 
 @contextmanager
 def _as_before(model: PreTrainedModel) -> Iterator[None]:
     """Whatever is done in between, the same adapters compute and the same parameters learn afterwards."""
     learning = {id(p) for p in model.parameters() if p.requires_grad}
-    before = {id(part): (part.active_adapters, part.disable_adapters) for part in _adapted(model)}
+    before = {id(part): (part.active_adapters, part.disable_adapters) for part in adapted_layers(model)}
     try:
         yield
     finally:
-        for part in _adapted(model):
+        for part in adapted_layers(model):
             active, disabled = before.get(id(part), ([], False))
             part.set_adapter(active)
             part.enable_adapters(not disabled)
@@ -298,7 +310,7 @@ def _as_before(model: PreTrainedModel) -> Iterator[None]:
             p.requires_grad_(id(p) in learning)
 
 
-def _adapted(model: nn.Module) -> list[Any]:
+def adapted_layers(model: nn.Module) -> list[Any]:
     """The layers with adapters, and the wrappers of modules that learn whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

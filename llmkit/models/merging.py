@@ -48,16 +48,18 @@ def merge_adapters(
     return apart
 
 
-def unload(model: PreTrainedModel) -> None:
-    """Merge the active adapter into the weights and take PEFT's layers out of the model."""
+def unload(model: PreTrainedModel, *, merge: bool = True) -> None:
+    """Take PEFT's layers out of the model, the active adapters merged into its weights; or without these."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
-            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            plain = module.unload_and_optionally_merge_module(
+                merge=merge, safe_merge=merge, adapter_names=None
+            )
         elif isinstance(module, BaseTunerLayer):
-            plain = _merged(module)
+            plain = _merged(module) if merge else module.get_base_layer()
         else:
             continue
         parent, _, child = name.rpartition(".")

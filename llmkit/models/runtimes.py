@@ -1,12 +1,13 @@
 """Models that another runtime runs: onnxruntime, llama.cpp, or a program of torch.export.
 
 Each answers as the transformers model did that it was made from, so that what measures and times models need not know.
-What an export does not take, such as positions that restart in each document, is refused.
+Documents that share a row without seeing each other are asked one by one; other positions than 0, 1, ... are refused.
 
-Shape suffixes: B rows, T positions, V vocabulary.
+Shape suffixes: B rows, D documents, T positions, V vocabulary.
 """
 
 import ctypes
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.utils.generic import ModelOutput
 
 from llmkit.errors import MissingError, RunError, UsageError
@@ -82,19 +83,25 @@ def need_llama_cpp() -> Any:
     return llama_cpp
 
 
-class RuntimeModel(nn.Module):
-    """What all of them have: it is asked as a transformers model is.
+class RuntimeModel(nn.Module, GenerationMixin):
+    """What all of them have: it is asked as a transformers model is, and writes as one does.
 
     Args:
         file: The model's file.
         config: That of the transformers model that it was made from.
     """
 
+    main_input_name = "input_ids"
+    base_model_prefix = "inside"
+    _is_stateful = False
+    _supports_attention_backend = False
+    _supports_sdpa = False
+
     def __init__(self, file: Path, config: PretrainedConfig) -> None:
         super().__init__()
         self.file = file
         self.config = config
-        self.generation_config: Any = None
+        self.generation_config = _writing_settings(file.parent, config)
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +119,10 @@ class RuntimeModel(nn.Module):
     def get_output_embeddings(self) -> None:
         """None: the model's own logits are taken."""
 
+    def get_experts_implementation(self) -> dict[str, str]:
+        """None: what computes experts is the runtime's."""
+        return {}
+
     def num_parameters(self) -> int:
         """How many numbers the file holds as weights."""
         raise NotImplementedError
@@ -120,11 +131,17 @@ class RuntimeModel(nn.Module):
         """What the runtime makes of inputs [B, T]; by name."""
         raise NotImplementedError
 
+    def last(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The logits [B, 1, V] of each row's last position."""
+        return {"logits": self.run(inputs)["logits"][:, -1:]}
+
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
         **more: torch.Tensor | None,
     ) -> ModelOutput:
         """As the transformers model's.
@@ -133,6 +150,8 @@ class RuntimeModel(nn.Module):
             input_ids: [B, T].
             attention_mask: [B, T], 0 where a row is filled up; None: nowhere.
             use_cache: Of no meaning here.
+            logits_to_keep: 1: the logits of each row's last position only; 0: all.
+            return_dict: Of no meaning here.
             more: `token_type_ids`, `decoder_input_ids`.
 
         Raises:
@@ -141,43 +160,119 @@ class RuntimeModel(nn.Module):
         given = {name: value for name, value in more.items() if value is not None}
         positions = given.pop("position_ids", None)
         if positions is not None and not _is_plain(positions):
-            raise UsageError(
-                f"{self.file}: an exported model takes no positions, and these restart in each document",
-                hint="measure it on rows that are not packed",
-            )
+            if attention_mask is not None or given or not _restart(positions):
+                raise UsageError(
+                    f"{self.file}: an exported model takes no positions, and these are not 0, 1, 2, ...",
+                    hint="measure it on rows that are not packed",
+                )
+            return self._by_document(input_ids, positions.expand_as(input_ids))
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ask = self.last if logits_to_keep else self.run
         with torch.inference_mode():
-            found = self.run({"input_ids": input_ids, "attention_mask": mask_BT, **given})
+            found = ask({"input_ids": input_ids, "attention_mask": mask_BT, **given})
         return ModelOutput(found)
+
+    def _by_document(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> ModelOutput:
+        """Documents that share a row do not see each other: each of them is asked alone, as many as rows at once."""
+        starts = (positions_BT == 0).nonzero().tolist()
+        rows, length = ids_BT.shape
+        ends = [
+            after if own == row else length
+            for (row, _), (own, after) in zip(starts, [*starts[1:], [rows, 0]], strict=True)
+        ]
+        spans = sorted(
+            ((row, first, end) for (row, first), end in zip(starts, ends, strict=True)),
+            key=lambda span: span[1] - span[2],
+        )
+        whole: dict[str, torch.Tensor] = {}
+        for number in range(0, len(spans), rows):
+            some = spans[number : number + rows]
+            width = max(end - first for _, first, end in some)
+            alone_DT, mask_DT = ids_BT.new_zeros(len(some), width), ids_BT.new_zeros(len(some), width)
+            for place, (row, first, end) in enumerate(some):
+                alone_DT[place, : end - first] = ids_BT[row, first:end]
+                mask_DT[place, : end - first] = 1
+            for name, value in self.forward(alone_DT, mask_DT).items():
+                into = whole.setdefault(name, value.new_zeros(rows, length, *value.shape[2:]))
+                for place, (row, first, end) in enumerate(some):
+                    into[row, first:end] = value[place, : end - first]
+        return ModelOutput(whole)
 
     @torch.inference_mode()
     def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **settings: Any
+    ) -> torch.Tensor:
+        """Write, by the code and the settings of transformers; nothing but the last logits is asked for each token.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: 0 where a row is filled up: on the left where the model goes on from what it reads. Such
+                rows are gone on from one by one, since exported models count positions from a row's first column.
+            settings: As transformers has them.
+
+        Returns:
+            What a model reads and goes on with; of an encoder-decoder what it writes.
+        """
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        settings["use_cache"] = False
+        if self.config.is_encoder_decoder:
+            # The encoder cannot be asked alone: in the place of what it makes of a text stands the text.
+            settings["encoder_outputs"] = ModelOutput(last_hidden_state=input_ids)
+        if self.config.is_encoder_decoder or bool(mask_BT.all()):
+            written: torch.Tensor = super().generate(input_ids=input_ids, attention_mask=mask_BT, **settings)
+            return written
+        if not bool((mask_BT.diff(dim=1) >= 0).all()):
+            raise UsageError(f"{self.file}: what is gone on from is filled up on the left")
+        width, rows = input_ids.shape[1], []
+        for row_T, mask_T in zip(input_ids, mask_BT.bool(), strict=True):
+            alone_1T = row_T[None, mask_T]
+            own: torch.Tensor = super().generate(
+                input_ids=alone_1T, attention_mask=torch.ones_like(alone_1T), **settings
+            )
+            rows.append(torch.cat([row_T, own[0, alone_1T.shape[1] :]]))
+        longest, pad = max(map(len, rows)), settings.get("pad_token_id")
+        pad = self.generation_config.pad_token_id if pad is None else pad
+        filled_BT = input_ids.new_full((len(rows), max(longest, width)), 0 if pad is None else int(pad))
+        for number, row_T in enumerate(rows):
+            filled_BT[number, : len(row_T)] = row_T
+        return filled_BT
+
+    def can_generate(self) -> bool:
+        """Whatever gives logits can."""
+        return True
+
+    def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        *,
-        max_new_tokens: int,
-        stopping_criteria: Sequence[Any] = (),
-    ) -> torch.Tensor:
-        """Add the likeliest tokens to each row; no text ends early.
+        encoder_outputs: Mapping[str, torch.Tensor] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """What `forward` is given for the next token."""
+        asked = {"input_ids": input_ids}
+        if encoder_outputs is not None:
+            asked = {"input_ids": encoder_outputs["last_hidden_state"], "decoder_input_ids": input_ids}
+        return {**asked, "attention_mask": attention_mask, "logits_to_keep": 1}
 
-        Args:
-            input_ids: [B, T], all rows full.
-            attention_mask: All ones.
-            max_new_tokens: So many are added.
-            stopping_criteria: Told of each token; what they say is not heard.
-        """
-        ids_BT = input_ids
-        for _ in range(max_new_tokens):
-            logits_BTV = self.forward(ids_BT)["logits"]
-            ids_BT = torch.cat([ids_BT, logits_BTV[:, -1:].argmax(2)], dim=1)
-            for told in stopping_criteria:
-                told(ids_BT, None)
-        return ids_BT
+
+def _writing_settings(folder: Path, config: PretrainedConfig) -> GenerationConfig:
+    """How a model writes where nothing else is said."""
+    said = folder / "generation_config.json"
+    if said.is_file():
+        found: GenerationConfig = GenerationConfig.from_dict(json.loads(said.read_bytes()))
+        return found
+    return GenerationConfig.from_model_config(config)
 
 
 def _is_plain(positions_BT: torch.Tensor) -> bool:
     return bool((positions_BT == torch.arange(positions_BT.shape[-1], device=positions_BT.device)).all())
+
+
+def _restart(positions_BT: torch.Tensor) -> bool:
+    """Whether rows are documents one after the other, whose positions count from 0 in each."""
+    goes_on = positions_BT[:, 1:] == positions_BT[:, :-1] + 1
+    starts = positions_BT[:, 1:] == 0
+    return bool((positions_BT[:, :1] == 0).all() and (goes_on | starts).all())
 
 
 class OnnxModel(RuntimeModel):
@@ -234,6 +329,9 @@ class TorchModel(RuntimeModel):
         words = dict(inputs)
         if "token_type_ids" in self.takes and "token_type_ids" not in words:
             words["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        missing = [name for name in self.takes if name not in words]
+        if missing:
+            raise UsageError(f"{self.file}: the exported model needs {', '.join(missing)}, too")
         found: Mapping[str, torch.Tensor] = self._run[0](**{name: words[name] for name in self.takes})
         return found
 
@@ -267,6 +365,7 @@ class GgufModel(RuntimeModel):
         self._vocab_size = int(self._cpp.llama_vocab_n_tokens(self._words))
         self._context: Any = None
         self._room = (0, 0)
+        self._read: list[list[int]] = []
 
     def close(self) -> None:
         """Give its memory back."""
@@ -308,29 +407,22 @@ class GgufModel(RuntimeModel):
                 logits_BTV[row, :length] = self._decode(ids_T[None, :length].tolist(), 0, every=True)[0]
         return {"logits": logits_BTV}
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        max_new_tokens: int,
-        stopping_criteria: Sequence[Any] = (),
-    ) -> torch.Tensor:
-        """See `RuntimeModel`; what was read is kept."""
-        rows, length = input_ids.shape
-        self._make_room(rows, length + max_new_tokens)
-        ids_BT, news = input_ids, input_ids.tolist()
-        for number in range(max_new_tokens):
-            logits_BV = self._decode(news, 0 if number == 0 else length + number - 1, every=False)[:, 0]
-            new_B1 = logits_BV.argmax(1, keepdim=True)
-            ids_BT, news = torch.cat([ids_BT, new_B1], dim=1), new_B1.tolist()
-            for told in stopping_criteria:
-                told(ids_BT, None)
-        return ids_BT
+    def last(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """See `RuntimeModel`; what was read of the same rows before is kept."""
+        _check_taken(self.file, inputs, ("input_ids", "attention_mask"))
+        rows = inputs["input_ids"].tolist()
+        length, before = len(rows[0]), len(self._read[0]) if self._read else 0
+        goes_on = len(self._read) == len(rows) and before < length <= self._room[1]
+        if not goes_on or any(row[:before] != old for row, old in zip(rows, self._read, strict=True)):
+            self._make_room(len(rows), 2 * length)
+            before = 0
+        logits_B1V = self._decode([row[before:] for row in rows], before, every=False)
+        self._read = rows
+        return {"logits": logits_B1V}
 
     def _make_room(self, rows: int, length: int) -> None:
         """An empty memory for so many rows of such a length."""
+        self._read = []
         if self._context and self._room[0] == rows and self._room[1] >= length:
             self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), True)
             return

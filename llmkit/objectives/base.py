@@ -158,6 +158,32 @@ class Expands(Protocol):
 
 
 @runtime_checkable
+class Relates(Protocol):
+    """A task that reads a row beside others of its part."""
+
+    def relate(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The rows, each with what it takes of the others, whatever their order; `expand` and `encode` come after."""
+        ...
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """A task that goes by how many rows of each kind there are to learn from: `train_classes` of the facts."""
+
+    def count(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        """The rows to learn from by their kind.
+
+        Raises:
+            DataError: Nothing can be learned from these.
+        """
+        ...
+
+    def told(self, counts: Mapping[str, int]) -> str:
+        """What a person should know of these counts."""
+        ...
+
+
+@runtime_checkable
 class Joins(Protocol):
     """A task that makes one finding of those of the rows that stand for a row."""
 

@@ -35,6 +35,7 @@ from llmkit.objectives.base import (
 )
 from llmkit.objectives.detail import Detail, worst_first
 from llmkit.objectives.losses import agreeing, doubled, twofold
+from llmkit.objectives.mixing import check_unchanged, is_mixed, mixed_logits, mixed_total, stack_mixed
 from llmkit.objectives.texts import encode_texts, stack_texts
 from llmkit.recipe.schema import Finetune
 
@@ -47,7 +48,8 @@ MOST_SHOWN = 30
 
 def build(section: Finetune, material: Material) -> "Classification | MultiLabel":
     """The task as the recipe wants it."""
-    return (MultiLabel if section.cls.multiple else Classification)(material, r_drop=section.loss.r_drop)
+    task = MultiLabel if section.cls.multiple else Classification
+    return task(material, r_drop=section.loss.r_drop, mixup=bool(section.loss.mixup))
 
 
 class Classification:
@@ -56,16 +58,23 @@ class Classification:
     Args:
         material: What it is made of.
         r_drop: How far two passes that differ by dropout may lie apart; 0: there is one.
+        mixup: Whether training mixes rows.
     """
 
     sums = ()
 
-    def __init__(self, material: Material, *, r_drop: float = 0.0) -> None:
+    def __init__(self, material: Material, *, r_drop: float = 0.0, mixup: bool = False) -> None:
         self._r_drop = r_drop
+        self._mixup = mixup
         self._tokenizer = material.tokenizer
         self._max_length = material.max_length
         self._labels = material.labels
         self._number = {label: number for number, label in enumerate(material.labels)}
+
+    def prepare(self, model: "PreTrainedModel") -> None:
+        """See that rows can be mixed, where they are to be."""
+        if self._mixup:
+            check_unchanged(model)
 
     def encode(self, row: Mapping[str, Any]) -> Example:
         """`input_ids` [T], `token_type_ids` [T] where the model knows them, and `targets`, the class.
@@ -78,14 +87,22 @@ class Classification:
         return {**example, "targets": np.asarray([target])}
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Stack to [B, T]; `targets` [B]."""
+        """Stack to [B, T]; `targets` [B]. Of mixed rows also those that they are mixed with."""
+        batch = self._stacked(examples)
+        batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
+        return batch
+
+    def _stacked(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        if is_mixed(examples[0]):
+            return stack_mixed(self._tokenizer, examples, "targets")
         batch = stack_texts(self._tokenizer, examples)
         batch["targets"] = torch.from_numpy(np.concatenate([example["targets"] for example in examples]))
-        batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
         return batch
 
     def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
         """Sum of the rows' negative log-likelihood."""
+        if is_mixed(batch):
+            return Loss({TARGETS: self._mixed_loss(mixed_logits(model, batch), batch, criterion)})
         if model.training and self._r_drop:
             twice = doubled(batch)
             logits_NC, targets_N = self._terms(head_logits(model, twice), twice["targets"])
@@ -96,6 +113,13 @@ class Classification:
         if model.training:
             return Loss({TARGETS: total})
         return Loss({TARGETS: total}, found=list(self._probabilities(logits_BC).cpu().numpy()))
+
+    def _mixed_loss(self, logits_BC: torch.Tensor, batch: Batch, criterion: Criterion) -> torch.Tensor:
+        def loss_of(rows: slice, targets: torch.Tensor) -> torch.Tensor:
+            logits_NC, targets_N = self._terms(logits_BC[rows], targets)
+            return criterion(Scores(logits_NC), targets_N)
+
+        return mixed_total(batch, loss_of)
 
     def _terms(self, logits_BC: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N, C] and targets [N] of the terms of the loss."""
@@ -159,9 +183,10 @@ class MultiLabel(Classification):
         return np.array([int(label in given) for label in self._labels], dtype=np.int64)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Stack to [B, T]; `targets` [B, L]."""
-        batch = stack_texts(self._tokenizer, examples)
-        batch["targets"] = torch.from_numpy(np.stack([example["targets"] for example in examples]))
+        """Stack to [B, T]; `targets` [B, L]. Of mixed rows also those that they are mixed with."""
+        batch = self._stacked(examples)
+        for name in [name for name in batch if name.startswith("targets")]:
+            batch[name] = batch[name].view(len(examples), -1)
         batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
         return batch
 

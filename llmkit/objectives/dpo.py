@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from llmkit.data.chat import padding_id, unshifted
-from llmkit.models.heads import causal_scores
+from llmkit.objectives.answers import log_probs_at_first, sequence_log_probs
 from llmkit.objectives.base import (
     NOT_LEARNED,
     TARGETS,
@@ -32,6 +32,7 @@ from llmkit.objectives.base import (
     padded,
 )
 from llmkit.objectives.detail import Detail, worst_first
+from llmkit.objectives.kto import Kto
 from llmkit.objectives.pairs import Pairs
 from llmkit.objectives.texts import CUT
 from llmkit.recipe.schema import Finetune
@@ -45,13 +46,15 @@ ANSWERS = "num_answer_tokens"
 SIDES = ("chosen", "rejected")
 
 
-def build(section: Finetune, material: Material) -> "Dpo":
-    """The task as the recipe wants it.
+def build(section: Finetune, material: Material) -> "Dpo | Kto":
+    """The task as the recipe wants it; see `kto` for the loss that needs no pairs.
 
     Raises:
         UsageError: The chat template ends no turn, or does not allow what is to be learned.
     """
     pairs = Pairs(material.tokenizer, material.max_length)
+    if section.dpo.loss == "kto":
+        return Kto(pairs, padding_id(material.tokenizer), section.dpo, material.facts)
     return Dpo(pairs, padding_id(material.tokenizer), section.dpo)
 
 
@@ -123,7 +126,7 @@ class Dpo:
         """
         targets = batch["targets"]
         lengths, counted_B = (targets != NOT_LEARNED).sum(1), _counted(targets)
-        asked = self._log_probs_of_reference(model, batch) if self.needs_reference else None
+        asked = log_probs_at_first(self._reference, model, batch) if self.needs_reference else None
         log_probs = sequence_log_probs(model, batch)
         chosen_B, rejected_B = self._rewards(log_probs, asked, lengths).chunk(2)
         difference_B = (chosen_B - rejected_B)[counted_B]
@@ -139,21 +142,6 @@ class Dpo:
             found += [-log_probs.chunk(2)[0], lengths.chunk(2)[0]]
         each = torch.stack([column.double().cpu() for column in found], dim=1).tolist()
         return Loss(totals, self._sums(chosen_B, rejected_B, counted_B, nll), each)
-
-    def _log_probs_of_reference(self, model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
-        """The answers' log-probabilities under the model as it was at first: a copy, or without its adapter."""
-        if self._reference:
-            with torch.no_grad():
-                return sequence_log_probs(self._reference[0], batch)
-        from llmkit.models.adapters import using_adapter
-
-        training = [module for module in model.modules() if module.training]
-        try:
-            with torch.no_grad(), using_adapter(model, None):
-                return sequence_log_probs(model.eval(), batch)
-        finally:
-            for module in training:
-                module.training = True
 
     def _rewards(
         self, log_probs: torch.Tensor, asked: torch.Tensor | None, lengths: torch.Tensor
@@ -244,13 +232,6 @@ def _figures(found_NK: npt.NDArray[np.float64]) -> dict[str, float]:
         figures["chosen_loss"] = float(found_NK[:, 4].sum() / found_NK[:, 5].sum())
         loss += figures["chosen_loss"]
     return {"loss": loss, **figures}
-
-
-def sequence_log_probs(model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
-    """[2B]: the sum of log p(target | all before it) of each row, in nats."""
-    targets = batch["targets"]
-    scores = causal_scores(model, batch["input_ids"])
-    return scores.log_probs(targets.flatten()).view(targets.shape).sum(1)
 
 
 def _counted(targets: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A prompt with two answers to it as two conversations that begin with the same tokens."""
+"""A prompt with answers to it as conversations that begin with the same tokens."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -9,13 +9,15 @@ from llmkit.errors import DataError
 from llmkit.objectives.base import NOT_LEARNED, Ints
 
 _ROLE, _WEIGHT = "role", "weight"
+Written = tuple[Ints, Ints]
+"""The tokens of a conversation, and at each place the next one where it is learned [T]."""
 
 
 class Pairs:
-    """Writes both conversations of a row.
+    """Writes the conversations of a row.
 
-    What does not fit is cut once for both: the earliest messages of the prompt go, up to the next of the user; when
-    only its last message is left, the ends of the answers go.
+    What does not fit is cut once for all of them: the earliest messages of the prompt go, up to the next of the user;
+    when only its last message is left, the ends of the answers go.
 
     Args:
         tokenizer: The model's.
@@ -36,7 +38,7 @@ class Pairs:
         """For answers of several turns, which not every template allows."""
         return conversations_of(self._tokenizer, self._tokenizer.chat_template, learn="all")
 
-    def encode(self, row: Mapping[str, Any]) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints], int]:
+    def encode(self, row: Mapping[str, Any]) -> tuple[Written, Written, int]:
         """The chosen and the rejected conversation, each as ids and targets [T], and how many tokens were cut.
 
         Raises:
@@ -45,17 +47,27 @@ class Pairs:
         if "chosen" not in row:
             raise DataError(
                 "the row has one answer that is good or bad (KTO's form), and this loss compares two",
-                hint="give rows with a chosen and a rejected answer",
+                hint="finetune.dpo.loss=kto, or give rows with a chosen and a rejected answer",
             )
-        prompt, answers = [*row["prompt"]], (row["chosen"], row["rejected"])
-        whole = both = [self._encoded(prompt, answer) for answer in answers]
-        while max(len(one.ids) for one in both) > self._max_length and (fewer := _shorter(prompt)):
-            prompt = fewer
-            both = [self._encoded(prompt, answer) for answer in answers]
-        kept = [min(len(one.ids), self._max_length) for one in both]
-        cut = sum(len(one.ids) for one in whole) - sum(kept)
-        chosen, rejected = (_next_tokens(one, length) for one, length in zip(both, kept, strict=True))
+        (chosen, rejected), cut = self.write(row["prompt"], (row["chosen"], row["rejected"]))
         return chosen, rejected, cut
+
+    def write(
+        self, prompt: Sequence[Message], answers: Sequence[Sequence[Message]]
+    ) -> tuple[list[Written], int]:
+        """The conversation with each of some answers, as ids and targets [T], and how many tokens were cut.
+
+        Raises:
+            DataError: It cannot be written by the template.
+        """
+        prompt = [*prompt]
+        whole = each = [self._encoded(prompt, answer) for answer in answers]
+        while max(len(one.ids) for one in each) > self._max_length and (fewer := _shorter(prompt)):
+            prompt = fewer
+            each = [self._encoded(prompt, answer) for answer in answers]
+        kept = [min(len(one.ids), self._max_length) for one in each]
+        cut = sum(len(one.ids) for one in whole) - sum(kept)
+        return [_next_tokens(one, length) for one, length in zip(each, kept, strict=True)], cut
 
     def _encoded(self, prompt: Sequence[Message], answer: Sequence[Message]) -> Encoded:
         if len(answer) == 1:
@@ -70,7 +82,7 @@ def _shorter(prompt: Sequence[Message]) -> list[Message] | None:
     return None if fewer is None else list(fewer[:-1])
 
 
-def _next_tokens(encoded: Encoded, length: int) -> tuple[Ints, Ints]:
+def _next_tokens(encoded: Encoded, length: int) -> Written:
     ids, learned = encoded.ids[:length], encoded.learned[:length]
     targets = ids[1:].copy()
     targets[~learned[1:]] = NOT_LEARNED

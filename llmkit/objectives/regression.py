@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llmkit.data.augment.mixing import MIXED, SHARE
 from llmkit.metrics.regression import regression_metrics
 from llmkit.objectives.base import (
     NOT_LEARNED,
@@ -28,6 +29,7 @@ from llmkit.objectives.base import (
 )
 from llmkit.objectives.cls import asked_of, head_logits
 from llmkit.objectives.detail import Detail, worst_first
+from llmkit.objectives.mixing import check_unchanged, is_mixed, mixed_logits, stack_mixed
 from llmkit.objectives.texts import encode_texts, stack_texts
 from llmkit.recipe.schema import Finetune
 
@@ -37,17 +39,28 @@ if TYPE_CHECKING:  # loader workers import objectives, and this takes them secon
 
 def build(section: Finetune, material: Material) -> "Regression":
     """The task as the recipe wants it."""
-    return Regression(material)
+    return Regression(material, mixup=bool(section.loss.mixup))
 
 
 class Regression:
-    """The mean over rows of (prediction - number) squared."""
+    """The mean over rows of (prediction - number) squared.
+
+    Args:
+        material: What it is made of.
+        mixup: Whether training mixes rows.
+    """
 
     sums = ()
 
-    def __init__(self, material: Material) -> None:
+    def __init__(self, material: Material, *, mixup: bool = False) -> None:
+        self._mixup = mixup
         self._tokenizer = material.tokenizer
         self._max_length = material.max_length
+
+    def prepare(self, model: "PreTrainedModel") -> None:
+        """See that rows can be mixed, where they are to be."""
+        if self._mixup:
+            check_unchanged(model)
 
     def encode(self, row: Mapping[str, Any]) -> Example:
         """As `Classification.encode`; `numbers` [1] is the target and `targets` whether there is one.
@@ -61,7 +74,11 @@ class Regression:
         return {**example, "numbers": number, "targets": np.asarray([0 if known else NOT_LEARNED])}
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Stack to [B, T]; `numbers` and `targets` [B]."""
+        """Stack to [B, T]; `numbers` and `targets` [B]. Of mixed rows also those that they are mixed with."""
+        if is_mixed(examples[0]):
+            batch = stack_mixed(self._tokenizer, examples, "numbers", "targets")
+            batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
+            return batch
         batch = stack_texts(self._tokenizer, examples)
         for name in ("numbers", "targets"):
             batch[name] = torch.from_numpy(np.concatenate([example[name] for example in examples]))
@@ -70,8 +87,12 @@ class Regression:
 
     def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
         """Sum of the rows' squared errors; in float32, whatever the model computes in."""
-        predicted_B = head_logits(model, batch).float().squeeze(1)
+        logits_B1 = mixed_logits(model, batch) if is_mixed(batch) else head_logits(model, batch)
+        predicted_B = logits_B1.float().squeeze(1)
         errors_B = (predicted_B - batch["numbers"]).square()
+        if is_mixed(batch):
+            others_B = (predicted_B - batch[f"numbers{MIXED}"]).square()
+            errors_B = batch[SHARE] * errors_B + (1 - batch[SHARE]) * others_B
         total = errors_B.masked_fill(batch["targets"] == NOT_LEARNED, 0.0).sum()
         if model.training:
             return Loss({TARGETS: total})

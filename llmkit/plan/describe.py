@@ -11,6 +11,7 @@ def describe(plan: Plan) -> list[tuple[str, str, str]]:
         *_batch(plan),
         *_length(plan),
         *_memory(plan),
+        *_cache(plan),
         *(("notes", str(number), note) for number, note in enumerate(plan.notes, 1)),
     ]
 
@@ -91,6 +92,15 @@ def _memory(plan: Plan) -> list[tuple[str, str, str]]:
     names = {"copy": "copy to save from"}
     lines = [("memory", names.get(term, term), bytes_text(getattr(memory, term))) for term in terms]
     return [*lines, ("memory", "a checkpoint on disk", bytes_text(plan.checkpoint_bytes))]
+
+
+def _cache(plan: Plan) -> list[tuple[str, str, str]]:
+    cache = plan.teacher_cache
+    if not cache:
+        return []
+    every = "rows" if cache["by"] == "row" else "rows, each time that one comes"
+    kept = f"{cache['top_k']:,} of {cache['outputs']:,} outputs, {cache['num_keys']:,} {every}"
+    return [("memory", "the teacher's cache on disk", f"about {bytes_text(cache['bytes'])} ({kept})")]
 
 
 def short(number: float) -> str:

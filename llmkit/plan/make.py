@@ -27,6 +27,7 @@ from llmkit.plan.length import resolve_length
 from llmkit.plan.plan import DataFacts, Plan
 from llmkit.plan.rows import layout_of
 from llmkit.plan.shape import ModelShape
+from llmkit.plan.taught import cache_note, lines_of_text, plan_cache
 from llmkit.recipe.objectives import RowLayout
 from llmkit.recipe.schema import Pretrain, Recipe
 from llmkit.registry import goal_of
@@ -96,8 +97,15 @@ def make_plan(
     epochs = steps * rows / num_rows if steps else None
     draft.notes += _remarks(data, rows, num_rows, epochs, rate)
     draft.notes += _prompts_without_gaps(wanted)
-    if wanted.distil is not None:
-        draft.notes.append("the teacher's memory and time are not in these figures")
+    taught = plan_cache(
+        wanted,
+        outputs=vocab_size,
+        num_rows=num_rows,
+        lines_per_row=lines_of_text(wanted),
+        rows_per_step=rows,
+        num_steps=steps,
+    )
+    draft.notes += [cache_note(taught)] if wanted.distil is not None else []
     timing = intervals(wanted, steps, rows, context, num_rows)
     deferred = {key: amount for key, (resolved, amount) in timing.items() if resolved is None}
     return Plan(
@@ -130,6 +138,7 @@ def make_plan(
         checkpoint_bytes=saved,
         choices=draft.choices,
         notes=tuple(draft.notes),
+        teacher_cache=taught,
     )
 
 

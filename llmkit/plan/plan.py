@@ -80,6 +80,7 @@ class Plan:
         packed: For labelled rows: whether those of a micro-batch stand in one line.
         num_trained: Of the weights, those that learn; None: all.
         rows: For labelled rows: what is known of them, as preparation found it.
+        teacher_cache: What is kept on disk of a teacher, see `taught.plan_cache`; empty where nothing is.
     """
 
     device: str
@@ -115,6 +116,7 @@ class Plan:
     packed: bool = False
     num_trained: int | None = None
     rows: Mapping[str, Any] = field(default_factory=dict)
+    teacher_cache: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""

@@ -23,6 +23,7 @@ from llmkit.plan.estimate import CPU_PROCESS_BYTES, Memory, flops_per_token, tra
 from llmkit.plan.length import resolve_length
 from llmkit.plan.plan import Plan
 from llmkit.plan.shape import ModelShape
+from llmkit.plan.taught import cache_note, outputs_of, plan_cache
 from llmkit.recipe.schema import Finetune, Recipe
 from llmkit.registry import TASKS
 
@@ -71,7 +72,6 @@ def plan_tuning(
     if recipe.machine.device == "auto":
         draft.choose("device", hardware.device, hardware.device_name)
     if wanted.distil is not None:
-        draft.notes.append("the teacher's memory and time are not in these figures")
         check_compile(draft, wanted)
     per_step = rows_of_step(wanted, int(train["num_rows"]), draft)
     world = choose_world(draft, per_step, world_size)
@@ -95,9 +95,19 @@ def plan_tuning(
         rows_per_step=per_step,
         num_rows_per_epoch=train["num_rows"],
     )
+    taught = plan_cache(
+        wanted,
+        outputs=outputs_of(wanted, vocab_size, len(rows.get("labels", ()))),
+        num_rows=train["num_rows"],
+        lines_per_row=train["num_targets"] / train["num_rows"],
+        rows_per_step=per_step,
+        num_steps=steps,
+    )
+    draft.notes += [cache_note(taught)] if wanted.distil is not None else []
     flops = flops_per_token(model, mean, mean if model.num_encoder_layers else 0)
     if wanted.task == "dpo" and wanted.dpo.needs_reference:
-        flops = flops * 4 // 3  # a forward pass more
+        # A forward pass more; of KTO also one of each model over answers to other prompts.
+        flops = flops * (6 if wanted.dpo.loss == "kto" else 4) // 3
     rate = training_rate(hardware, model, world_size=world, precision=precision)
     limit_s = float(wanted.train.length.value) if steps is None else None
     low, high = likely_seconds(rate, flops * tokens_per_step * (steps or 0), limit_s)
@@ -140,6 +150,7 @@ def plan_tuning(
         packed=packed,
         num_trained=num_trained,
         rows=rows,
+        teacher_cache=taught,
     )
 
 

@@ -24,7 +24,7 @@ FURTHER: Mapping[str, tuple[str, ...]] = {
         "best_f1_threshold",
         "best_exact_match_threshold",
     ),
-    "dpo": ("chosen", "rejected", "chosen_loss"),
+    "dpo": ("chosen", "rejected", "chosen_loss", "kl"),
     "embed": ("pearson",),
     "mlm+nsp": ("pair_loss",),
 }

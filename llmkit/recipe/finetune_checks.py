@@ -11,10 +11,12 @@ from llmkit.recipe.problems import Problem
 from llmkit.recipe.tasks import (
     AUGMENTED,
     CRITERION,
+    MIXED,
     PREFERRED,
     TAUGHT,
     UNPROMPTED,
     WEIGHTED,
+    Augment,
     other_task_sections,
 )
 from llmkit.recipe.units import listing
@@ -28,10 +30,25 @@ ROWS_ONLY = (
 """Settings that an objective on text, which goes on with pre-training, does not have."""
 TEXT_DATA = ("name", "files", "dataset", "split", "encoding", "on_error", "columns")
 """What of `data` such an objective reads."""
-THESAURUS = ("synonyms", "insert")
-"""Ways to change a text that need one."""
+MIXED_ALONE: Mapping[tuple[str, ...], str] = {
+    ("loss", "r_drop"): "compares two passes of a text",
+    ("distil",): "asks a teacher of a text",
+}
+"""What does not go with `loss.mixup`, and what it does."""
+AUGMENT_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "thesaurus": ("synonyms", "insert"),
+    "through": ("back_translate",),
+    "ratio": ("synonyms", "swap", "delete", "insert", "typos", "similar", "mask"),
+}
+"""Settings of `augment`, and the ways that have a use for them."""
+PLAIN_RATIO = Augment.model_fields["ratio"].default
 PROBABILITIES = {"temperature": 1.0, "direction": "forward"}
 """Settings of `distil` that change how probabilities are compared, as they are where nothing is changed."""
+UNCACHED = {
+    "regression": "`regression` says one number, and a cache keeps probabilities",
+    "qa": "`qa` says places of each text, and a cache keeps outputs that are the same everywhere",
+}
+"""Why what a teacher says of these tasks cannot be kept."""
 ADAPTED = {
     "keep_zeros": "an adapter that is merged fills the zeros",
     "quantized": "an adapter learns beside weights that stay as they are",
@@ -126,6 +143,7 @@ def _losses(root: Node, task: str) -> Iterator[Problem]:
     loss = _at(root, "loss")
     if not isinstance(loss, dict):
         return
+    yield from _mixing(root, task, loss)
     asked = [name for name in ("weights", "focal", "r_drop") if loss.get(name) not in (None, "none", 0)]
     for name in asked if task not in WEIGHTED else ():
         message = f"`loss.{name}` is for classes, and `{task}` has none"
@@ -141,6 +159,19 @@ def _losses(root: Node, task: str) -> Iterator[Problem]:
         yield _problem(
             root, ("loss", "trust_custom_code"), "`loss.custom` names no code to trust", "leave it out"
         )
+
+
+def _mixing(root: Node, task: str, loss: Mapping[str, Any]) -> Iterator[Problem]:
+    """Two texts become one where one thing is said of each."""
+    if not loss.get("mixup"):
+        return
+    if task not in MIXED:
+        message = f"`loss.mixup` mixes two texts, and what `{task}` learns of them cannot be mixed"
+        yield _problem(root, ("loss", "mixup"), message, f"leave it out; it goes with {listing(MIXED)}")
+    for path, what in MIXED_ALONE.items():
+        if _at(root, *path):
+            message = f"`{'.'.join(path)}` {what}, and `loss.mixup` mixes two"
+            yield _problem(root, path, message, "keep one of them")
 
 
 def _custom(root: Node, task: str, asked: list[str]) -> Iterator[Problem]:
@@ -172,10 +203,24 @@ def _taught(root: Node, task: str) -> Iterator[Problem]:
         if distil.get(name) not in (None, plain):
             message = f"`distil.{name}` is about probabilities, and `regression` says numbers"
             yield _problem(root, ("distil", name), message, "leave it out")
+    yield from _kept_teacher(root, task, distil)
     for name in ("hidden", "attention"):
         if distil.get(name) and _at(root, "loss", "r_drop"):
             message = f"`distil.{name}` compares layers of one pass, and `loss.r_drop` makes two"
             yield _problem(root, ("distil", name), message, "keep one of them")
+
+
+def _kept_teacher(root: Node, task: str, distil: Mapping[str, Any]) -> Iterator[Problem]:
+    """What a teacher says is kept by row, a line for each target."""
+    if distil.get("cache") is None:
+        return
+    if task in UNCACHED:
+        message = f"`distil.cache`: {UNCACHED[task]}"
+        hint = f"leave it out; it goes with {listing(CRITERION)}"
+        yield _problem(root, ("distil", "cache"), message, hint)
+    if _at(root, "loss", "r_drop"):
+        message = "`distil.cache` has a line for each target, and `loss.r_drop` makes two passes"
+        yield _problem(root, ("distil", "cache"), message, "keep one of them")
 
 
 def _kept(root: Node, task: str) -> Iterator[Problem]:
@@ -201,6 +246,7 @@ def _augmented(root: Node, task: str) -> Iterator[Problem]:
     augment = _at(root, "augment")
     if augment in (None, []):
         return
+    changed = ""
     for number, step in enumerate(augment if isinstance(augment, list) else [augment]):
         method = step.get("method") if isinstance(step, dict) else None
         having = AUGMENTED["mask" if method == "mask" else "text"]
@@ -208,10 +254,28 @@ def _augmented(root: Node, task: str) -> Iterator[Problem]:
             message = f"`augment`: what `{task}` learns would no longer be true of a changed text"
             hint = f"leave it out; it goes with {listing(having)}"
             yield Problem(key_spot(root, (SECTION, "augment", number)), message, hint)
-        elif isinstance(step, dict) and step.get("thesaurus") is not None and method not in THESAURUS:
-            spot = key_spot(root, (SECTION, "augment", number, "thesaurus"))
-            hint = f"leave it out; it goes with {listing(THESAURUS)}"
-            yield Problem(spot, f"`thesaurus`: `{method}` has no use for one", hint)
+        elif isinstance(step, dict):
+            yield from _step(root, number, step, changed)
+        changed = changed if method == "back_translate" else str(method)
+
+
+def _step(root: Node, number: int, step: Mapping[str, Any], changed: str) -> Iterator[Problem]:
+    """A way to change rows has its own settings only; `changed` is the way before it that changes texts."""
+    method = step.get("method")
+    for name, having in AUGMENT_SETTINGS.items():
+        if step.get(name) not in (None, PLAIN_RATIO) and method not in having:
+            spot = key_spot(root, (SECTION, "augment", number, name))
+            message = f"`{name}`: `{method}` has no use for one"
+            yield Problem(spot, message, f"leave it out; it goes with {listing(having)}")
+    if method != "back_translate":
+        return
+    spot = key_spot(root, (SECTION, "augment", number))
+    if step.get("through") is None:
+        hint = "name two runs of `task: seq2seq`: `through: [RUN_THERE, RUN_BACK]`"
+        yield Problem(spot, "`back_translate` needs `through`: who translates", hint)
+    if changed:
+        message = f"`back_translate` is made of the rows as they are, and `{changed}` changes them before"
+        yield Problem(spot, message, "name it first")
 
 
 def _batch(root: Node, task: str) -> Iterator[Problem]:

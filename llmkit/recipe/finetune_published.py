@@ -6,11 +6,22 @@ What it cannot say, and only the loader checks: the type of each value apart, th
 
 from typing import Any, get_args
 
-from llmkit.recipe.finetune_checks import ADAPTED, NEW_MODEL, PROBABILITIES, ROWS_ONLY, TEXT_DATA, THESAURUS
+from llmkit.recipe.finetune_checks import (
+    ADAPTED,
+    AUGMENT_SETTINGS,
+    MIXED_ALONE,
+    NEW_MODEL,
+    PLAIN_RATIO,
+    PROBABILITIES,
+    ROWS_ONLY,
+    TEXT_DATA,
+    UNCACHED,
+)
 from llmkit.recipe.labelled import FORMS, ROLES, Labelled
 from llmkit.recipe.tasks import (
     AUGMENTED,
     CRITERION,
+    MIXED,
     PREFERRED,
     TAUGHT,
     UNPROMPTED,
@@ -23,6 +34,8 @@ from llmkit.registry import OBJECTIVES, TASKS, goal_of
 Json = dict[str, Any]
 
 _PREFERENCES = get_args(Preferences.model_fields["loss"].annotation)
+_MOST_STEPS = 8
+"""Ways in one `augment` that this schema looks at for their order."""
 _NONE: Json = {"enum": [None, []]}
 _OFF: Json = {"enum": [None, 0, "none"]}
 
@@ -89,13 +102,17 @@ def _for_task(task: str, env: Json) -> Json:
         rules.append(_off("prompts", values=[None, []]))
     if task not in WEIGHTED:
         rules += [_below("loss", name, rule=_OFF) for name in ("weights", "focal", "r_drop")]
+    if task not in MIXED:
+        rules.append(_below("loss", "mixup", rule=_OFF))
     if task not in CRITERION:
         rules.append(_off("loss", "custom", values=[None]))
     if task not in TAUGHT:
         rules.append(_off("distil", values=[None]))
     if task == "regression":
         rules += [_off("distil", name, values=[plain]) for name, plain in PROBABILITIES.items()]
-    rules += _compared() + _adapted()
+    if task in UNCACHED:
+        rules.append(_off("distil", "cache", values=[None]))
+    rules += _compared() + _adapted() + _mixing()
     if task in ("regression", "dpo"):
         rules += [_off("train", name, values=[None, 0]) for name in ("label_smoothing", "z_loss")]
     if task == "cls":
@@ -110,10 +127,18 @@ def _for_task(task: str, env: Json) -> Json:
 
 
 def _compared() -> list[Json]:
-    """Layers are compared of one pass."""
+    """Layers are compared of one pass, and a teacher's words are kept of one."""
     twice = _inside("loss", {"type": "object", **_inside("r_drop", {"not": _OFF})})
     layers = [_off("distil", name, values=[None, 0]) for name in ("hidden", "attention")]
+    layers.append(_off("distil", "cache", values=[None]))
     return [{"if": twice, "then": {"allOf": layers}}]
+
+
+def _mixing() -> list[Json]:
+    """What does not go with a mixture of two texts."""
+    mixing = _inside("loss", {"type": "object", **_inside("mixup", {"not": _OFF})})
+    refused = [_off(*path, values=[None, 0, {}]) for path in MIXED_ALONE]
+    return [{"if": mixing, "then": {"allOf": refused}}]
 
 
 def _adapted() -> list[Json]:
@@ -151,12 +176,21 @@ def _augmented(task: str) -> Json:
         if task not in having:
             method: Json = {"const": "mask"} if kind == "mask" else {"not": {"const": "mask"}}
             step["allOf"].append({"not": {"type": "object", "properties": {"method": method}}})
-    useless = {"required": ["thesaurus"], "properties": {"thesaurus": {"not": {"const": None}}}}
-    using = {"properties": {"method": {"enum": list(THESAURUS)}}}
-    step["allOf"].append({"if": {"type": "object", **useless}, "then": using})
-    return _below(
-        "augment", rule={"anyOf": [{"type": "array", "items": step}, {"type": "object", **step}, _NONE]}
-    )
+    for name, ways in AUGMENT_SETTINGS.items():
+        given = {"type": "object", **_inside(name, {"not": {"enum": [None, PLAIN_RATIO]}})}
+        step["allOf"].append({"if": given, "then": {"properties": {"method": {"enum": list(ways)}}}})
+    back = {"type": "object", **_inside("method", {"const": "back_translate"})}
+    step["allOf"].append({"if": back, "then": _given("through")})
+    # What comes after another way is no back-translation: of each place in the list, if it is one, so are all before.
+    first: Json = {"type": "array", "items": step}
+    first["allOf"] = [
+        {
+            "if": {"prefixItems": [*[True] * place, back], "minItems": place + 1},
+            "then": {"prefixItems": [back] * place},
+        }
+        for place in range(1, _MOST_STEPS)
+    ]
+    return _below("augment", rule={"anyOf": [first, {"type": "object", **step}, _NONE]})
 
 
 def _chats(task: str) -> list[Json]:

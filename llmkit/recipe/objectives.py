@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from llmkit.errors import UsageError
 from llmkit.recipe.block import Block
-from llmkit.recipe.units import Part, Ratio, unit_error
+from llmkit.recipe.units import Count, Part, Ratio, unit_error
 from llmkit.registry import BERT_ROLES, OBJECTIVES, SENTINELS
 
 BERT_LIKE = ("wordpiece", "chars")
@@ -117,12 +117,42 @@ class Teaching(Block):
     (`uniform`), or the last ones only."""
 
 
+class Cache(Block):
+    """What a teacher says, kept on disk."""
+
+    top_k: Count = 32
+    """How many outputs are kept of each position, the likeliest; all others count as one. As many as there are, or
+    more, keeps everything."""
+
+
 class Distil(Teaching):
     """Learn from a frozen model, the teacher, besides the objective's own targets."""
 
     teacher: str
     """The model to learn from: a run, its folder, a model folder or a Hub name; of the same kind and with the same
     tokenizer."""
+    cache: Cache | None = None
+    """Ask the teacher once, before training, and keep what it says on disk, for this run and later ones: `{top_k: 32}`.
+    Training then does without its weights. By default it is asked at every step."""
+
+    @model_validator(mode="after")
+    def _what_is_kept(self) -> Self:
+        """Probabilities are kept, and of those that are not among the likeliest only the sum."""
+        if self.cache is None:
+            return self
+        if self.direction == "reverse":
+            raise unit_error(
+                "`direction: reverse` asks what the teacher says of all that the model holds for possible, and `cache` "
+                "keeps the teacher's likeliest outputs",
+                "`direction: forward`, or leave `cache` out",
+            )
+        for name in ("hidden", "attention"):
+            if getattr(self, name):
+                raise unit_error(
+                    f"`{name}` compares layers of both models at every step, and `cache` keeps probabilities only",
+                    f"leave `{name}` out, or leave `cache` out",
+                )
+        return self
 
 
 class _Spans(ObjectiveSettings):

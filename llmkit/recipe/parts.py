@@ -56,8 +56,8 @@ class Adapter(Block):
     bits: Literal[4, 8] | None = None
     """With `qlora`: what each number of the base is held in; by default 4."""
     start: str | None = None
-    """The folder of an adapter in PEFT's form that learning goes on from. Its rank, alpha, method and targets must be
-    those of this block."""
+    """A run with an adapter, or a folder in PEFT's form, that learning goes on from. Its rank, alpha, method and
+    targets must be those of this block."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")] = "default"
     """What the adapter is called among others on the same model."""
     merge: bool = True

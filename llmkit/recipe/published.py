@@ -241,6 +241,13 @@ def _of_eight_bits() -> list[Json]:
     return [{"not": {"allOf": [_inside(name, True), _inside(other, value)]}} for name, other, value in apart]
 
 
+_KEPT_OF_A_TEACHER: Json = {
+    "direction": {"not": {"const": "reverse"}},
+    **{name: {"not": {"type": "number", "exclusiveMinimum": 0}} for name in ("hidden", "attention")},
+}
+"""What goes with `distil.cache`: probabilities of what the teacher holds for likely."""
+
+
 def _inside(name: str, value: Any) -> Json:
     return {"required": [name], "properties": {name: {"const": value}}}
 
@@ -323,6 +330,7 @@ def _add_rules(blocks: Json) -> None:
         "properties": {"name": {"const": "schedule_free"}},
     }
     blocks["Rounded"]["allOf"] = _of_eight_bits()
+    blocks["Distil"]["allOf"] = [{"if": _given("cache"), "then": {"properties": _KEPT_OF_A_TEACHER}}]
     for section in ("Train", "Tuning"):
         blocks[section]["not"] = {"allOf": [_given("ema"), averaging]}
     blocks["Pretrain"]["allOf"].append(_not_counted())

@@ -203,6 +203,11 @@ class Model(Block):
     """Run Python code that comes with the model. Only for code you have read."""
 
 
+Form = Literal["onnx", "gguf", "torch"]
+Forms = Annotated[list[Form], BeforeValidator(as_list, json_schema_input_type=Form | list[Form])]
+"""Forms of other runtimes, as `compress` has them for `to`."""
+
+
 class Pretrain(Block):
     """Train a model on raw text."""
 
@@ -248,6 +253,9 @@ class Pretrain(Block):
     """Texts the model goes on from at each evaluation, so that progress can be read."""
     sampling: Sampling = Sampling()
     """How those samples are drawn."""
+    export_check: Forms = []
+    """Before the first step the new model is exported to these forms, run there, and removed: `[onnx, gguf]`. What
+    cannot be exported ends the run before it has begun."""
 
     @model_validator(mode="before")
     @classmethod
@@ -327,6 +335,9 @@ class Finetune(Block):
     """Inputs that the model answers at each evaluation, so that progress can be read."""
     sampling: Sampling = Sampling()
     """How those answers are drawn."""
+    export_check: Forms = []
+    """Before the first step the model is exported to these forms, run there, and removed: `[onnx, gguf]`. What cannot
+    be exported ends the run before it has begun."""
 
     @property
     def objective(self) -> str:

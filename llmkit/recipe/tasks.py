@@ -48,6 +48,9 @@ class Loss(Block):
     r_drop: Annotated[float, Field(ge=0)] = 0.0
     """With `cls` and `tag`: alpha of R-Drop. Each row is computed twice, dropout differs, and how far the two lie apart
     is lowered too. 1 to 5 are common; it takes twice the time and a model with dropout."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """With `cls` and `regression`: alpha of mixup. Each row is mixed with another one, drawn for it, in shares from
+    Beta(alpha, alpha): the embeddings of their tokens, and their losses. 0.2 mixes most rows little, 1 evenly."""
     custom: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """A loss of your own, `my_package:MyLoss`: a function, or a class without arguments whose objects are called, of
     logits [N, C] and targets [N], which gives the sum of their losses. With `cls`, `tag`, `seq2seq` and `sft`."""
@@ -58,11 +61,15 @@ class Loss(Block):
 class Augment(Block):
     """One way in which rows are changed while they are learned from, each time otherwise; those held out never are."""
 
-    method: Literal["synonyms", "swap", "delete", "insert", "typos", "similar", "mask"]
+    method: Literal["synonyms", "swap", "delete", "insert", "typos", "similar", "mask", "back_translate"]
     """`synonyms` puts words of the same meaning in, `insert` adds such words, `swap` exchanges two words, `delete`
     leaves words out (the four of EDA); `typos` hits a neighbouring key, leaves a letter out or doubles it; `similar`
-    writes Chinese characters that sound or look alike; `mask` hides tokens from the model. Where words are not parted
-    by spaces, each character is one."""
+    writes Chinese characters that sound or look alike; `mask` hides tokens from the model; `back_translate` takes
+    what two runs of yours make of a text, one there and one back. Where words are not parted by spaces, each character
+    is one."""
+    through: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
+    """With `back_translate`: two runs of `task: seq2seq`, one that translates there and one that translates back. All
+    texts are translated once, before training, as the runs write (beams, prefix), and kept."""
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
     """The share of a text's words that are changed, of its characters for `typos` and `similar`, of its tokens for
     `mask`; one at least."""
@@ -88,6 +95,9 @@ UNPROMPTED: Mapping[str, str] = {
 
 TAUGHT = (*CRITERION, "qa", "regression")
 """The tasks that a teacher can help with: what both models say of a row can be compared."""
+
+MIXED = ("cls", "regression")
+"""The tasks whose rows can be mixed: a model says one thing of a whole text."""
 
 WEIGHTED = ("cls", "tag")
 """The tasks whose targets are a few classes."""
@@ -154,9 +164,10 @@ class Conversations(Block):
 class Preferences(Block):
     """How a better answer is told from a worse one."""
 
-    loss: Literal["dpo", "ipo", "orpo", "simpo"] = "dpo"
+    loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = "dpo"
     """`dpo` and `ipo` compare with the model as it was at first (`ipo` draws each pair to a fixed distance, which
-    overfits less), `simpo` and `orpo` do without it (`orpo` also learns the chosen answer)."""
+    overfits less), `simpo` and `orpo` do without it (`orpo` also learns the chosen answer). `kto` needs no pairs: its
+    rows are answers that are good or bad, and of a pair it makes one of each."""
     beta: Annotated[float, Field(gt=0)] | None = None
     """How near the model stays to what it was: lower goes further away. By default 0.1, for `simpo` 2. For `orpo` the
     weight of the comparison beside the chosen answer."""
@@ -164,6 +175,12 @@ class Preferences(Block):
     """With `dpo` and `simpo`: the share of pairs that are thought to be labelled the wrong way round."""
     margin: Annotated[float, Field(ge=0)] | None = None
     """With `simpo`: by how much the chosen answer is to be better, as `beta` times nats a token; by default 1."""
+    desirable_weight: Annotated[float, Field(gt=0)] | None = None
+    """With `kto`: how much a good answer counts. By default 1, or more where there are so few that all of them together
+    would count less than all bad ones."""
+    undesirable_weight: Annotated[float, Field(gt=0)] | None = None
+    """With `kto`: how much a bad answer counts. By default 1, or more where all good ones together would count more
+    than 4/3 times as much as all bad ones."""
     template_options: TemplateOptions = {}
     """Variables of the chat template, such as `{enable_thinking: false}`; the saved template has them as defaults."""
 
@@ -180,10 +197,35 @@ class Preferences(Block):
     @property
     def needs_reference(self) -> bool:
         """Whether the model as it was at first is asked too."""
-        return self.loss in ("dpo", "ipo")
+        return self.loss in ("dpo", "ipo", "kto")
+
+    def weights(self, good: int, bad: int) -> tuple[float, float]:
+        """How much a good and a bad answer count, of so many of each.
+
+        What is not set is 1, or as much more as brings the weight of all good answers to between 1 and 4/3 of that of
+        all bad ones.
+
+        **Source**: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", section 4.2.
+        """
+        own, other = self.desirable_weight or 1.0, self.undesirable_weight or 1.0
+        if not good or not bad:
+            return own, other
+        ratio = own * good / (other * bad)
+        if ratio < 1 and self.desirable_weight is None:
+            own /= ratio
+        elif ratio > _MOST_GOOD and self.undesirable_weight is None:
+            other *= ratio / _MOST_GOOD
+        return own, other
 
 
-PREFERRED: Mapping[str, tuple[str, ...]] = {"margin": ("simpo",), "label_smoothing": ("dpo", "simpo")}
+_MOST_GOOD = 4 / 3
+"""The weight of all good answers, as a share of that of all bad ones, at most."""
+PREFERRED: Mapping[str, tuple[str, ...]] = {
+    "margin": ("simpo",),
+    "label_smoothing": ("dpo", "simpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
 """Settings of `dpo` that only some of its losses have."""
 
 

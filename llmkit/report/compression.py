@@ -262,7 +262,7 @@ def _plot(title: str, tried: Sequence[Facts], key: str, format_x: Any, metric: s
 
 def _mark(one: Facts) -> str:
     if one.get("error"):
-        return escape(f"could not be made: {one['error']}")
+        return escape(f"passed over: {one['error']}")
     if one.get("chosen"):
         return '<b class="good">chosen</b>'
     why = [*([] if one.get("reached", True) else ["not small or fast enough"])]
@@ -335,10 +335,24 @@ def _quantized(settings: Facts, facts: Facts) -> str:
 def _pruned(settings: Facts, facts: Facts) -> str:
     share = format_percent(float(settings["share"])) if is_number(settings.get("share")) else "some"
     what = str(settings.get("what") or "weights")
+    share = _gone(facts) or f"{share} of the"
     how = [str(settings["by"])] if settings.get("by") not in (None, "auto") else []
     how += [str(settings["pattern"])] if settings.get("pattern") not in (None, "free") else []
-    said = f"{share} of the {what} {'set to zero' if what == 'weights' else 'taken out'}"
+    said = f"{share} {what} {'set to zero' if what == 'weights' else 'taken out'}"
     return f"{said} ({', '.join(how)})" if how else said
+
+
+def _gone(facts: Facts) -> str:
+    """How many parts went of how many, where the method says it: a share is rounded to whole ones."""
+    kept, gone = facts.get("kept"), facts.get("gone")
+    if isinstance(kept, list) and isinstance(gone, list):
+        num_gone, num_kept = (sum(map(len, sides)) for sides in (gone, kept))
+        return f"{num_gone} of {num_gone + num_kept}"
+    for name, word in (("channels", ""), ("groups", " groups of")):
+        pair = facts.get(name)
+        if isinstance(pair, list | tuple) and len(pair) == 2:
+            return f"{pair[0] - pair[1]:,} of {pair[0]:,}{word}"
+    return ""
 
 
 def _taught(settings: Facts, facts: Facts) -> str:

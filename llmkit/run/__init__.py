@@ -7,10 +7,10 @@ from llmkit.errors import UsageError
 from llmkit.launch.world import detect_world
 from llmkit.recipe import Loaded
 from llmkit.report.console import Reporter
-from llmkit.run.compression import compress
+from llmkit.run.compression import compress, outline_compression
 from llmkit.run.evaluate import evaluate
 from llmkit.run.finetune import finetune, plan_finetune
-from llmkit.run.folders import Options, Result, find_model
+from llmkit.run.folders import Options, Result, find_model, placed
 from llmkit.run.generate import generate
 from llmkit.run.planning import outline, plan
 from llmkit.run.pretrain import pretrain
@@ -27,6 +27,7 @@ __all__ = [
     "finetune",
     "generate",
     "outline",
+    "outline_compression",
     "plan",
     "plan_finetune",
     "pretrain",
@@ -44,6 +45,7 @@ def run_all(loaded: Loaded, options: Options, reporter: Reporter) -> Result:
     """
     if loaded.variants:
         return run_variants(loaded, options, reporter, run_all)
+    loaded = placed(loaded)
     recipe = loaded.recipe
     done: dict[str, Result] = {}
     world = detect_world(os.environ)

@@ -1,7 +1,7 @@
 """`llmkit finetune`: read the rows once, plan, then train here or in worker processes."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ from llmkit.recipe.tasks import other_task_sections
 from llmkit.registry import OBJECTIVES, TASKS
 from llmkit.report.console import Reporter
 from llmkit.report.trying import try_trained
-from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
+from llmkit.run.export_check import check_exports, refuse_ahead
+from llmkit.run.folders import Options, Result, anchored, leave_record, locked, placed, report_of, run_folder
 from llmkit.run.planning import plan as plan_ahead
 from llmkit.run.pretrain import pretrain
+from llmkit.run.teacher_cache import cache_folder, check_cache
 from llmkit.run.training import (
     KILL_AT,
     as_begun,
@@ -39,9 +41,22 @@ if TYPE_CHECKING:
     from llmkit.run.rows import Prepared
     from llmkit.train.job import Job
 
-_NOT_THE_MODEL = ("data", "validation", "tokenizer", "checkpoint", "eval", "prompts", "sampling")
+_NOT_THE_MODEL = (
+    "data",
+    "validation",
+    "tokenizer",
+    "checkpoint",
+    "eval",
+    "prompts",
+    "sampling",
+    "export_check",
+)
 _LATER: Mapping[str, Any] = {
     "finetune.distil": None,
+    "finetune.distil.cache": None,
+    "finetune.dpo.desirable_weight": None,
+    "finetune.dpo.undesirable_weight": None,
+    "finetune.loss.mixup": 0.0,
     "finetune.train.keep_zeros": False,
     "finetune.train.quantized": None,
 }
@@ -67,6 +82,9 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
         return pretrain(continued(loaded), options, reporter, verb=verb)
     if section.distil is not None:
         check_teacher(section.distil.teacher, section.task, "finetune")  # before any row is read
+        check_cache(section.distil, "finetune")
+    assert loaded.recipe.finetune is not None
+    refuse_ahead(loaded.recipe.finetune, "finetune")
     folder = run_folder(loaded, options, verb)
     world = detect_world(os.environ)
     first = world is None or world.rank == 0
@@ -79,6 +97,7 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
         else:
             refuse_another_run(folder, job)
             if first:
+                check_exports(job, reporter)
                 _leave_plan(folder, replace(loaded, recipe=job.checked_recipe()), job, reporter)
             try:
                 train_job(job, reporter, world, options.restarts)
@@ -104,12 +123,15 @@ def plan_finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Plan:
     Raises:
         UsageError: The recipe's parts do not fit together.
     """
+    from llmkit.run.back_translate import translators
     from llmkit.run.rows import read_and_measure
 
     loaded = with_base(loaded, options)
     assert loaded.recipe.finetune is not None
     if loaded.recipe.finetune.task in OBJECTIVES:
         return plan_ahead(continued(loaded), options)
+    for step in loaded.recipe.finetune.augment:
+        translators(step, options.runs)
     rows = read_and_measure(loaded, options, reporter.note)
     return _plan(replace(loaded, recipe=with_context(loaded.recipe, rows.context)), options, rows, None)
 
@@ -120,6 +142,7 @@ def with_base(loaded: Loaded, options: Options) -> Loaded:
     Raises:
         UsageError: It names none, and there is no `pretrain` section.
     """
+    loaded = placed(loaded)
     section = loaded.recipe.finetune
     assert section is not None
     if section.model.name is not None:
@@ -165,6 +188,7 @@ def continued(loaded: Loaded) -> Loaded:
         eval=section.eval,
         prompts=section.prompts,
         sampling=section.sampling,
+        export_check=section.export_check,
     )
     recipe = loaded.recipe.model_copy(update={"pretrain": goes_on, "tokenize": None, "finetune": None})
     return replace(loaded, recipe=recipe)
@@ -174,14 +198,18 @@ def prepare_job(
     loaded: Loaded, options: Options, reporter: Reporter, folder: Path, world: World | None
 ) -> "Job":
     """Everything decided: rows, tokenizer, plan, identity. Nothing in the run folder is touched."""
+    from llmkit.run.back_translate import paraphrase
     from llmkit.run.rows import prepare_rows
     from llmkit.train.job import Job
 
     rows = prepare_rows(loaded, options, reporter)
     loaded = replace(loaded, recipe=with_context(loaded.recipe, rows.context))
     plan = as_begun(_plan(loaded, options, rows, world), folder, loaded)
+    section = loaded.recipe.finetune
+    assert section is not None
     if world is not None:
         check_world(world, plan.world_size)
+    said = paraphrase(section, rows.folder, options, reporter)
     return Job(
         recipe=without_secrets(loaded),
         plan=plan.to_dict(),
@@ -190,7 +218,7 @@ def prepare_job(
         tokenizer_figures={"vocab_size": rows.vocab_size, "taken_from": rows.tokenizer},
         shards=[],
         weights=None,
-        identity=_identity(loaded, plan, rows),
+        identity=_identity(loaded, plan, rows, said),
         command=options.command,
         face={"json": options.json, "quiet": options.quiet},
         deadline=options.deadline,
@@ -199,6 +227,19 @@ def prepare_job(
         verb="finetune",
         rows=str(rows.folder),
         labels=list(rows.labels),
+        paraphrases=[str(place) for place in said],
+        teacher_cache=cache_folder(
+            section,
+            plan,
+            options,
+            {
+                "rows": rows.folder.name,
+                "labels": list(rows.labels),
+                "language": loaded.recipe.language,
+                **_paraphrased(said),
+            },
+            loaded.recipe.seed,
+        ),
     )
 
 
@@ -206,6 +247,7 @@ def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | Non
     from llmkit.models.count import shape_of_model
     from llmkit.models.growing import grow_vocabulary
     from llmkit.models.tasks import empty_task_model
+    from llmkit.objectives.mixing import check_mixable
     from llmkit.plan.tuning import plan_tuning
     from llmkit.train.learning import check_device, count_ahead, told
 
@@ -223,6 +265,8 @@ def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | Non
         number=section.task == "regression",
         trusted=section.model.trust_remote_code,
     )
+    if section.loss.mixup:
+        check_mixable(model, folder)
     if rows.new_tokens:
         grow_vocabulary(model, rows.vocab_size, rows.new_tokens)
     shape = shape_of_model(model)
@@ -248,7 +292,11 @@ def with_context(recipe: Recipe, context: int) -> Recipe:
     return recipe.model_copy(update={"finetune": section.model_copy(update={"model": model})})
 
 
-def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
+def _paraphrased(said: Sequence[Path]) -> dict[str, Any]:
+    return {"paraphrases": [place.name for place in said]} if said else {}
+
+
+def _identity(loaded: Loaded, plan: Plan, rows: "Prepared", said: Sequence[Path]) -> dict[str, Any]:
     """What a resumed run must share with the saved one, by the recipe's own keys."""
     from llmkit.data.augment.thesaurus import fingerprint as thesauri
 
@@ -269,6 +317,8 @@ def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
     named = flat(settings, "finetune") | _stopping(section)
     del named["finetune.model.name"]  # its weights count, wherever they lie
     named.pop("finetune.distil.teacher", None)
+    for step in named["finetune.augment"]:
+        del step["through"]  # what the runs write counts, wherever they lie
     for key, unwritten in _LATER.items():  # a run that was begun before there were such settings goes on
         if key in named and named[key] == unwritten:
             del named[key]
@@ -283,6 +333,7 @@ def _identity(loaded: Loaded, plan: Plan, rows: "Prepared") -> dict[str, Any]:
         "weights of the model": teacher_weights(str(section.model.name)),
         **({"weights of the teacher": teacher_weights(section.distil.teacher)} if section.distil else {}),
         **_files(section),
+        **_paraphrased(said),
         **({"thesauri": thesauri(section.augment)} if section.augment else {}),
     }
 

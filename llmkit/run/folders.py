@@ -19,7 +19,11 @@ CHAIN = "chain.json"
 """In a folder of `llmkit compress`: which model the chain ended with."""
 STEP = "step.json"
 """Beside a compressed model: what was done, and to which model."""
-_MAKES_MODELS = ("finetune", "pretrain")
+ADAPTER = "adapter_config.json"
+"""What a folder in PEFT's form has."""
+MERGE = "merge"
+"""The folder of `llmkit merge` in that of a run."""
+_MAKES_MODELS = ("finetune", "pretrain", MERGE)
 """The verbs that leave a model, the last of a run's life first."""
 
 
@@ -127,6 +131,55 @@ def leave_record(folder: Path, loaded: Loaded) -> None:
     write_environment(folder)
 
 
+def placed(loaded: Loaded) -> Loaded:
+    """The recipe with the paths of what it begins with or learns from: an adapter, a teacher, word vectors.
+
+    A relative one counts from the current folder if something is there, else from the recipe's if something is there;
+    else it stays as it is, for it may be a name on the Hub.
+    """
+    base = base_of(loaded).absolute()
+
+    def found(path: str | None) -> str | None:
+        if not path or Path(path).expanduser().exists() or not (base / path).exists():
+            return path
+        return str(base / path)
+
+    def adapter(path: str | None) -> str | None:
+        there = [one for one in _adapters_of(Path(path or "").expanduser()) if (one / ADAPTER).is_file()]
+        return str(there[0]) if path and there else path
+
+    def changed(block: Any, **paths: str | None) -> Any:
+        """The block with other paths; the same object where none is another."""
+        new = {name: path for name, path in paths.items() if path != getattr(block, name)}
+        return block.model_copy(update=new) if new else block
+
+    sections: dict[str, Any] = {}
+    for name in ("pretrain", "finetune"):
+        section = getattr(loaded.recipe, name)
+        if section is None:
+            continue
+        parts = {"model": changed(section.model, embeddings=found(section.model.embeddings))}
+        if section.distil is not None:
+            parts["distil"] = changed(section.distil, teacher=found(section.distil.teacher))
+        if name == "finetune" and section.adapter is not None:
+            parts["adapter"] = changed(section.adapter, start=adapter(found(section.adapter.start)))
+        if any(part is not getattr(section, key) for key, part in parts.items()):
+            sections[name] = section.model_copy(update=parts)
+    return replace(loaded, recipe=loaded.recipe.model_copy(update=sections)) if sections else loaded
+
+
+def _absolute(section: Any) -> Any:
+    """A section whose paths of a teacher, an adapter and word vectors are absolute, where something is there."""
+    updates: dict[str, Any] = {}
+    for key, name in (("model", "embeddings"), ("distil", "teacher"), ("adapter", "start")):
+        block: Any = getattr(section, key, None)
+        path = getattr(block, name, None)
+        if path and Path(path).expanduser().exists():
+            made = str(Path(path).expanduser().absolute())
+            updates[key] = block.model_copy(update={name: made})
+    return section.model_copy(update=updates) if updates else section
+
+
 def anchored(loaded: Loaded) -> Loaded:
     """The recipe with its files' paths made absolute, so that it means the same from any folder.
 
@@ -140,7 +193,7 @@ def anchored(loaded: Loaded) -> Loaded:
         here = any(Path().glob(pattern)) or Path(pattern).exists()
         return str((Path.cwd() if here else base) / pattern)
 
-    def placed(source: Any) -> Any:
+    def with_files(source: Any) -> Any:
         if source is None or not source.files:
             return source
         return source.model_copy(update={"files": [absolute(pattern) for pattern in source.files]})
@@ -148,13 +201,15 @@ def anchored(loaded: Loaded) -> Loaded:
     def anchor(section: Any) -> Any:
         if section is None or section.data is None:
             return section
-        return section.model_copy(update={"data": [placed(source) for source in section.data]})
+        return section.model_copy(update={"data": [with_files(source) for source in section.data]})
 
-    recipe = loaded.recipe
+    recipe = placed(loaded).recipe
     sections = {name: anchor(getattr(recipe, name)) for name in ("tokenize", "pretrain", "eval")}
+    if sections["pretrain"] is not None:
+        sections["pretrain"] = _absolute(sections["pretrain"])
     if recipe.finetune is not None:
-        tuned = recipe.finetune
-        parts = {name: placed(getattr(tuned, name)) for name in ("data", "validation")}
+        tuned = _absolute(recipe.finetune)
+        parts = {name: with_files(getattr(tuned, name)) for name in ("data", "validation")}
         if tuned.model.name is not None and Path(tuned.model.name).exists():
             parts["model"] = tuned.model.model_copy(update={"name": str(Path(tuned.model.name).absolute())})
         if tuned.chat_template not in (None, "chatml", "none"):
@@ -186,8 +241,8 @@ def find_model(word: str, runs: Path, *, adapters: bool = False) -> Path:
             if (folder / "config.json").is_file():
                 return folder
     for place in places if adapters else ():
-        for folder in (place, place / "adapter", place / "finetune" / "adapter"):
-            if (folder / "adapter_config.json").is_file():
+        for folder in _adapters_of(place):
+            if (folder / ADAPTER).is_file():
                 return folder
     names = sorted(
         str(place.relative_to(runs))
@@ -198,6 +253,27 @@ def find_model(word: str, runs: Path, *, adapters: bool = False) -> Path:
     raise MissingError(
         f"no model in {word!r}",
         hint=f"runs with a model in {runs}: {', '.join(names)}" if names else "train one: llmkit demo",
+    )
+
+
+def _adapters_of(place: Path) -> tuple[Path, ...]:
+    """Where a run's adapter may be."""
+    return (place, place / "adapter", place / "finetune" / "adapter", place / MERGE / "adapter")
+
+
+def find_adapter(word: str, runs: Path) -> Path:
+    """The folder of the adapter that `word` means: a folder in PEFT's form, a run, its folder, or its name.
+
+    Raises:
+        MissingError: There is none.
+    """
+    for place in (Path(word).expanduser(), runs / word):
+        for folder in _adapters_of(place):
+            if (folder / ADAPTER).is_file():
+                return folder
+    raise MissingError(
+        f"no adapter in {word!r}",
+        hint="give a run that learned one (`finetune.adapter.method=lora`), or a folder with adapter_config.json",
     )
 
 

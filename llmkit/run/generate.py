@@ -22,6 +22,7 @@ def generate(
     reporter: Reporter,
     chat: bool | None = None,
     system: str = "",
+    adapters: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Continue each prompt `samples` times; a chat model is asked it, by the template that it learned with.
 
@@ -36,6 +37,7 @@ def generate(
         chat: Whether prompts are questions; None: where the model has a chat template, unless a run of llmkit trained
             it on text alone.
         system: What the system says to a chat model before the question.
+        adapters: Runs with adapters for this model, `=WEIGHT` behind each or not; it computes with all of them.
 
     Returns:
         For each continuation `prompt`, `text`, `num_tokens`, `finished` and `chat`.
@@ -44,19 +46,10 @@ def generate(
         UsageError: The model does not write text, or does not chat and is asked to.
         MissingError: There is no such model.
     """
-    from llmkit.data.tokenizers import load_tokenizer
     from llmkit.evaluate.chat import asked
     from llmkit.evaluate.generate import generate as write
-    from llmkit.evaluate.model import load_model
-    from llmkit.models.build import kind_of
 
-    place = find_model(word, runs)
-    if kind_of(str(place)) not in ("causal", "seq2seq"):
-        raise UsageError(
-            f"{place}: this model does not write text",
-            hint=f"a model that fills gaps: llmkit fill {place} TEXT",
-        )
-    model, tokenizer = load_model(place), load_tokenizer(str(place))
+    place, model, tokenizer = _load(word, adapters, runs)
     chats = _chats(place, tokenizer, chat, system)
     given = asked(tokenizer, prompts, system=system) if chats else prompts
     repeated = [prompt for prompt in prompts for _ in range(samples)]
@@ -82,6 +75,33 @@ def generate(
         }
         for prompt, one in zip(repeated, written, strict=True)
     ]
+
+
+def _load(word: str, adapters: Sequence[str], runs: Path) -> tuple[Path, Any, Any]:
+    """A model, or one that computes with adapters, and its tokenizer; and where that is.
+
+    Raises:
+        UsageError: It does not write text, or the adapters are not for it.
+        MissingError: There is no such model.
+    """
+    from llmkit.data.tokenizers import load_tokenizer
+    from llmkit.evaluate.model import load_model
+    from llmkit.models.build import kind_of
+    from llmkit.run.adapters import choose_adapters, load_adapted
+
+    place = find_model(word, runs, adapters=not adapters)
+    is_adapter = (place / "adapter_config.json").is_file() and not (place / "config.json").is_file()
+    chosen = choose_adapters([str(place)] if is_adapter else adapters, runs)
+    base = chosen[0].base if is_adapter else str(place)
+    if kind_of(base) not in ("causal", "seq2seq"):
+        raise UsageError(
+            f"{place}: this model does not write text",
+            hint=f"a model that fills gaps: llmkit fill {place} TEXT",
+        )
+    if not chosen:
+        return place, load_model(place), load_tokenizer(str(place))
+    made = load_adapted(chosen, base=base)
+    return chosen[0].place, made.model, made.tokenizer
 
 
 def _chats(place: Path, tokenizer: Any, wanted: bool | None, system: str) -> bool:

@@ -27,7 +27,7 @@ from llmkit.recipe.block import Block
 from llmkit.recipe.schema import Model, Recipe
 from llmkit.registry import goal_of
 from llmkit.report.formatting import format_bytes, format_count, format_percent
-from llmkit.run.folders import Options
+from llmkit.run.folders import Options, placed
 from llmkit.run.tokenize import corpora
 
 _BYTES_PER_TOKEN = 4.0
@@ -40,6 +40,7 @@ def plan(loaded: Loaded, options: Options) -> Plan:
     Raises:
         UsageError: The recipe has no `pretrain` section, or its numbers do not fit together.
     """
+    loaded = placed(loaded)
     hardware = detect_hardware(loaded.recipe.machine)
     return plan_run(
         loaded,

@@ -22,9 +22,11 @@ from llmkit.recipe.schema import Optim, Pretrain, Recipe, tokenize_of
 from llmkit.registry import goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.trying import try_command
-from llmkit.run.folders import Options, Result, anchored, leave_record, locked, report_of, run_folder
+from llmkit.run.export_check import check_exports, refuse_ahead
+from llmkit.run.folders import Options, Result, anchored, leave_record, locked, placed, report_of, run_folder
 from llmkit.run.planning import plan as plan_ahead
 from llmkit.run.planning import plan_run
+from llmkit.run.teacher_cache import cache_folder, check_cache
 from llmkit.run.tokenize import corpora, find_tokenizer
 from llmkit.run.training import (
     KILL_AT,
@@ -62,6 +64,7 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
         InterruptedRunError: A signal stopped it; the same command goes on.
         RunError: It failed; the newest checkpoint is whole.
     """
+    loaded = placed(loaded)
     recipe = loaded.recipe
     if recipe.pretrain is None:
         raise UsageError("the recipe has no `pretrain` section", hint="`llmkit init gpt` shows one")
@@ -69,6 +72,8 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
     world = detect_world(os.environ)
     if recipe.pretrain.distil is not None:
         check_teacher(recipe.pretrain.distil.teacher, recipe.pretrain.objective)
+        check_cache(recipe.pretrain.distil, "pretrain")
+    refuse_ahead(recipe.pretrain, verb)
     if world is None:
         plan_ahead(loaded, options)  # what cannot fit is told before anything is read
     first = world is None or world.rank == 0
@@ -81,6 +86,7 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
         else:
             refuse_another_run(folder, job)
             if first:
+                check_exports(job, reporter)
                 _leave_plan(folder, loaded, job, shards, reporter)
             try:
                 train_job(job, reporter, world, options.restarts)
@@ -137,6 +143,18 @@ def prepare_job(
         shards=[str(shard.folder) for shard in shards],
         weights=weights,
         identity=_identity(loaded, plan, fingerprint(tokenizer), shards, weights, begun_identity(folder)),
+        teacher_cache=cache_folder(
+            loaded.recipe.pretrain,
+            plan,
+            options,
+            {
+                "text": [[shard.folder.name, shard.split("train").num_tokens] for shard in shards],
+                "tokenizer": fingerprint(tokenizer),
+                "language": loaded.recipe.language,
+                "weights": weights,
+            },
+            loaded.recipe.seed,
+        ),
         command=options.command,
         face={"json": options.json, "quiet": options.quiet},
         deadline=options.deadline,
@@ -217,7 +235,17 @@ def _identity(
         mode="json",
         exclude={
             **dict.fromkeys(
-                ("data", "tokenizer", "held_out", "checkpoint", "eval", "prompts", "sampling"), True
+                (
+                    "data",
+                    "tokenizer",
+                    "held_out",
+                    "checkpoint",
+                    "eval",
+                    "prompts",
+                    "sampling",
+                    "export_check",
+                ),
+                True,
             ),
             **dict.fromkeys(other_sections(recipe.pretrain.objective), True),
             "train": {"bad_numbers", "max_skipped"},  # what may have to change to go on after a stop

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from llmkit.durable import naming_full_disks, one_at_a_time, sweep_beside, verif
 from llmkit.errors import CorruptError, DataError, MissingError, UsageError
 from llmkit.models.build import kind_of
 from llmkit.models.tasks import in_order_of_model, labels_of_model, longest_input
-from llmkit.objectives.base import Example, Expands, Material, Objective, size_of
+from llmkit.objectives.base import Counts, Example, Expands, Material, Objective, Relates, size_of
 from llmkit.objectives.make import make_task
 from llmkit.objectives.texts import CUT, PASSED_OVER
 from llmkit.plan import PlanError
@@ -26,12 +27,14 @@ from llmkit.recipe.architectures import in_words
 from llmkit.recipe.schema import Finetune
 from llmkit.registry import TASKS, ModelKind
 from llmkit.report.console import Reporter
-from llmkit.run.folders import CACHE, Options, base_of
+from llmkit.run.folders import CACHE, Options, base_of, find_adapter
 from llmkit.train.places import NEW_TOKENS, model_folder
 
 _VERSION = 7
 """Part of every address: raised when the same rows come to be encoded otherwise."""
 _MOST_CLASSES_SHOWN = 20
+_LATER = ("desirable_weight", "undesirable_weight")
+"""Settings of tasks that came after rows had been kept without them."""
 _LABELLED = {"cls": "label", "tag": "tags"}
 """The tasks with classes, and where a row has its own."""
 
@@ -176,11 +179,21 @@ def _check_kind(folder: str, task: str, needed: ModelKind) -> None:
 
 
 def _check_there(name: str) -> None:
-    """Say that a folder is not there, before it is taken for a name on the Hub.
+    """Say that a folder is not there, before it is taken for a name on the Hub; or that it has an adapter alone.
 
     Raises:
         MissingError: It is not.
+        UsageError: It has.
     """
+    if (Path(name).expanduser() / "config.json").is_file():
+        return
+    with suppress(MissingError):
+        adapter = find_adapter(name, Path())
+        raise UsageError(
+            f"finetune.model.name: {name} has an adapter and no model ({adapter})",
+            hint=f"make a model of it first: llmkit merge {name} --name NAME; to go on with the adapter itself, "
+            "name its base and `adapter.start`",
+        )
     if not Path(name).expanduser().is_dir() and (
         name.count("/") != 1 or name.startswith((".", "/", "~", "runs/"))
     ):
@@ -198,7 +211,8 @@ def _address(loaded: Loaded, options: Options, task: _Task) -> str:
         "version": _VERSION,
         "task": section.task,
         "settings": {
-            name: getattr(section, name).model_dump(mode="json") for name in TASKS[section.task].sections
+            name: _without_later(getattr(section, name).model_dump(mode="json"))
+            for name in TASKS[section.task].sections
         },
         "sources": {
             name: fingerprint(source, base_of(loaded), cache=cache)
@@ -220,6 +234,11 @@ def _address(loaded: Loaded, options: Options, task: _Task) -> str:
         "chat_template": getattr(task.tokenizer, "chat_template", None),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that came later and are not set: rows that were kept before there were such do."""
+    return {name: value for name, value in settings.items() if name not in _LATER or value is not None}
 
 
 def _frame(tokenizer: Any) -> Any:
@@ -282,6 +301,9 @@ def _read(
     facts["dropped"] = sum(part.num_dropped for part in parts.values())
     facts["unusable"] = sum(part.num_unusable for part in parts.values())
     facts["train_classes"] = count_classes(parts["train"].rows, _LABELLED.get(section.task, ""))
+    if isinstance(objective, Counts):
+        facts["train_classes"] = objective.count(parts["train"].rows)
+        facts["counted"] = objective.told(facts["train_classes"])
     facts["shared"] = num_shared(train, held_out, section.task)
     if parts["train"].rows and not facts["train"]["num_targets"]:
         raise DataError(
@@ -333,6 +355,7 @@ def measured(
     Raises:
         DataError: A row cannot be used, or it is too long and the recipe says to stop then.
     """
+    rows = objective.relate(rows) if isinstance(objective, Relates) else rows
     kept: list[LabelledRow] = []
     lengths, targets, cuts, groups = list[int](), list[int](), list[int](), list[int]()
     dropped = unusable = passed_over = 0
@@ -396,6 +419,8 @@ def _words(facts: Mapping[str, Any]) -> list[str]:
         shown = list(facts["classes"].items())
         words = ", ".join(f"{name} {count:,}" for name, count in shown[:_MOST_CLASSES_SHOWN])
         lines.append(f"{len(shown)} labels: {words}" + (", ..." if len(shown) > _MOST_CLASSES_SHOWN else ""))
+    if facts.get("counted"):
+        lines.append(str(facts["counted"]))
     cut = train["num_cut"] + held_out["num_cut"]
     if cut:
         lost = train["tokens_cut"] + held_out["tokens_cut"]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,14 @@ def task_run(place: Path) -> TaskRun | None:
     return TaskRun(place, load_recipe(recipe), facts, str(decided["precision"]), decided)
 
 
+def writing(run: TaskRun) -> TaskRun:
+    """The run as one whose model is asked to write, where its evaluations measure the loss alone."""
+    section = run.section
+    asked = section.model_copy(update={"seq2seq": section.seq2seq.model_copy(update={"write": True})})
+    recipe = run.loaded.recipe.model_copy(update={"finetune": asked})
+    return replace(run, loaded=replace(run.loaded, recipe=recipe))
+
+
 def predict(word: str, texts: Sequence[Mapping[str, Any]], *, runs: Path) -> list[dict[str, Any]]:
     """What a model that was trained for a task says of rows.
 
@@ -88,7 +96,7 @@ def predict(word: str, texts: Sequence[Mapping[str, Any]], *, runs: Path) -> lis
     run = task_run(place)
     if run is None:
         raise UsageError(f"{place}: not a model that a run fine-tuned", hint=f"llmkit generate {word} TEXT")
-    core, _ = load_core(run)
+    core, _ = load_core(writing(run))
     if not isinstance(core.objective, Predicts):
         raise UsageError(
             f"{place}: a model trained for {run.section.task} says nothing of single rows",

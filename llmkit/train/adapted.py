@@ -59,7 +59,7 @@ def export_adapter(
             model,
             lambda: predictions(model, read, several=section.task == "cls" and section.cls.multiple),
             max_kl=spec.max_kl,
-            classes=_chooses(model),
+            classes=chooses(model),
         )
         core.train(training)
     return told
@@ -130,7 +130,7 @@ def _of_real_positions(values_BTC: torch.Tensor, read: Mapping[str, torch.Tensor
     return values_BTC[mask.bool()]
 
 
-def _chooses(model: PreTrainedModel) -> bool:
+def chooses(model: PreTrainedModel) -> bool:
     """Whether a model chooses from several answers; a bare body gives states, and a number is no choice."""
     return model.base_model is not model and not (
         type(model).__name__.endswith("ForSequenceClassification")

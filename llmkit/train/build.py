@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from llmkit.data.loader import MicroBatches, Prefetcher, evaluation_rounds, eval
 from llmkit.data.order import RowOrder
 from llmkit.data.rows import Row, Rows
 from llmkit.data.shards import TokenShards
+from llmkit.data.taught import TaughtBatches, TaughtStore, made_up, store_of
 from llmkit.data.tokenizers import load_tokenizer, special_ids
 from llmkit.data.tokenizers.vocabulary import Vocabulary
 from llmkit.errors import UsageError
@@ -30,6 +32,7 @@ from llmkit.objectives.base import (
     Example,
     HasParts,
     LossModule,
+    Material,
     Objective,
     Prepares,
     Refers,
@@ -39,6 +42,7 @@ from llmkit.objectives.base import (
 from llmkit.objectives.distil import Distilled
 from llmkit.objectives.losses import make_criterion
 from llmkit.objectives.make import make_objective, make_task
+from llmkit.objectives.taught import Taught
 from llmkit.objectives.texts import pad_id
 from llmkit.optim import describe_groups, lr_at, make_optimizer, mark_zeros
 from llmkit.plan import Plan, layout_of
@@ -114,11 +118,7 @@ def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Loss
         model.generation_config.eos_token_id = ends
     objective = make_objective(section, tokenizer)
     frozen: dict[str, PreTrainedModel] = {}
-    if section.distil is not None:
-        frozen["teacher"] = load_teacher(
-            section.distil.teacher, kind, tokenizer, context=section.model.context
-        )
-        objective = Distilled(objective, frozen["teacher"], section.distil, kind)
+    objective = _with_teacher(objective, job, plan, frozen, lambda: find_teacher(job, tokenizer, None))
     if section.train.quantized is not None:
         round_weights(model, section.train.quantized)
     torch.manual_seed(mix_seed(job.seed, _PARTS))  # a model that was loaded left torch's seed as it was
@@ -174,16 +174,9 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
             {*objective.stops, data.tokenizer.eos_token_id} - {None}
         )
     frozen = _reference(objective, model, section)
-    if section.distil is not None:
-        frozen["teacher"] = load_task_teacher(
-            section.distil.teacher,
-            goal.model,
-            data.tokenizer,
-            labels=() if section.task == "regression" else data.material.labels,
-            number=section.task == "regression",
-            context=data.material.max_length,
-        )
-        objective = Distilled(objective, frozen["teacher"], section.distil, goal.model)
+    objective = _with_teacher(
+        objective, job, plan, frozen, lambda: find_teacher(job, data.tokenizer, data.material)
+    )
     if section.train.quantized is not None:
         round_weights(model, section.train.quantized)
     torch.manual_seed(mix_seed(job.seed, _PARTS))
@@ -196,6 +189,53 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
         frozen=frozen,
     )
     return core, new
+
+
+def find_teacher(job: Job, tokenizer: Any, material: Material | None) -> PreTrainedModel:
+    """The teacher of a job, loaded and checked; see `teacher.py`.
+
+    Args:
+        job: Its section names one.
+        tokenizer: The run's.
+        material: What the task is made of; None for an objective on text.
+    """
+    section = job.section()
+    assert section.distil is not None
+    name, kind = section.distil.teacher, goal_of(section.objective).model
+    if material is None:
+        return load_teacher(name, kind, tokenizer, context=section.model.context)
+    number = section.objective == "regression"
+    return load_task_teacher(
+        name,
+        kind,
+        tokenizer,
+        labels=() if number else material.labels,
+        number=number,
+        context=material.max_length,
+    )
+
+
+def _with_teacher(
+    objective: Objective,
+    job: Job,
+    plan: Plan,
+    frozen: dict[str, PreTrainedModel],
+    find: Callable[[], PreTrainedModel],
+) -> Objective:
+    """The objective with its teacher, which goes to `frozen`; or with what that said, where this is kept on disk."""
+    section = job.section()
+    if section.distil is None:
+        return objective
+    if job.teacher_cache:
+        cache = plan.teacher_cache
+        return Taught(objective, section.distil, top_k=cache["top_k"], outputs=cache["outputs"])
+    frozen["teacher"] = find()
+    return Distilled(objective, frozen["teacher"], section.distil, goal_of(section.objective).model)
+
+
+def teacher_store(job: Job, plan: Plan) -> TaughtStore | None:
+    """Where what the teacher says is kept; None where it is asked at every step, or there is none."""
+    return store_of(Path(job.teacher_cache), plan.teacher_cache) if job.teacher_cache else None
 
 
 def _reference(objective: Objective, model: PreTrainedModel, section: Finetune) -> dict[str, PreTrainedModel]:
@@ -294,13 +334,20 @@ class Feed:
     """Batches for this process: training steps one after the other, and the held-out rows."""
 
     def __init__(
-        self, data: Data, objective: Objective, plan: Plan, section: Pretrain, accelerator: Accelerator
+        self,
+        data: Data,
+        objective: Objective,
+        plan: Plan,
+        section: Pretrain,
+        accelerator: Accelerator,
+        taught: TaughtStore | None = None,
     ) -> None:
         self._data = data
         self._objective = objective
         self._plan = plan
         self._section = section
         self._accelerator = accelerator
+        self._taught = taught
         self._goal = goal_of(section.objective)
         self._tells_positions = section.isolate_documents or self._goal.positions
         self._batches: MicroBatches | None = None
@@ -314,7 +361,13 @@ class Feed:
             stop: The step to end before.
             workers: Processes that prepare them (`machine.loader_workers`); 0: a thread.
         """
-        self._batches = MicroBatches(
+        self._batches = batches = self.batches(order)
+        taught = batches if self._taught is None else TaughtBatches(batches, self._taught)
+        return Prefetcher(taught, start, stop, workers=workers)
+
+    def batches(self, order: RowOrder) -> MicroBatches:
+        """The steps' rows, for this process."""
+        return MicroBatches(
             self._data.train,
             order,
             rows_per_step=self._plan.rows_per_step,
@@ -325,7 +378,6 @@ class Feed:
             other=self._goal.other,
             encode=self._objective.encode,
         )
-        return Prefetcher(self._batches, start, stop, workers=workers)
 
     def in_order(self, steps: Prefetcher) -> Callable[[int], list[MicroBatch]]:
         """A step -> its micro-batches on the device, for steps asked for in the order they are prepared in."""
@@ -396,7 +448,10 @@ class Feed:
             row["positions"] = np.arange(len(ids), dtype=np.int64)
         if self._goal.other:
             row |= {"other": ids, "other_positions": np.arange(len(ids), dtype=np.int64)}
-        return self._batch([self._objective.encode(row)] * self._plan.micro_batch_size)
+        example = self._objective.encode(row)
+        if self._taught is not None:
+            example = made_up(example, self._taught.top_k, self._taught.outputs)
+        return self._batch([example] * self._plan.micro_batch_size)
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         batch = self._objective.collate(examples)

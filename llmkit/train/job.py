@@ -33,6 +33,8 @@ class Job:
         verb: Which section of the recipe it is: `pretrain` or `finetune`.
         rows: For a task on labelled rows, their folder (see `data.samples`); else empty.
         labels: For a task that has them, the names of classes or tags in the order of their numbers.
+        teacher_cache: Where what a teacher says is kept (`distil.cache`), by what it follows from; else empty.
+        paraphrases: Of each `back_translate` of `augment`, the folder of what stands for a text.
         kill_at: End the first process by SIGKILL once it has recorded this step, to prove what a crash does; None
             for never.
     """
@@ -53,6 +55,8 @@ class Job:
     verb: str = "pretrain"
     rows: str = ""
     labels: list[str] = field(default_factory=list)
+    teacher_cache: str = ""
+    paraphrases: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write it for other processes to load."""

@@ -24,7 +24,11 @@ def new_tokens(tokenizer: str) -> list[str]:
 def model_folder(name: str) -> str:
     """Where a model's files are: of a run the model that it trained; a name on the Hub stays as it is."""
     path = Path(name).expanduser()
-    for folder in (path, path / "model", path / "finetune" / "model", path / "pretrain" / "model"):
+    for folder in (
+        path,
+        path / "model",
+        *(path / verb / "model" for verb in ("finetune", "pretrain", "merge")),
+    ):
         if (folder / "config.json").is_file():
             return str(folder)
     return name

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers import PreTrainedModel
 
 from llmkit.data.order import RowOrder
+from llmkit.data.taught import TaughtStore
 from llmkit.durable import write_file, write_json
 from llmkit.errors import RunError
 from llmkit.evaluate.complete import complete
@@ -27,6 +29,7 @@ from llmkit.models.build import left_out
 from llmkit.models.peak import measure_peak_flops
 from llmkit.models.rounded import roundings
 from llmkit.objectives.base import Batch, Judges, LossModule
+from llmkit.objectives.taught import Taught
 from llmkit.optim import averaged
 from llmkit.plan import Plan
 from llmkit.recipe import load_recipe, resolved_yaml
@@ -41,10 +44,12 @@ from llmkit.train.build import (
     build_core,
     build_optimizer,
     build_task_core,
+    find_teacher,
     make_order,
     make_schedule,
     open_data,
     pick_attention,
+    teacher_store,
 )
 from llmkit.train.callbacks import Callback, ConsoleCallback, KillAt, LogCallback
 from llmkit.train.checkpoint import Checkpoints
@@ -59,6 +64,7 @@ from llmkit.train.samples import SampleData, SampleFeed, open_samples
 from llmkit.train.saving import Keep, Saver
 from llmkit.train.sharded import ShardedWriter, is_sharded, load_checkpoint
 from llmkit.train.state import TrainState, mix_seed
+from llmkit.train.teaching import Asking, teach
 from llmkit.train.vectors import begin_as_recipe_says
 
 T = TypeVar("T")
@@ -86,11 +92,12 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     accelerator = start_accelerator(plan)
     data = open_samples(job) if job.rows else open_data(job)
     core = _build_core(job, plan, data, reporter)
+    taught = _teach(job, plan, core, data, accelerator, reporter, stop)
     plan = _with_attention(plan, core, accelerator, section, isolate=_isolates(section, plan))
     if plan.compile:
         core.compile(dynamic=False)
     module, optimizer = accelerator.prepare(core, build_optimizer(core, section, plan, reporter.note))
-    feed, order = _feed(data, core, plan, section, accelerator), make_order(job, data)
+    feed, order = _feed(data, core, plan, section, accelerator, taught), make_order(job, data)
 
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.identity)
     saved = _from_first(accelerator, lambda: checkpoints.newest(reporter.warn))
@@ -181,13 +188,45 @@ def _tell_rounding(core: LossModule, reporter: Reporter) -> None:
 
 
 def _feed(
-    data: Data | SampleData, core: LossModule, plan: Plan, section: Section, accelerator: Accelerator
+    data: Data | SampleData,
+    core: LossModule,
+    plan: Plan,
+    section: Section,
+    accelerator: Accelerator,
+    taught: TaughtStore | None = None,
 ) -> Feed | SampleFeed:
     if isinstance(data, SampleData):
         assert isinstance(section, Finetune)
-        return SampleFeed(data, core.objective, plan, section, accelerator)
+        return SampleFeed(data, core.objective, plan, section, accelerator, taught)
     assert isinstance(section, Pretrain)
-    return Feed(data, core.objective, plan, section, accelerator)
+    return Feed(data, core.objective, plan, section, accelerator, taught)
+
+
+def _teach(
+    job: Job,
+    plan: Plan,
+    core: LossModule,
+    data: Data | SampleData,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    stop: StopSignal,
+) -> TaughtStore | None:
+    """What the teacher says of all rows of the run, on disk; None where it is asked at every step, or there is none."""
+    store = teacher_store(job, plan)
+    if store is None:
+        return None
+    assert isinstance(core.objective, Taught)
+    section, material = job.section(), data.material if isinstance(data, SampleData) else None
+
+    def load() -> PreTrainedModel:
+        teacher = find_teacher(job, data.tokenizer, material)
+        use_attention(teacher, "sdpa", isolate=_isolates(section, plan))
+        return teacher
+
+    batches = _feed(data, core, plan, section, accelerator).batches(make_order(job, data))
+    asking = Asking(store, core.objective, batches, plan.precision == "bf16", stop.asked)
+    teach(asking, load, accelerator, reporter, num_bytes=plan.teacher_cache["bytes"])
+    return store
 
 
 def _some_rows(feed: Feed | SampleFeed) -> Batch:

@@ -12,11 +12,14 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.augment import Augmented
+from llmkit.data.augment.mixing import Mixing, mixed
+from llmkit.data.augment.paraphrases import Paraphrases
 from llmkit.data.balance import Groups, by_class
 from llmkit.data.loader import Encode, Prefetcher
 from llmkit.data.order import RowOrder
 from llmkit.data.sample_batches import SampleBatches, held_out_batches
 from llmkit.data.samples import Samples
+from llmkit.data.taught import TaughtBatches, TaughtStore, made_up
 from llmkit.data.tokenizers import load_tokenizer
 from llmkit.evaluate.split import ROW_NUMBERS
 from llmkit.objectives.base import Batch, Example, Material, Objective, size_of
@@ -40,6 +43,7 @@ class SampleData:
         held_out: Rows to measure on.
         material: What the task is made of.
         groups: Rows to learn from by class, where classes are balanced.
+        paraphrases: Of each `back_translate` of the recipe, what stands for a text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,6 +51,7 @@ class SampleData:
     held_out: Samples
     material: Material
     groups: Groups | None = None
+    paraphrases: Sequence[Paraphrases] = ()
 
 
 def open_samples(job: Job) -> SampleData:
@@ -63,7 +68,9 @@ def open_samples(job: Job) -> SampleData:
     )
     folder = Path(job.rows)
     train = Samples(folder, "train")
-    return SampleData(tokenizer, train, Samples(folder, "held_out"), material, _groups(section, train))
+    held_out, groups = Samples(folder, "held_out"), _groups(section, train)
+    said = [Paraphrases(Path(place)) for place in job.paraphrases]
+    return SampleData(tokenizer, train, held_out, material, groups, said)
 
 
 def _groups(section: Finetune, train: Samples) -> Groups | None:
@@ -76,14 +83,21 @@ class SampleFeed:
     """Batches for this process: training steps one after the other, and the held-out rows."""
 
     def __init__(
-        self, data: SampleData, objective: Objective, plan: Plan, section: Finetune, accelerator: Accelerator
+        self,
+        data: SampleData,
+        objective: Objective,
+        plan: Plan,
+        section: Finetune,
+        accelerator: Accelerator,
+        taught: TaughtStore | None = None,
     ) -> None:
         self._data = data
         self._objective = objective
         self._plan = plan
         self._packed = goal_of(section.task).packs and plan.packed
         self._accelerator = accelerator
-        self._draws = bool(section.augment) or getattr(objective, "draws", False)
+        self._taught = taught
+        self._draws = bool(section.augment or section.loss.mixup) or getattr(objective, "draws", False)
         self._encode: Encode = objective.encode
         if section.augment:
             self._encode = Augmented(
@@ -92,13 +106,18 @@ class SampleFeed:
                 task=section.task,
                 tokenizer=data.tokenizer,
                 language=data.material.language,
+                paraphrases=[one.of for one in data.paraphrases],
             )
+        self._mixing: Mixing | None = None
+        if section.loss.mixup:
+            self._mixing = Mixing(self._encode, data.train, section.loss.mixup, data.groups)
         self._batches: SampleBatches | None = None
 
     def steps(self, order: RowOrder, start: int, stop: int, *, workers: int = 0) -> Prefetcher:
         """This process's examples of steps `start` to `stop`, prepared ahead; to be closed. See `Feed.steps`."""
-        self._batches = self.batches(order)
-        return Prefetcher(self._batches, start, stop, workers=workers)
+        self._batches = batches = self.batches(order)
+        taught = batches if self._taught is None else TaughtBatches(batches, self._taught)
+        return Prefetcher(taught, start, stop, workers=workers)
 
     def batches(self, order: RowOrder) -> SampleBatches:
         """The steps' rows, for this process."""
@@ -110,8 +129,9 @@ class SampleFeed:
             packed=self._packed,
             world_size=self._plan.world_size,
             rank=self._accelerator.process_index,
-            encode=self._encode,
+            encode=self._mixing or self._encode,
             draws=self._draws,
+            partner=self._mixing.partner if self._mixing else None,
             groups=self._data.groups.rows if self._data.groups else None,
         )
 
@@ -166,6 +186,10 @@ class SampleFeed:
         row = {**self._data.train[int(np.argmax(lengths))], "seed": 0}
         times = max(1, self._plan.micro_batch_tokens // max(1, int(lengths.max())))
         example = self._objective.encode(row)
+        if self._mixing is not None:
+            example = mixed(example, example, 0.5)
+        if self._taught is not None:
+            example = made_up(example, self._taught.top_k, self._taught.outputs)
         return self._batch([example] * min(times, self._plan.rows_per_step))
 
     def _counted(self, examples: Sequence[Example]) -> Batch:

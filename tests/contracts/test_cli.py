@@ -20,6 +20,7 @@ COMMANDS = [
     "show",
     "plan",
     "predict",
+    "merge",
     "explain",
     "sweep",
     "demo",

@@ -17,7 +17,7 @@ TRIAL = "runs of `verify-resume`, in a scratch folder of the door: what a kill l
 
 ALLOWED = {
     # Fills what the door publishes.
-    "compress/export.py _moving.write shutil.copyfile": FILLS,
+    "compress/export.py _moving.write shutil.move": FILLS,
     "compress/export.py _write_sixteen model.save_pretrained": FILLS,
     "data/npy.py NpyWriter.__init__ path.open": FILLS,
     "data/prepare.py _take shutil.copyfile": FILLS,

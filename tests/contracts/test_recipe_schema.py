@@ -73,7 +73,10 @@ CHATS: list[tuple[str, Any, bool]] = [
     ("finetune", chats("dpo", dpo={"loss": "simpo", "margin": 2, "label_smoothing": 0.1}), True),
     ("finetune", chats("dpo", dpo={"margin": 2}), False),
     ("finetune", chats("dpo", dpo={"beta": 0}), False),
-    ("finetune", chats("dpo", dpo={"loss": "kto"}), False),
+    ("finetune", chats("dpo", dpo={"loss": "kto", "beta": 0.2, "desirable_weight": 3}), True),
+    ("finetune", chats("dpo", dpo={"loss": "kto", "undesirable_weight": 0}), False),
+    ("finetune", chats("dpo", dpo={"loss": "kto", "label_smoothing": 0.1}), False),
+    ("finetune", chats("dpo", dpo={"undesirable_weight": 2}), False),
     (
         "finetune",
         chats("qa", qa={"stride": 64, "longest": 50, "no_answer_threshold": -1.5, "rules": "cmrc"}),

@@ -3,7 +3,7 @@
 import pytest
 from sessions import Point, shared_server
 from training import losses, same_bits, weights
-from tuning import EACH, folder_of, words
+from tuning import EACH_LOSS, folder_of, words
 
 from llmkit.report.run_log import read_metrics
 
@@ -17,7 +17,7 @@ def measured(folder):
     }
 
 
-@pytest.mark.parametrize("task", EACH)
+@pytest.mark.parametrize("task", EACH_LOSS)
 def test_killed_and_resumed_it_ends_with_the_same_bits(in_memory, task):
     server = shared_server()
     ended = server.run(words(in_memory, task, "whole"))

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,13 @@ from safetensors.torch import load_file
 from training import options, pretrain, start
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from llmkit.errors import UsageError
 from llmkit.recipe import load_recipe
+from llmkit.recipe.compression import Recover
 from llmkit.report.console import make_reporter
 from llmkit.run import compress
+from llmkit.run.compression import artefacts, chain
+from llmkit.run.compression.recover import _place_of, _taught
 
 TRAIN = {"length": "6 steps", "batch": "4 samples", "optim": {"lr": 1e-3}}
 HALF = {"method": "prune", "share": "50%", "by": "magnitude", "stages": 2, "recover": {"train": TRAIN}}
@@ -68,14 +74,59 @@ def test_zeros_stay_through_this_recovery_and_those_after_it(folder, run):
     assert times == {path: path.stat().st_mtime_ns for path in result.folder.rglob("model.safetensors")}
 
 
-def test_what_is_trained_as_rounded_is_stored_so(folder, run):
+def dying(name, true):
+    """Stops what writes or removes the file or folder of this name."""
+
+    def call(path, *more):
+        if path.name == name or path.parent.name == name:
+            raise OSError("died")
+        return true(path, *more)
+
+    return call
+
+
+def test_what_is_trained_as_rounded_is_stored_so(folder, run, monkeypatch):
     """Training's last evaluation was of the rounded weights; of the artefact all others are stored in 16 bits."""
     step = {"method": "quantize", "format": "int8", "recover": {"train": TRAIN}}
+    with monkeypatch.context() as patch:  # ended between the artefact's model and what says that it is done
+        patch.setattr(artefacts, "write_json", dying("1-quantize", artefacts.write_json))
+        with pytest.raises(OSError, match="died"):
+            made(folder, "tiny", step)
+    with monkeypatch.context() as patch:  # and again before what led to it went
+        patch.setattr(chain, "remove_folder", dying("model", chain.remove_folder))
+        with pytest.raises(OSError, match="died"):
+            made(folder, "tiny", step)
     result = made(folder, "tiny", step)
+    facts = result.summary["chain"][1]["facts"]
+    assert (facts["recovered"], facts["solver"]) == (True, "rtn")
+    assert not list(result.folder.glob("1-quantize.*/model"))
+    assert not (result.folder / "tokenize").exists()  # what the run made for itself is not left here again
     [report] = result.folder.glob("1-quantize.recover-*/report.json")
     trained = json.loads(report.read_text())["final"]["eval/loss"]
     assert result.summary["metrics"]["loss"] == pytest.approx(trained, abs=1e-3)
     assert result.summary["metrics"]["loss"] != result.summary["before"]["loss"]
+
+
+def test_training_goes_into_the_folder_of_the_run_wherever_that_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "runs/tiny/compress-a/1-prune/compress-b/1-prune.recover-x"
+    place.mkdir(parents=True)
+    wanted = "tiny", "compress-a/1-prune/compress-b/1-prune.recover-x"
+    for folder in (place, place.relative_to(tmp_path)):
+        assert _place_of(folder, Path("runs")) == (Path("runs"), *wanted)
+    (tmp_path / "runs/.cache").mkdir()
+    assert _place_of(place, Path("elsewhere")) == (tmp_path / "runs", *wanted)
+
+
+def test_who_cannot_learn_from_a_teacher_learns_from_the_data(tmp_path):
+    material = SimpleNamespace(subject=SimpleNamespace(place=tmp_path))
+    quiet = make_reporter(quiet=True)
+    assert _taught(Recover(), material, "cls", quiet).teacher == str(tmp_path)
+    assert _taught(Recover(), material, "clm", quiet).weight == Recover().distil.weight
+    assert _taught(Recover(), material, "embed", quiet) is None
+    assert _taught(Recover(), material, "electra", quiet) is None
+    with pytest.raises(UsageError, match="`embed` cannot be compared"):
+        _taught(Recover(distil={"weight": 0.3}), material, "embed", quiet)
 
 
 @pytest.mark.slow

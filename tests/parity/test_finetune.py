@@ -5,7 +5,7 @@ import json
 import pytest
 from sessions import shared_server
 from training import losses, same_bits, weights
-from tuning import EACH, folder_of, model_of, rows_file, words
+from tuning import EACH, EACH_LOSS, folder_of, model_of, rows_file, words
 
 from llmkit.report.run_log import read_metrics
 
@@ -51,7 +51,7 @@ def compare(one, other):
     assert max(abs(mine[name] - its[name]).max() for name in mine) < 2e-5
 
 
-@pytest.mark.parametrize("task", EACH)
+@pytest.mark.parametrize("task", EACH_LOSS)
 def test_two_processes_and_any_micro_batches_learn_what_one_process_learns(tmp_path, task):
     one = trained(tmp_path, task, "one")
     large = trained(tmp_path, task, "large", "machine.micro_batch=8")

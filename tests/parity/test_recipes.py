@@ -44,7 +44,13 @@ def smoke(name, folder, *words):
     return loaded.recipe, result
 
 
-@pytest.mark.parametrize("name", sorted(set(packaged_names()) - set(ELSEWHERE) - set(TUNES)))
+SLOW = ("life",)
+SHIPPED = sorted(set(packaged_names()) - set(ELSEWHERE) - set(TUNES))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SHIPPED]
+)
 def test_a_shipped_recipe_runs(name, tmp_path):
     recipe, _ = smoke(name, tmp_path)
     folder = tmp_path / "runs" / recipe.name / "pretrain"
@@ -115,6 +121,7 @@ def test_questions_are_answered_from_what_was_found(tmp_path):
     assert {"exact_match", "f1", "mrr"} <= found.keys()
 
 
+@pytest.mark.slow
 def test_a_student_of_the_quickstart(tmp_path):
     teacher, _ = smoke("quickstart", tmp_path)
     place = tmp_path / "runs" / teacher.name

@@ -1,6 +1,7 @@
 """A chain of compressions: artefacts, what is not made again, what it is measured on, the gate."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -15,7 +16,8 @@ from llmkit import registry
 from llmkit.cli import main
 from llmkit.cli.compress import step_of
 from llmkit.compress.given import Made
-from llmkit.errors import GateError, UsageError
+from llmkit.compress.prune import number_left
+from llmkit.errors import CorruptError, GateError, UsageError
 from llmkit.evaluate.measurement import Measurement
 from llmkit.evaluate.verdict import Difference
 from llmkit.objectives.base import NOT_LEARNED
@@ -23,8 +25,9 @@ from llmkit.recipe import load_recipe
 from llmkit.recipe.compression import Step
 from llmkit.report.console import make_reporter
 from llmkit.run import compress
-from llmkit.run.compression.artefacts import Artefact, label_of
-from llmkit.run.compression.judge import Judged, limit_of
+from llmkit.run.compression.artefacts import Artefact, begin, label_of
+from llmkit.run.compression.chain import over_stages, stage_of
+from llmkit.run.compression.judge import Judged, check_direction, limit_of
 from llmkit.run.compression.material import material_of
 from llmkit.run.evaluate import find_subject
 
@@ -128,6 +131,99 @@ def test_what_is_made_is_not_made_again_and_a_changed_step_makes_what_follows(fo
     assert [step.share for step, _ in calls[5:]] == [0.3]
 
 
+@pytest.mark.slow
+def test_what_is_said_of_a_model_makes_no_other_one(folder, run):
+    made(folder, "tiny", prune("40%"))
+    before = (run / "model" / "manifest.json").read_bytes()
+    words = ["eval", "tiny", "--data", str(write_corpus(folder / "corpus")), "--runs", str(folder / "runs")]
+    assert main([*words, "-q"]) == 0
+    assert (run / "model" / "manifest.json").read_bytes() != before  # the card has more figures now
+    made(folder, "tiny", prune("40%"))
+    assert len(calls) == 1
+    # A run that was moved is the same, too; with other weights or another tokenizer it is not.
+    first = begin("tiny", run / "model").address
+    for name, same in (("README.md", True), ("model.safetensors", False), ("tokenizer_config.json", False)):
+        place = folder / f"copied-{name}" / "model"
+        shutil.copytree(run / "model", place)
+        assert begin("tiny", place).address == first
+        (place / name).write_bytes((place / name).read_bytes() + b" ")
+        if name.endswith(".safetensors"):
+            with pytest.raises(CorruptError, match=r"model\.safetensors"):
+                begin("tiny", place)
+        else:
+            assert (begin("tiny", place).address == first) is same
+
+
+def test_a_dry_run_says_what_is_done_already_and_writes_nothing(folder, run, capsys):
+    made(folder, "tiny", prune("16%"))
+    words = ["compress", "tiny", "--method", "prune,share=16%,by=magnitude"]
+    rest = ["seed=3", "compress.speed=null", "--runs", str(folder / "runs"), "-n"]
+    before = sorted(folder.rglob("*"))
+    for more, wanted in (
+        ([], [True]),
+        (["--method", "prune,share=50%"], [False, False]),  # in another folder
+        (["--fresh"], [False]),
+        (["seed=4"], [False]),
+    ):
+        assert main([*words, *more, *rest[bool("seed=4" in more) :], "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert [one["made"] for one in told["chains"][""]] == wanted
+    assert main(["compress", "tiny", "compress.target.size=30%", *rest]) == 0
+    said = capsys.readouterr().out
+    assert "tried/channels-25-int4/1-prune" in said
+    assert sorted(folder.rglob("*")) == before
+    assert len(calls) == 1
+
+
+def test_what_learn_names_counts_by_its_bytes(folder, run, tmp_path):
+    text = "\n".join(path.read_text() for path in sorted(write_corpus(folder / "corpus").iterdir())[:4])
+    for name, more, times in (("a.txt", "", 1), ("b.txt", "", 1), ("b.txt", "and more", 2)):
+        (tmp_path / name).write_text(text + more)
+        learn = {"files": str(tmp_path / name)}
+        made(folder, "tiny", {"method": "prune", "share": "15%"}, learn=learn)
+        assert len(calls) == times
+
+
+def test_rows_to_learn_from_come_from_one_source(folder, classifier):
+    learn = [{"files": "a.csv"}, {"files": "b.csv"}]
+    with pytest.raises(UsageError, match=r"compress\.learn names 2 sources"):
+        made(folder, classifier.parent, {"method": "prune", "share": "30%"}, learn=learn)
+
+
+def test_what_cannot_be_judged_is_told_before_anything_is_made(folder, run):
+    with pytest.raises(UsageError, match=r"compress\.metric: .*`macro_f1`"):
+        made(folder, "tiny", prune("21%"), metric="macro_f1")
+    assert calls == []
+    odd = Measurement("a", "a", "text", "d", {"oddness": 2.0}, ["oddness"], "oddness")
+    with pytest.raises(UsageError, match="rises or falls"):
+        check_direction("oddness", odd)
+
+
+def test_facts_of_several_stages_count_from_the_first():
+    first = {
+        "num_parameters_before": 100,
+        "num_parameters": 80,
+        "channels": [64, 48],
+        "kept": [[0, 1, 3]],
+        "gone": [[2]],
+        "influence": [[0.5, 0.4, 0.1, 0.6]],
+    }
+    second = {
+        "num_parameters_before": 80,
+        "num_parameters": 60,
+        "share_of_parameters": 0.25,
+        "channels": [48, 32],
+        "kept": [[0, 2]],
+        "gone": [[1]],
+        "influence": [[0.5, 0.2, 0.6]],
+    }
+    found = over_stages([first, second])
+    assert found["share_of_parameters"] == pytest.approx(0.4)
+    assert (found["num_parameters_before"], found["channels"]) == (100, [64, 32])
+    assert (found["kept"], found["gone"]) == ([[0, 3]], [[1, 2]])
+    assert over_stages([first]) == first
+
+
 def test_a_planted_bad_compression_ends_with_4_and_is_kept_and_marked(folder, run, capsys):
     words = ["compress", "tiny", "--method", "prune,share=95%,by=magnitude", "compress.speed=null"]
     words += ["--max-drop", "1%", "--runs", str(folder / "runs"), "--json"]
@@ -142,6 +238,8 @@ def test_a_planted_bad_compression_ends_with_4_and_is_kept_and_marked(folder, ru
     )
     assert report["status"] == "failed"
     assert report["gates"] == given["gates"]
+    assert main(["runs", "--runs", str(folder / "runs")]) == 0
+    assert "compress-prune-95-magnitude (does not hold)" in capsys.readouterr().out
     # The same with room enough holds.
     assert main([*words[:-5], "--max-drop", "100%", *words[-3:]]) == 0
 
@@ -200,6 +298,8 @@ def test_what_cannot_be_is_said(folder, run, tmp_path, capsys):
     assert "did you mean `group`?" in capsys.readouterr().err
     with pytest.raises(UsageError, match="nothing can follow that"):
         made(folder, "tiny", {"method": "export", "to": "bf16"}, prune("10%"))
+    with pytest.raises(UsageError, match="step 1 stores weights in few bits, and nothing can follow that"):
+        made(folder, "tiny", {"method": "quantize"}, prune("10%"))
     place = tmp_path / "quantised"
     place.mkdir()
     config = json.loads((run / "model" / "config.json").read_text())
@@ -261,6 +361,36 @@ def test_only_what_is_lost_beyond_chance_counts(after, low, high, held):
     found = limit_of(0.02, "loss", Judged(Artefact("b", None, ""), now, [pair]), before)
     assert found.held is held
     assert found.limit == pytest.approx(2.04)
+
+
+@pytest.mark.parametrize(("low", "high", "held"), [(-0.09, -0.01, True), (-0.06, -0.04, False)])
+def test_of_what_is_better_the_higher_the_near_end_is_the_upper_one(low, high, held):
+    before = Measurement("a", "a", "cls", "d", {"accuracy": 0.9}, ["accuracy"], "accuracy")
+    now = replace(before, figures={"accuracy": 0.85})
+    pair = Difference("b", "a", "accuracy", 0.85, 0.9, -0.05, low=low, high=high)
+    assert limit_of(0.02, "accuracy", Judged(Artefact("b", None, ""), now, [pair]), before).held is held
+
+
+def test_stages_come_to_the_share():
+    layers, weights = (
+        Step.model_validate({"method": "prune", "what": what, "share": "60%", "stages": 3, "recover": {}})
+        for what in ("layers", "weights")
+    )
+    left = 1.0
+    for number, wanted in ((1, 0.8), (2, 0.6), (3, 0.4)):
+        left *= 1 - stage_of(layers, number, 3).share  # of what the stage before left
+        assert left == pytest.approx(wanted)
+        assert stage_of(weights, number, 3).share == pytest.approx(1 - wanted)  # zeros are zeros already
+        assert stage_of(weights, number, 3).recover is None
+    # Two of six layers in three parts: counted anew from what is left each time, three would go.
+    third = layers.model_copy(update={"share": 1 / 3})
+    now, went = 6, []
+    for number in (1, 2, 3):
+        before = {"kept": [[*range(now)]], "gone": [[*range(6 - now)]]} if number > 1 else None
+        part = stage_of(third, number, 3, before)
+        now = number_left(now, part.share, "layers") if part is not None else now
+        went.append(now)
+    assert went == [5, 5, 4]
 
 
 def test_more_is_better_counts_downwards():

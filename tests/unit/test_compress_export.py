@@ -18,6 +18,7 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -143,7 +144,9 @@ def test_llama_cpp_says_what_the_model_says(family, tmp_path):
     assert (found - expected).abs().max() < 0.01 * expected.abs().max()  # what was read is kept in float16
     assert made.facts["difference"]["same_choice"] > 0.95
     assert made.facts["loss_after"] == pytest.approx(made.facts["loss_before"], abs=1e-3)
-    generated = model.generate(ids_BT, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for each in (model, other):
+        each.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, do_sample=False)
+    generated = model.generate(ids_BT, max_new_tokens=6)
     assert torch.equal(other.generate(ids_BT, max_new_tokens=6), generated)
     other.close()
 
@@ -162,7 +165,15 @@ def test_padding_on_the_right_is_not_read_and_other_padding_is_refused(tmp_path)
     with pytest.raises(UsageError, match="filled up on the right"):
         logits(other, ids_BT, attention_mask=mask_BT.flip(1))
     with pytest.raises(UsageError, match="takes no positions"):
-        logits(other, ids_BT, position_ids=torch.zeros_like(ids_BT))
+        logits(other, ids_BT, position_ids=torch.arange(5, 15).expand_as(ids_BT))
+    # Documents in one row do not see each other: each is as it is alone.
+    positions_BT = torch.cat([torch.arange(4), torch.arange(6)]).expand_as(ids_BT).clone()
+    positions_BT[1] = torch.cat([torch.arange(7), torch.arange(2), torch.arange(1)])
+    found = logits(other, ids_BT, position_ids=positions_BT)
+    assert found.shape == (2, 10, model.config.vocab_size)
+    for row, first, end in ((0, 0, 4), (0, 4, 10), (1, 0, 7), (1, 7, 9), (1, 9, 10)):
+        expected = logits(model, ids_BT[row : row + 1, first:end])[0]
+        assert (found[row, first:end] - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 def blocks(row, bits):
@@ -224,6 +235,47 @@ def test_what_llama_cpp_says_otherwise_is_an_error(kind, monkeypatch, tmp_path):
     with pytest.raises(RunError, match=r"llama\.cpp differs by"):
         apply(given_of(decoder("llama")), step("gguf", kind))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
+@pytest.mark.parametrize("wrong", ["positions", "norms", "scaling", "heads", "layers"])
+def test_settings_that_llama_cpp_is_told_wrongly_are_an_error(wrong, kind, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    family = "llama"
+    if wrong == "positions":
+        real = gguf.GGUFWriter.add_rope_freq_base
+        monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda self, base: real(self, base / 10))
+    elif wrong == "norms":
+        monkeypatch.setattr(
+            gguf.GGUFWriter,
+            "add_layer_norm_rms_eps",
+            lambda self, eps: self.add_float32("llama.attention.layer_norm_rms_epsilon", 0.1),
+        )
+    elif wrong == "scaling":
+        family = "llama-scaled"
+        monkeypatch.setattr(gguf_export, "_rope_factors", lambda config: None)
+    elif wrong == "heads":
+        monkeypatch.setattr(
+            gguf_export,
+            "_heads_of",
+            lambda source, config: 2 if source.endswith(("q_proj.weight", "k_proj.weight")) else 0,
+        )
+    else:
+        real_block = gguf.GGUFWriter.add_block_count
+        monkeypatch.setattr(gguf.GGUFWriter, "add_block_count", lambda self, count: real_block(self, 1))
+    with pytest.raises(RunError, match=r"llama\.cpp (differs|diverges|does not take)"):
+        apply(given_of(decoder(family)), step("gguf", kind))
+
+
+def test_what_ends_an_answer_is_known_to_llama_cpp(tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model, end = decoder("llama"), 7
+    model.generation_config.eos_token_id = [tokenizer_of("llama").eos_token_id, end]
+    apply(given_of(model), step("gguf")).write(tmp_path)
+    words = load_runtime(tmp_path)._words
+    ends = [number for number in range(40) if llama_cpp.llama_vocab_is_eog(words, number)]
+    assert set(ends) >= {tokenizer_of("llama").eos_token_id, end}
 
 
 def test_without_llama_cpp_the_file_is_read_back(monkeypatch, tmp_path):
@@ -441,16 +493,22 @@ def test_torch_alone_runs_a_program(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_encoder_decoder_has_no_form_in_onnx_and_is_a_program_of_torch(tmp_path):
+def test_an_encoder_decoder_is_a_program_of_torch_and_what_onnx_cannot_say_is_refused(monkeypatch):
     pytest.importorskip("onnxruntime")
     config = T5Config(
-        vocab_size=700, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=700, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
     )
     model = T5ForConditionalGeneration(config).eval()
     made = apply(given_of(model, place=tiny("t5")), step("torch"))
     assert made.facts["difference"]["largest_difference"] < 1e-4
-    with pytest.raises(UsageError, match="t5 has no form in ONNX"):
+
+    def never(*args, **more):
+        raise torch.onnx.OnnxExporterError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", never)
+    with pytest.raises(UsageError, match=r"t5 has no form in ONNX \(no such operator\)"):
         apply(given_of(model, place=tiny("t5")), step("onnx"))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_an_exported_model_that_differs_is_an_error(monkeypatch, tmp_path):

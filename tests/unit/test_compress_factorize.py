@@ -89,6 +89,19 @@ def test_inputs_that_are_never_there_do_no_harm():
     assert torch.allclose(states @ (up @ down).T, states @ weight.T, atol=1e-3)
 
 
+def test_inputs_that_hardly_differ_are_no_bug():
+    """Few rows of a young model: sums in 32 bits leave eigenvalues below zero, by more than the ridge."""
+    weight, _ = matrices()
+    states = 1 + 1e-5 * torch.randn(300, 20, generator=torch.Generator().manual_seed(2))
+    gram = (states.T @ states).double()
+    assert float(torch.linalg.eigvalsh(gram)[0]) < 0
+    up, down, lost = factorize.factors(weight, 1, gram - 1e-5 * gram.diagonal().mean() * torch.eye(20))
+    wanted = states.double() @ weight.T
+    error = (states.double() @ (up @ down).T - wanted).square().sum() / wanted.square().sum()
+    assert float(error) < 1e-4
+    assert lost >= 0
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("by", ["weights", "activation"])
 def test_at_full_rank_the_model_is_the_same(name, by, monkeypatch):

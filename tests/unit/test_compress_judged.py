@@ -21,7 +21,7 @@ from llmkit.run.compression.artefacts import begin
 from llmkit.run.compression.judge import Judged
 from llmkit.run.compression.judged import judged_batches, pair_all
 from llmkit.run.compression.material import material_of
-from llmkit.run.compression.search import ladder, search
+from llmkit.run.compression.search import ladder, least_size, search
 from llmkit.run.compression.timing import precision_of, speed_of
 from llmkit.run.evaluate import find_subject
 from llmkit.run.measure.text import shards_of_run
@@ -162,8 +162,8 @@ def test_an_exports_precision_is_that_of_its_file():
 
 
 def measurement(loss):
-    figures = {"loss": loss}
-    items = Items(["a", "b"], lambda numbers: {"loss": loss + 0 * float(np.sum(numbers))})
+    figures = {"loss": loss, "accuracy": 1 / loss}
+    items = Items(["a", "b"], lambda numbers: figures | {"loss": loss + 0 * float(np.sum(numbers))})
     return Measurement("m", "m", "text", "d", figures, ["loss"], "loss", items)
 
 
@@ -183,6 +183,7 @@ class Shop:
                 one.speed = [{"times_as_fast": 1 / seconds[one.artefact.place]}]
 
         monkeypatch.setattr(searching, "speed_of", timed)
+        monkeypatch.setattr(searching, "fitting", lambda settings, place: settings)
 
     def chain_of(self, name, steps):
         if name not in self._models:
@@ -190,12 +191,11 @@ class Shop:
         self.made.append(name)
         return [SimpleNamespace(word="first", place="first"), SimpleNamespace(word=name, place=name)]
 
-    def search(self, names, max_drop=None, **target):
+    def search(self, names, max_drop=None, metric="loss", **target):
+        names = names if isinstance(names, dict) and names is not MODELS else {name: [] for name in names}
         section = SimpleNamespace(target=Target(**target), max_drop=max_drop, speed=None)
         given = SimpleNamespace(section=section, of=lambda word, place: word, asked=SimpleNamespace(seed=0))
-        return search(
-            measurement(1.0), "loss", given, self.chain_of, QUIET, rungs={name: [] for name in names}
-        )
+        return search(measurement(1.0), metric, given, self.chain_of, QUIET, rungs=dict(names))
 
 
 MODELS = {"mild": (150, 1.0), "middle": (90, 1.05), "other": (80, 1.02), "strong": (50, 2.0)}
@@ -214,6 +214,32 @@ def test_of_those_that_will_do_the_one_that_loses_least_is_chosen(monkeypatch):
     assert (told["strong"]["reached"], told["strong"]["held"]) == (True, False)
     assert told["odd"]["error"] == "odd fits no such model"
     assert told["middle"]["difference"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_what_is_lost_counts_before_what_is_saved_and_of_equals_the_smaller_one_is_taken(monkeypatch, metric):
+    models = {"smallest": (50, 1.05), "better": (90, 1.01), "as good": (80, 1.01)}
+    found = Shop(monkeypatch, models).search(list(models), size="50%", metric=metric)
+    assert found.artefacts[-1].word == "as good"
+
+
+def test_what_is_known_to_be_too_large_is_not_made_and_nothing_is_measured_twice(monkeypatch):
+    assert least_size([Step(method="quantize")]) == 0.5
+    assert least_size([Step(method="quantize", format="mixed")]) == pytest.approx(5 / 16)
+    cut = Step(method="prune", what="layers", share=0.25)
+    assert least_size([cut, Step(method="quantize", format="int4")]) == pytest.approx(0.65 / 4)
+    assert least_size([Step(method="prune", share=0.5)]) == 1  # zeros take as much room
+    assert least_size([Step(method="export", to="gguf", type="q4_0")]) == 0.25
+    shop = Shop(monkeypatch, MODELS)
+    rungs = {"mild": [Step(method="quantize")], "strong": [Step(method="quantize", format="int4")]}
+    found = shop.search(rungs, size="30%")
+    assert shop.made == ["strong"]
+    assert found.tried[0]["error"] == "it leaves at least 50% of the size in 16 bits"
+    assert {place: one.figures["loss"] for place, one in found.measured.items()} == {"strong": 2.0}
+    # Where nothing can be small enough all are made, for the closest is wanted.
+    shop = Shop(monkeypatch, MODELS)
+    assert shop.search(rungs, size="10%").artefacts[-1].word == "strong"
+    assert shop.made == ["mild", "strong"]
 
 
 def test_a_time_is_reached_by_what_is_faster(monkeypatch):

@@ -458,6 +458,22 @@ def test_a_student_begins_with_layers_of_its_teacher():
     assert distil.evenly(12, 6) == [0, 2, 4, 7, 9, 11]
 
 
+def test_a_student_keeps_a_first_layer_with_something_of_its_own(monkeypatch):
+    monkeypatch.setattr(distil, "influences", lambda core, found: [[0.1, 0.9, 0.5, 0.8]])
+    found = given(build("llama"))
+    for first, kept in ((True, [[0, 1]]), (False, [[1, 3]])):
+        assert distil._choose(found, "influence", 2, [4], first=first) == kept
+
+
+def test_sites_whose_units_go_together_weigh_alike_whatever_their_scale():
+    sites = [SimpleNamespace(name=name, joint="j") for name in "ab"] + [SimpleNamespace(name="c", joint="")]
+    scores = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([600.0, 400.0]), "c": torch.tensor([5.0, 1.0])}
+    found = prune._joined(sites, scores)
+    assert torch.allclose(found["a"], torch.tensor([0.25 + 0.6, 0.75 + 0.4]))
+    assert torch.equal(found["a"], found["b"])
+    assert torch.equal(found["c"], scores["c"])
+
+
 def test_a_student_with_fewer_channels():
     made = student(build("t5"), layers=2, channels=0.5)
     assert made.model.config.d_ff == 20

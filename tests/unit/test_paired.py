@@ -137,6 +137,16 @@ def test_classes_that_are_ruled_out_add_nothing():
     assert found.agreement == 0
 
 
+def test_packed_rows_begin_where_positions_do_and_with_each_line():
+    """The second line goes on with what the first began, and is a row of its own all the same."""
+    batch = {
+        "targets": torch.zeros(2, 3, dtype=torch.long),
+        "position_ids": torch.tensor([[0, 1, 0], [1, 2, 0]]),
+    }
+    [row_N] = paired._rows_of(batch, [6])
+    assert row_N.tolist() == [0, 0, 1, 2, 2, 3]
+
+
 def test_rows_of_padding_beyond_the_vocabulary_are_left_out_of_the_divergence():
     first = torch.randn(2, 3, 5)
     second = torch.cat([first, torch.full((2, 3, 2), -20.0)], 2)

@@ -161,7 +161,7 @@ def test_what_was_tried_is_drawn_with_the_chosen_one_marked() -> None:
     drawn = re.findall(r'<text class="named"[^>]*>([^<]+)</text>', page)
     assert drawn == ["int4", "int4"]
     text = text_of(page)
-    assert "could not be made: no such" in text
+    assert "passed over: no such" in text
     assert "not small or fast enough" in text
     assert "loses too much" in text
 
@@ -249,6 +249,19 @@ def test_points_lie_where_their_numbers_say() -> None:
     assert by < ay
     assert drawn.count('class="ring') == 1
     assert scatter("t", [Dot("a", 0, 0)], format_x=str, format_y=str) == ""
+
+
+@pytest.mark.parametrize(
+    ("what", "facts", "said"),
+    [
+        ("layers", {"kept": [[0, 2], [0]], "gone": [[1], [1]]}, "2 of 5 layers taken out"),
+        ("channels", {"channels": [256, 192]}, "64 of 256 channels taken out"),
+        ("heads", {"groups": [3, 2]}, "1 of 3 groups of heads taken out"),
+        ("weights", {}, "20% of the weights set to zero"),
+    ],
+)
+def test_what_went_is_counted_where_a_share_was_rounded(what: str, facts: dict[str, Any], said: str) -> None:
+    assert deed({"method": "prune", "settings": {"what": what, "share": 0.2}, "facts": facts}) == said
 
 
 def card(parent: str | None = None, **more: Any) -> str:

@@ -13,6 +13,7 @@ from llmkit.recipe.preparation import Prepare
 from llmkit.recipe.schema import Sampling, Source
 from llmkit.report.console import make_reporter
 from llmkit.run import evaluate, find_model, generate, tokenize
+from llmkit.run.folders import anchored, placed
 from llmkit.train.checkpoint import saved_record
 
 
@@ -104,3 +105,87 @@ def test_a_small_source_is_read_no_more_often_than_it_may_be(tmp_path):
     rows = (sources[0]["num_tokens"] - 1) // 32
     assert few / (few + many) == pytest.approx(2 * rows / (20 * 8))
     assert few / (few + many) < 0.9
+
+
+def _paths(recipe):
+    """What a recipe begins with or learns from, by its section."""
+    tuned, begun = recipe.finetune, recipe.pretrain
+    return [tuned.adapter.start, tuned.distil.teacher, begun.model.embeddings, begun.distil.teacher]
+
+
+def test_a_teacher_an_adapter_and_word_vectors_are_found_from_the_recipe_too(tmp_path, monkeypatch):
+    """From the current folder if something is there, else from the recipe's; what is nowhere may be on the Hub."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    for folder in (home / "teacher", home / "tuned/finetune/adapter", away):
+        folder.mkdir(parents=True)
+    (home / "tuned/finetune/adapter/adapter_config.json").write_text("{}")
+    (home / "vectors.txt").write_text("")
+    made = {
+        "llmkit": 1,
+        "tokenize": {"vocab_size": 300},
+        "pretrain": {
+            "objective": "mlm",
+            "model": {"embeddings": "vectors.txt"},
+            "data": {"files": "*.txt"},
+            "train": {"length": "1 epochs", "batch": "8 samples"},
+            "distil": {"teacher": "owner/name"},
+        },
+        "finetune": {
+            "task": "sft",
+            "data": {"files": "chats.jsonl"},
+            "adapter": {"start": "tuned"},
+            "distil": {"teacher": "teacher"},
+        },
+    }
+    (home / "my.json").write_text(json.dumps(made))
+    monkeypatch.chdir(away)
+    loaded = load_recipe(home / "my.json")
+    wanted = [
+        str(home / "tuned/finetune/adapter"),
+        str(home / "teacher"),
+        str(home / "vectors.txt"),
+        "owner/name",
+    ]
+    assert _paths(placed(loaded).recipe) == wanted
+    assert _paths(anchored(loaded).recipe) == wanted
+    (away / "teacher").mkdir()
+    (away / "vectors.txt").write_text("")
+    here = [wanted[0], "teacher", "vectors.txt", "owner/name"]
+    assert _paths(placed(loaded).recipe) == here
+    assert _paths(anchored(loaded).recipe) == [
+        wanted[0],
+        str(away / "teacher"),
+        str(away / "vectors.txt"),
+        "owner/name",
+    ]
+    again = placed(loaded)
+    assert placed(again) is again
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_on_from_a_recipe_in_another_folder(tmp_path, monkeypatch):
+    from tuning import finetune
+    from tuning import recipe as tuning_recipe
+
+    pytest.importorskip("peft")
+    lora = {"method": "lora", "rank": 2, "merge": False}
+    first = finetune(tmp_path, "sft", "first", finetune__adapter=lora, finetune__train__length="2 steps")
+    again = tuning_recipe(
+        tmp_path,
+        "sft",
+        "again",
+        finetune__adapter={**lora, "start": "runs/first"},
+        finetune__train={"length": "2 steps", "batch": "12 samples", "optim": {"lr": 1e-9}},
+    )
+    path = tmp_path / "again.json"
+    path.write_text(json.dumps(again))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    from llmkit.run import finetune as verb
+
+    made = verb(load_recipe(path), options(tmp_path), make_reporter(quiet=True)).folder
+    from safetensors.torch import load_file
+
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (first, made))
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-6
+    assert str(first / "adapter") in (made / "resolved.yaml").read_text()

@@ -77,7 +77,7 @@ def tuned(folder, **changes):
     module = importlib.import_module("llmkit.run.finetune")
     loaded = load_recipe(tuning.recipe(folder, "sft", **changes))
     rows = SimpleNamespace(folder=Path("rows"), context=64, labels=())
-    return module._identity(loaded, SimpleNamespace(rows_per_step=12), rows)
+    return module._identity(loaded, SimpleNamespace(rows_per_step=12), rows, [])
 
 
 def test_how_an_adapter_is_exported_is_not_what_it_learns(tmp_path):

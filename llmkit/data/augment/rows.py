@@ -33,6 +33,7 @@ class Augmented:
         task: Whose rows they are.
         tokenizer: The model's, for what hides tokens.
         language: The recipe's.
+        paraphrases: Of each `back_translate` among the steps, what stands for a text.
 
     Raises:
         UsageError: Tokens are to be hidden, and the tokenizer has no mask.
@@ -40,10 +41,21 @@ class Augmented:
     """
 
     def __init__(
-        self, encode: Encode, steps: Sequence[Augment], *, task: str, tokenizer: Any, language: str
+        self,
+        encode: Encode,
+        steps: Sequence[Augment],
+        *,
+        task: str,
+        tokenizer: Any,
+        language: str,
+        paraphrases: Sequence[Callable[[str], str]] = (),
     ) -> None:
         self._encode = encode
         self._steps = list(steps)
+        given = iter(paraphrases)
+        self._paraphrases = {
+            number: next(given) for number, step in enumerate(steps) if step.method == "back_translate"
+        }
         self._texts = TEXTS.get(task, ())
         self._mask = tokenizer.mask_token_id
         self._special = np.asarray(sorted(tokenizer.all_special_ids), dtype=np.int64)
@@ -68,7 +80,11 @@ class Augmented:
             if step.method == "mask":
                 masks.append((step.ratio, chance))
             for name in self._texts if step.method != "mask" else ():
-                if name in row:
+                if name not in row:
+                    continue
+                if number in self._paraphrases:  # these steps come first
+                    row[name] = self._paraphrases[number](row[name])
+                else:
                     row[name] = _changed(row[name], step, chance, thesaurus)
         example = self._encode(row)
         for ratio, chance in masks:

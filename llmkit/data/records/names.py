@@ -76,7 +76,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "rejected": ("dispreferred", "refused"),
         "system": ("system_prompt",),
         "completion": ("response", "output", "answer"),
-        "label": ("kto_tag", "desirable"),
+        "label": ("kto_tag", "desirable", "thumbs", "thumb", "thumbs_up", "feedback", "vote", "liked"),
     },
     "embed": {
         "anchor": ("query", "question", *_FIRST, "sentence", "text"),

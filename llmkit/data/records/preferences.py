@@ -185,11 +185,18 @@ def _wrong_end(what: str, hint: str) -> Fault:
     return refused("wrong order of roles", what, f"{hint}; `on_error: skip` leaves such rows out")
 
 
+_TRUE = ("true", "1", "1.0", "+1", "yes", "good", "up", "thumbs up", "thumbs_up", "like", "desirable", "👍")
+_FALSE = (
+    "false", "0", "0.0", "-1", "-1.0", "no", "bad", "down", "thumbs down", "thumbs_down", "dislike", "undesirable",
+    "👎",
+)  # fmt: skip
+
+
 def _truth(value: Any, column: str) -> bool:
-    """Whether an answer is good: `true`, 1, or so written."""
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    found = known.get(str(value).strip().lower())
+    """Whether an answer is good: `true`, 1, a thumb up, or so written."""
+    said = str(value).strip().lower().rstrip("\N{VARIATION SELECTOR-16}")
+    found = True if said in _TRUE else False if said in _FALSE else None
     if found is None:
-        hint = "write `true` or `false`"
+        hint = "write `true` or `false`; `on_error: skip` leaves such rows out"
         raise refused("no label", f"column {column!r} holds {short(value)}, not true or false", hint, value)
     return found

@@ -29,9 +29,9 @@ def split_rows(rows: Sequence[Row], task: str, ratio: float) -> tuple[list[Row],
     """Divide rows into those to train on and those held out, both in their order.
 
     For `cls` each class has its share of the held-out rows, by largest remainder; a row with several labels counts
-    for its rarest one. No class is held out wholly, so a class of one row is never held out; of `tag`, no type of
-    entity is, if it can be helped. Groups of rows that ask the same stay together, so that shares are exact where
-    groups have one row, and never above it otherwise.
+    for its rarest one. So have the good and the bad answers of `dpo`, where each is a row. No class is held out wholly,
+    so a class of one row is never held out; of `tag`, no type of entity is, if it can be helped. Groups of rows that
+    ask the same stay together, so that shares are exact where groups have one row, and never above it otherwise.
 
     Args:
         rows: Canonical rows.
@@ -47,7 +47,8 @@ def split_rows(rows: Sequence[Row], task: str, ratio: float) -> tuple[list[Row],
     for index, row in enumerate(rows):
         groups[document_hash(asked_of(row, task))].append(index)
     classes = [_classes_of(row, task) for row in rows]
-    held = _kept_back(_chosen(groups, classes if task == "cls" else None, len(rows), ratio), groups, classes)
+    shared = classes if task in ("cls", "dpo") else None
+    held = _kept_back(_chosen(groups, shared, len(rows), ratio), groups, classes)
     if not held:
         raise UndividedError(
             f"{len(rows):,} rows cannot be divided into a training and a held-out part (held_out: {ratio:g}): "
@@ -84,6 +85,8 @@ def _classes_of(row: Row, task: str) -> tuple[str, ...]:
         return tuple(labels_of(row))
     if task == "tag":
         return tuple({split_tag(tag)[1] for tag in row["tags"] if tag != OUTSIDE})
+    if task == "dpo" and "label" in row:
+        return (str(row["label"]),)
     return ()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.durable import (
     foreign_write,
+    hash_file,
     make_folders,
     read_manifest,
     remove_folder,
@@ -40,7 +41,9 @@ _WEIGHTS = (
     ".h5",
     ".msgpack",
 )
-_VERSION = 1
+_SAID = ("manifest.json", "README.md", "report.html")
+"""Files that say what a model is and do not change it: `llmkit eval` writes into a card."""
+_VERSION = 2
 """Counts changes of methods by which the same settings make another model."""
 
 
@@ -68,16 +71,29 @@ class Artefact:
 
 
 def begin(word: str, place: Path) -> Artefact:
-    """The model that a chain begins with."""
+    """The model that a chain begins with.
+
+    Its address follows from what is in its folder, the card left out. Where a manifest vouches for the weights they are
+    compared with it; elsewhere their sizes and dates stand for them.
+
+    Raises:
+        CorruptError: Its weights are not those that its manifest names.
+    """
+    known: Mapping[str, Any] = {}
     if (place / "manifest.json").is_file():
-        known: Any = read_manifest(place)
-    else:
-        known = [
-            [str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns]
-            for path in sorted(place.rglob("*"))
-            if path.is_file()
-        ]
-    return Artefact(word, place, _hash([str(place.absolute()), known]))
+        files = read_manifest(place)["files"]
+        known = {name: entry["sha256"] for name, entry in files.items() if name.endswith(_WEIGHTS)}
+        verify_folder(place, only=list(known))
+    found: list[object] = [] if known else [str(place.absolute())]
+    for path in sorted(place.rglob("*")):
+        name = path.relative_to(place).as_posix()
+        if name in _SAID or not path.is_file():
+            continue
+        if name.endswith(_WEIGHTS) and name not in known:
+            found.append([name, path.stat().st_size, path.stat().st_mtime_ns])
+        else:
+            found.append([name, known.get(name) or hash_file(path)])
+    return Artefact(word, place, _hash(found))
 
 
 def next_address(parent: Artefact, step: Step, material: Mapping[str, Any]) -> str:
@@ -129,20 +145,14 @@ def finished(folder: Path, address: str) -> Artefact | None:
     """The artefact in a folder, if it is the one of this address and whole."""
     try:
         known = json.loads((folder / STEP).read_bytes())
-        if known.get("address") != address:
+        if not isinstance(known, dict) or known.get("address") != address:
             return None
         verify_folder(folder / "model")
-    except (OSError, ValueError, CorruptError):
+        step = Step.model_validate(known["step"])
+        said = known["facts"], tuple(known["warnings"]), bool(known["standard"])
+    except (OSError, ValueError, KeyError, CorruptError):
         return None
-    return Artefact(
-        folder.name,
-        folder / "model",
-        address,
-        Step.model_validate(known["step"]),
-        known["facts"],
-        tuple(known["warnings"]),
-        bool(known["standard"]),
-    )
+    return Artefact(folder.name, folder / "model", address, step, *said)
 
 
 def leave(folder: Path, parent: Artefact, address: str, step: Step, made: "Made") -> Artefact:
@@ -166,19 +176,10 @@ def leave(folder: Path, parent: Artefact, address: str, step: Step, made: "Made"
                 made.write(temporary)
             else:
                 save_like(made.model, parent.place, temporary)
-    return seal(folder, parent, address, step, made.facts, made.warnings, standard=made.standard)
+    return _seal(folder, parent, address, step, made)
 
 
-def seal(
-    folder: Path,
-    parent: Artefact,
-    address: str,
-    step: Step,
-    facts: Mapping[str, Any],
-    warnings: Sequence[str],
-    *,
-    standard: bool,
-) -> Artefact:
+def _seal(folder: Path, parent: Artefact, address: str, step: Step, made: "Made") -> Artefact:
     """Say beside an artefact's model what it is; from then on it is done."""
     for name in _BESIDE:
         source = parent.place.parent / name
@@ -188,12 +189,14 @@ def seal(
         "address": address,
         "parent": {"folder": str(parent.place), "address": parent.address},
         "step": {k: v for k, v in step.model_dump(mode="json").items() if v is not None},
-        "facts": facts,
-        "warnings": list(warnings),
-        "standard": standard,
+        "facts": dict(made.facts),
+        "warnings": list(made.warnings),
+        "standard": made.standard,
     }
     write_json(folder / STEP, known)
-    return Artefact(folder.name, folder / "model", address, step, facts, tuple(warnings), standard)
+    return Artefact(
+        folder.name, folder / "model", address, step, made.facts, tuple(made.warnings), made.standard
+    )
 
 
 def save_like(model: Any, parent: Path, folder: Path) -> None:

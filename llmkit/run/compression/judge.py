@@ -7,7 +7,7 @@ from typing import Any
 
 from llmkit.errors import GateError, UsageError
 from llmkit.evaluate.measurement import Measurement
-from llmkit.evaluate.verdict import Difference, check_names, differences
+from llmkit.evaluate.verdict import Difference, differences
 from llmkit.registry import EVALUATIONS, load
 from llmkit.report.console import Reporter
 from llmkit.report.formatting import format_value
@@ -88,8 +88,12 @@ def measure(subject: Subject, material: Material, reporter: Reporter) -> Measure
     way = way_of(subject, asked.section)
     reporter.phase("compress", f"measuring {subject.word}")
     found: Measurement = load(EVALUATIONS[way].code)(subject, asked)
-    if material.section.metric is not None:
-        check_names([material.section.metric], found)
+    metric = material.section.metric
+    if metric is not None and metric not in found.figures:
+        known = [name for name in found.figures if not name.startswith("num_")]
+        raise UsageError(
+            f"compress.metric: {subject.word} has no figure `{metric}`", hint=f"it has {', '.join(known)}"
+        )
     return found
 
 
@@ -109,6 +113,19 @@ def weight_bytes(place: Path) -> int:
     return sum(path.stat().st_size for path in place.rglob("*") if path.name.endswith(kinds))
 
 
+def check_direction(metric: str, before: Measurement) -> None:
+    """Refuse a figure of which nobody knows which way it gets better.
+
+    Raises:
+        UsageError: It is such a one.
+    """
+    if before.direction(metric) is None:
+        raise UsageError(
+            f"compress.max_drop: nothing says whether a model gets better as `{metric}` rises or falls",
+            hint=f"choose another figure: compress.metric={before.best}",
+        )
+
+
 def limit_of(max_drop: float, metric: str, one: Judged, before: Measurement) -> Limit:
     """Whether a model lost more of a figure than may be lost.
 
@@ -117,12 +134,7 @@ def limit_of(max_drop: float, metric: str, one: Judged, before: Measurement) -> 
     Raises:
         UsageError: Nothing says which way the figure gets better.
     """
-    direction = before.direction(metric)
-    if direction is None:
-        raise UsageError(
-            f"compress.max_drop: nothing says whether a model gets better as `{metric}` rises or falls",
-            hint=f"choose another figure: compress.metric={before.best}",
-        )
+    check_direction(metric, before)
     after = figures_of(one)
     if metric not in before.figures or metric not in after:
         raise UsageError(
@@ -130,7 +142,7 @@ def limit_of(max_drop: float, metric: str, one: Judged, before: Measurement) -> 
             hint=f"it has {', '.join(sorted(set(after) & set(before.figures)))}",
         )
     value, other = after[metric], before.figures[metric]
-    sign = 1.0 if direction == "lower" else -1.0
+    sign = 1.0 if before.direction(metric) == "lower" else -1.0
     limit = other + sign * abs(other) * max_drop
     found = next((pair for pair in one.differences if pair.metric == metric), None)
     near = (value - other) * sign

@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import DataError, UsageError
+from llmkit.errors import DataError, MissingError, UsageError
 from llmkit.evaluate.sharing import ALONE
 from llmkit.hardware import detect_hardware
 from llmkit.recipe.compression import Step
+from llmkit.recipe.labelled import Labelled
 from llmkit.recipe.schema import Compress, Eval, Pretrain, Recipe
 from llmkit.registry import TASKS
 from llmkit.report.console import Reporter
-from llmkit.run.folders import Options
+from llmkit.run.folders import CACHE, Options
 from llmkit.run.foreign import foreign_run
 from llmkit.run.measure.asked import Asked, Subject
 from llmkit.run.tasks import TaskRun, load_core
@@ -57,6 +58,53 @@ class Material:
         subject = replace(self.of("", place), precision="fp32")
         return text_core(subject, self.asked, load_tokenizer(str(place)))[0]
 
+    @property
+    def learned(self) -> str:
+        """What the model is taken to have learned: the task, or how it learned text."""
+        if self.task is not None:
+            return self.task.section.task
+        from llmkit.run.measure.text import learned_by
+
+        return learned_by(self.subject).objective
+
+    def beside(self, step: Step) -> dict[str, Any]:
+        """What a step's model follows from besides its parent and its settings."""
+        known: dict[str, Any] = {"seed": self.asked.seed, "task": self.learned}
+        if looks(step) or step.recover is not None:
+            known["calibration"] = self.section.calibration.model_dump(mode="json")
+            known["learn"] = self.learn_address()
+        return known
+
+    def learn_address(self) -> list[str]:
+        """What `learn` names, by the bytes of its files: other text makes another model, a renamed file does not."""
+        from llmkit.data import records, sources
+
+        base, cache = self.asked.base, self.asked.options.runs / CACHE
+        if self.section.learn is None:
+            return []
+        if self.task is None:
+            return [sources.fingerprint(source, base, cache=cache) for source in self.section.learn]
+        return [records.fingerprint(self.labelled(), base, cache=cache)]
+
+    def labelled(self) -> Labelled:
+        """The rows of `learn`, in the form and columns of those that the model's run learned from.
+
+        Raises:
+            UsageError: It names several sources.
+        """
+        from llmkit.run.measure.labels import data_of
+
+        learn = self.section.learn or []
+        if len(learn) > 1:
+            raise UsageError(
+                f"compress.learn names {len(learn)} sources, and labelled rows come from one",
+                hint="give all files to one source: `learn: {files: [a.csv, b.csv]}`",
+            )
+        assert self.task is not None
+        data = data_of(self.task, replace(self.asked, section=Eval(data=learn)))
+        assert data is not None
+        return data
+
     def batches(self, core: "LossModule", step: Step) -> "Sequence[Batch]":
         """What the model learned from, as micro-batches; none for a step that looks at nothing.
 
@@ -80,6 +128,18 @@ class Material:
         longest = settings.tokens or _LONGEST_ROW
         return text_batches(core, learned_by(self.subject), streams, rows=settings.rows, longest=longest)
 
+    def _learned_rows(self) -> Any:
+        from llmkit.run.measure.labels import train_rows
+
+        assert self.task is not None
+        try:
+            return train_rows(self.task, self.asked.options.runs)
+        except MissingError as error:
+            raise MissingError(
+                f"{self.subject.word}: the rows that its run learned from are gone from the cache",
+                hint="give the steps others to look at: --learn FILES (compress.learn)",
+            ) from error
+
     def _streams(self, tokenizer: Any) -> Any:
         from llmkit.run.measure.text import shards_of_run, text_of
 
@@ -93,16 +153,16 @@ class Material:
 
     def _of_rows(self, core: "LossModule") -> "list[Batch]":
         from llmkit.data.sample_batches import held_out_batches
-        from llmkit.run.measure.labels import rows_of, train_rows
+        from llmkit.run.measure.labels import rows_of
 
         assert self.task is not None
         if self.section.learn is not None:
-            named = replace(self.asked, section=Eval(data=self.section.learn))
+            named = replace(self.asked, section=Eval(labelled=self.labelled()))
             store = rows_of(self.task, self.subject, named, core).store
         elif self.task is not self.subject.task:
             raise _unknown(self.subject)
         else:
-            store = train_rows(self.task, self.asked.options.runs)
+            store = self._learned_rows()
         groups = held_out_batches(
             store,
             tokens=MOST_TOKENS,

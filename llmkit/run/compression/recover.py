@@ -1,5 +1,6 @@
 """Training that repairs what a step lost: the run's own recipe on its own data, taught by the chain's first model."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,15 @@ from typing import Any
 from llmkit.errors import UsageError
 from llmkit.recipe import Loaded, load_recipe
 from llmkit.recipe.compression import Recover, Repair, Step
-from llmkit.recipe.objectives import Distil
+from llmkit.recipe.objectives import Distil, Teaching
 from llmkit.recipe.schema import EvalDuring, Finetune, Model, Pretrain, Recipe, Train, Tuning
+from llmkit.recipe.tasks import TAUGHT
 from llmkit.recipe.training import Rounded
-from llmkit.registry import OBJECTIVES
+from llmkit.registry import OBJECTIVES, TASKS, goal_of
 from llmkit.report.console import Reporter
 from llmkit.run.compression.material import Material
 from llmkit.run.finetune import finetune
-from llmkit.run.folders import Options
+from llmkit.run.folders import CACHE, Options, anchored, home_of
 from llmkit.run.pretrain import pretrain
 
 
@@ -49,31 +51,37 @@ def recover(
         RunError: Training failed; the same command goes on.
     """
     loaded = _loaded(material)
-    recipe, home = loaded.recipe, folder.parent.parent
-    free = recipe.machine.model_copy(update={"micro_batch": "auto"})  # another batch may not be a multiple
-    name, verb = home.relative_to(options.runs), folder.relative_to(home)
-    given = replace(options, fresh=False, self_check=False)
+    recipe, kept = loaded.recipe, _kept(settings.train, step, sparse=sparse)
+    # This machine, which need not be the one of the run's recipe; another batch may not be a multiple.
+    free = material.asked.machine.model_copy(update={"micro_batch": "auto"})
+    runs, name, verb = _place_of(folder, options.runs)
+    given = replace(options, runs=runs, fresh=False, self_check=False)
+    common = {"name": name, "machine": free}
     tuned = recipe.finetune
     if tuned is not None and tuned.task not in OBJECTIVES:
-        section: Pretrain | Finetune = tuned.model_copy(
-            update=_tuning(tuned, start, _kept(settings.train, step, sparse=sparse), settings, material)
-        )
-        made = recipe.model_copy(
-            update={"name": str(name), "finetune": section, "pretrain": None, "machine": free}
-        )
-        finetune(replace(loaded, recipe=made), given, reporter, verb=str(verb))
+        taught = _taught(settings, material, tuned.task, reporter)
+        section = tuned.model_copy(update=_tuning(tuned, start, kept, taught))
+        made = recipe.model_copy(update={**common, "finetune": section, "pretrain": None})
+        finetune(replace(loaded, recipe=made), given, reporter, verb=verb)
     else:
-        assert recipe.pretrain is not None
-        section = recipe.pretrain.model_copy(
-            update=_training(
-                recipe.pretrain, start, _kept(settings.train, step, sparse=sparse), settings, material
-            )
-        )
-        made = recipe.model_copy(
-            update={"name": str(name), "pretrain": section, "finetune": None, "machine": free}
-        )
-        pretrain(replace(loaded, recipe=made), given, reporter, verb=str(verb))
+        learned = recipe.pretrain
+        assert learned is not None
+        taught = _taught(settings, material, learned.objective, reporter)
+        again = learned.model_copy(update=_training(learned, start, kept, taught))
+        made = recipe.model_copy(update={**common, "pretrain": again, "finetune": None})
+        pretrain(replace(loaded, recipe=made), given, reporter, verb=verb)
     return folder / "model"
+
+
+def _place_of(folder: Path, runs: Path) -> tuple[Path, str, str]:
+    """The folder of runs, the run, and the folder in it that training goes to; that of a model that lies elsewhere."""
+    home = home_of(folder, runs)
+    if home is None:
+        above = folder.absolute().parents
+        runs = next((place for place in above if (place / CACHE).is_dir()), above[1])
+        home = home_of(folder, runs)
+    assert home is not None
+    return runs, str(home.relative_to(runs)), os.path.relpath(folder.resolve(), home.resolve())
 
 
 def _loaded(material: Material) -> Loaded:
@@ -81,8 +89,10 @@ def _loaded(material: Material) -> Loaded:
     subject, section = material.subject, material.section
     if subject.trained is not None and section.learn is None:
         return subject.trained
+    here = material.asked.base / "recipe.yaml"  # paths that `learn` names count from the section's recipe
     if subject.trained is not None:
-        return replace(subject.trained, recipe=_with_data(subject.trained.recipe, material))
+        recipe = _with_data(subject.trained.recipe, material)
+        return anchored(replace(subject.trained, recipe=recipe, path=here))
     if material.task is not None:
         raise UsageError(
             f"{subject.word}: no run trained it, and recovery goes on with a run's training",
@@ -109,7 +119,7 @@ def _loaded(material: Material) -> Loaded:
             "train": {"length": "1 steps"},
         },
     }
-    return load_recipe(made)
+    return anchored(replace(load_recipe(made), path=here))
 
 
 def _with_data(recipe: Recipe, material: Material) -> Recipe:
@@ -117,10 +127,8 @@ def _with_data(recipe: Recipe, material: Material) -> Recipe:
     learn = material.section.learn
     assert learn is not None
     if recipe.finetune is not None and recipe.finetune.task not in OBJECTIVES:
-        tuned = recipe.finetune
-        (source,) = learn
-        data = tuned.data.model_copy(update={"files": source.files, "dataset": source.dataset})
-        return recipe.model_copy(update={"finetune": tuned.model_copy(update={"data": data})})
+        data = material.labelled()
+        return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"data": data})})
     assert recipe.pretrain is not None
     return recipe.model_copy(update={"pretrain": recipe.pretrain.model_copy(update={"data": learn})})
 
@@ -155,10 +163,7 @@ def rounded(step: Step) -> Rounded:
     )
 
 
-def _training(
-    section: Pretrain, start: Path, train: dict[str, Any], settings: Recover, material: Material
-) -> dict[str, Any]:
-    distil = _taught(settings, material)
+def _training(section: Pretrain, start: Path, train: dict[str, Any], taught: Distil | None) -> dict[str, Any]:
     model = Model(
         preset=None,
         name=str(start),
@@ -167,28 +172,45 @@ def _training(
     )
     return {
         "model": model,
+        "tokenizer": str(start),
         "train": Train.model_construct(**train),
-        "distil": distil,
+        "distil": taught,
         "eval": EvalDuring(),
         "prompts": [],
+        "export_check": [],
     }
 
 
-def _tuning(
-    section: Finetune, start: Path, train: dict[str, Any], settings: Recover, material: Material
-) -> dict[str, Any]:
+def _tuning(section: Finetune, start: Path, train: dict[str, Any], taught: Distil | None) -> dict[str, Any]:
     model = section.model.model_copy(update={"name": str(start)})
     none = dict.fromkeys(("adapter", "freeze", "unfreeze", "lr_decay", "stop_early"))
     return {
         "model": model,
         "train": Tuning.model_construct(**train),
-        "distil": _taught(settings, material),
+        "distil": taught,
         "prompts": [],
+        "export_check": [],
         **none,
     }
 
 
-def _taught(settings: Recover, material: Material) -> Distil | None:
+def _taught(settings: Recover, material: Material, learned: str, reporter: Reporter) -> Distil | None:
+    """Whom the smaller model learns from; nobody where two models' words on a row cannot be compared.
+
+    Raises:
+        UsageError: That is so, and how to learn from a teacher was said.
+    """
     if settings.distil is None:
+        return None
+    able = learned in TAUGHT if learned in TASKS else goal_of(learned).model != "detector"
+    if not able:
+        if settings.distil != Teaching():
+            raise UsageError(
+                f"compress.steps: recover.distil: what two models say of a row of `{learned}` cannot be compared",
+                hint="leave it out: `distil: null`",
+            )
+        reporter.note(
+            f"recovery of `{learned}` learns from the data alone: it has no way to learn from a teacher"
+        )
         return None
     return Distil(teacher=str(material.subject.place.absolute()), **settings.distil.model_dump())

@@ -1,10 +1,11 @@
 """Reach a size or a time: chains of steps are tried from mild to strong, and the best that will do is kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from llmkit.errors import GateError, MissingError, UsageError
+from llmkit.errors import DataError, GateError, MissingError, RunError, UsageError
 from llmkit.evaluate.measurement import Measurement
 from llmkit.recipe.compression import Step, Target
 from llmkit.report.console import Reporter
@@ -12,11 +13,15 @@ from llmkit.report.formatting import format_percent, format_value
 from llmkit.run.compression.artefacts import Artefact, stored_type
 from llmkit.run.compression.judge import Judged, compared, limit_of, measure, weight_bytes
 from llmkit.run.compression.material import Material
-from llmkit.run.compression.timing import speed_of
+from llmkit.run.compression.timing import fitting, speed_of
 
 ChainOf = Callable[[str, Sequence[Step]], list[Artefact]]
 """A name and steps -> the first model and what the steps make of it, in a folder of that name."""
 
+_MIXED_BITS = 5.0
+"""Bits of a weight in the mean where `mixed` says nothing."""
+_ROUNDING = 0.1
+"""By how much more than its share may go where that is rounded to whole layers and channels."""
 _INT8 = {"method": "quantize", "format": "int8"}
 _INT4 = {"method": "quantize", "format": "int4"}
 _SMALL: dict[str, list[dict[str, Any]]] = {
@@ -38,6 +43,12 @@ _FAST: dict[str, list[dict[str, Any]]] = {
     ],
     "layers-50": [{"method": "prune", "what": "layers", "share": 0.5}],
 }
+_EXPORTS: dict[str, list[dict[str, Any]]] = {
+    "onnx-int8": [{"method": "export", "to": "onnx", "type": "int8"}],
+    "gguf-q8_0": [{"method": "export", "to": "gguf", "type": "q8_0"}],
+    "gguf-q4_0": [{"method": "export", "to": "gguf", "type": "q4_0"}],
+}
+"""Runtimes that compute in few bits: files are smaller and answers faster. Nothing can follow an export."""
 
 
 @dataclass
@@ -68,23 +79,27 @@ class Search:
         artefacts: The chain that was chosen; where none will do, the one that comes closest.
         tried: All that was tried, for the report.
         failed: What ends the command where none will do.
+        measured: By the folder of a model, its figures, which need not be had again.
     """
 
     artefacts: Sequence[Artefact]
     tried: Sequence[dict[str, Any]]
     failed: GateError | None = None
+    measured: Mapping[Path, Measurement] = field(default_factory=dict)
 
 
 def ladder(target: Target) -> dict[str, list[Step]]:
     """What is tried for a target, from mild to strong.
 
-    Rounding makes files small and torch no faster, so a time is reached by taking parts out of the model.
+    Rounding makes files small and torch no faster, so a time is reached by taking parts out of the model; the other
+    runtimes do both, and come last.
     """
     steps = (_FAST if target.latency is not None else {}) | (_SMALL if target.size is not None else {})
     if target.size is not None and target.latency is not None:
         steps = {f"{name}-int8": [*parts, _INT8] for name, parts in _FAST.items()} | {
             name: parts for name, parts in _SMALL.items() if len(parts) > 1
         }
+    steps = steps | _EXPORTS
     return {name: [Step.model_validate(part) for part in parts] for name, parts in steps.items()}
 
 
@@ -99,7 +114,8 @@ def search(
 ) -> Search:
     """Try chains of steps, and choose the one that loses least of those that reach the target.
 
-    What does not fit the model, or needs a package that is not there, is passed over and named.
+    What does not fit the model, or needs a package that is not there, is passed over and named; so is what cannot be
+    small enough, as long as something else can.
 
     Args:
         first: The figures of the model that all begin with.
@@ -116,7 +132,13 @@ def search(
     if target is None or (target.size is None and target.latency is None):
         raise UsageError("compress.target: nothing says how small or fast", hint="target: {size: 30%}")
     tried = []
-    for name, steps in (ladder(target) if rungs is None else rungs).items():
+    rungs = ladder(target) if rungs is None else rungs
+    hopeless = _too_large(rungs, target)
+    for name, steps in rungs.items():
+        if name in hopeless:
+            reporter.note(f"{name} was passed over: {hopeless[name]}")
+            tried.append(_passed_over(name, hopeless[name]))
+            continue
         reporter.phase("compress", f"trying {name}")
         tried.append(_try(name, steps, first, metric, material, chain_of, reporter))
     made = [one for one in tried if one.judged is not None]
@@ -131,7 +153,42 @@ def search(
     best = min(fitting or made, key=lambda one: _rank(one, material, chosen=bool(fitting)))
     best.facts["chosen"] = bool(fitting)
     failed = None if fitting else _failed(best, metric, first, material)
-    return Search(best.artefacts, [one.facts for one in tried], failed)
+    known = {one.judged.artefact.place: one.judged.measured for one in made if one.judged is not None}
+    measured = {place: found for place, found in known.items() if found is not None}
+    return Search(best.artefacts, [one.facts for one in tried], failed, measured)
+
+
+def _too_large(rungs: Mapping[str, Sequence[Step]], target: Target) -> dict[str, str]:
+    """Which chains cannot reach a size, and why; none where no chain can, for then the closest is wanted."""
+    if target.size is None:
+        return {}
+    least = {name: least_size(steps) for name, steps in rungs.items()}
+    found = {
+        name: f"it leaves at least {format_percent(size)} of the size in 16 bits"
+        for name, size in least.items()
+        if size > target.size
+    }
+    return {} if len(found) == len(rungs) else found
+
+
+def least_size(steps: Sequence[Step]) -> float:
+    """What a chain leaves at least of a model's size in 16 bits, were all of its weights such as the steps treat."""
+    size = 1.0
+    for step in steps:
+        if step.method == "quantize":
+            bits = {"int4": 4.0, "mixed": step.bits or _MIXED_BITS}.get(str(step.format), 8.0)
+            size *= bits / 16
+        elif step.method == "export":
+            plain = "q8_0" if step.to == "gguf" else "f16"
+            kind = plain if step.type in (None, "auto") else str(step.type)
+            size *= {"q4_0": 4.0, "q8_0": 8.0, "int8": 8.0}.get(kind, 16.0) / 16
+        elif step.method == "prune" and step.what != "weights":
+            size *= 1 - (step.share or 0.0) - _ROUNDING
+    return size
+
+
+def _passed_over(name: str, why: str) -> Tried:
+    return Tried(name, facts={"name": name, "error": why, "held": False, "reached": False})
 
 
 def _try(
@@ -144,13 +201,16 @@ def _try(
     reporter: Reporter,
 ) -> Tried:
     """Make a chain and measure its last model."""
+    exports = bool(steps) and steps[-1].method == "export"
     try:
         artefacts = chain_of(name, steps)
-    except (UsageError, MissingError) as error:
+        last = artefacts[-1]
+        measured = measure(material.of(last.word, last.place), material, reporter)
+    except (UsageError, MissingError, DataError, RunError) as error:
+        if isinstance(error, RunError) and not exports:
+            raise  # of an export it says that the file is not the model
         reporter.note(f"{name} was passed over: {error.message}")
-        return Tried(name, facts={"name": name, "error": error.message, "held": False, "reached": False})
-    last = artefacts[-1]
-    measured = measure(material.of(last.word, last.place), material, reporter)
+        return _passed_over(name, error.message)
     judged = Judged(last, measured, compared(measured, first, material.asked.seed))
     judged.file_bytes = weight_bytes(last.place)
     before, after = first.figures[metric], measured.figures[metric]
@@ -182,7 +242,8 @@ def _time(made: Sequence[Tried], material: Material, reporter: Reporter) -> None
     """Time what was made, all in turn with the first model."""
     from llmkit.recipe.evaluation import Speed
 
-    settings = material.section.speed or Speed(length=[64], new_tokens=16, rounds=3)
+    asked = material.section.speed or Speed(length=[64], new_tokens=16, rounds=3)
+    settings = fitting(asked, made[0].artefacts[0].place)
     judged = [Judged(made[0].artefacts[0], None), *(one.judged for one in made if one.judged is not None)]
     speed_of(judged, settings, material, reporter)
     for one in made:

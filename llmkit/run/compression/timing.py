@@ -1,10 +1,12 @@
 """How fast the models of a chain are: all in turn, with weights in bfloat16, the first in float32, too."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.evaluate.speed import Contender, ratios, restless, row_of, time_models
 from llmkit.recipe.evaluation import Speed
+from llmkit.recipe.schema import Compress
 from llmkit.registry import TASKS
 from llmkit.report.console import Reporter
 from llmkit.run.compression.judge import Judged, is_exported
@@ -66,6 +68,22 @@ def speed_of(
         for (one, _), found in zip(given, timed, strict=True)
         if (said := restless(found))
     ]
+
+
+def fitting(settings: Speed, place: Path) -> Speed:
+    """How models are timed: where the recipe says nothing, rows that they have room for."""
+    from llmkit.models.tasks import longest_input
+
+    if settings != Compress().speed:
+        return settings
+    longest = longest_input(str(place), trusted=False)
+    (length,) = settings.length
+    if longest is None or length + settings.new_tokens <= longest:
+        return settings
+    new_tokens = min(settings.new_tokens, max(1, longest // 4))
+    return settings.model_copy(
+        update={"length": [max(1, min(length, longest - new_tokens))], "new_tokens": new_tokens}
+    )
 
 
 def _slow_bf16(first: Judged) -> list[str]:

@@ -1,35 +1,32 @@
 """`llmkit compress`: the chain."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmkit.durable import remove_folder, replace_in_folder, write_json
+from llmkit.durable import replace_in_folder, write_json
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.evaluate.measurement import Measurement
 from llmkit.recipe import Loaded
-from llmkit.recipe.compression import Recover, Step
-from llmkit.recipe.evaluation import Speed
+from llmkit.recipe.compression import Step
 from llmkit.recipe.schema import Compress
-from llmkit.registry import METHODS, load
 from llmkit.report.compressed_card import compressed_card
 from llmkit.report.compression import table_of
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
+from llmkit.run.compression.ahead import outlined, steps_ahead
 from llmkit.run.compression.artefacts import (
     Artefact,
     begin,
-    finished,
     label_of,
-    leave,
-    next_address,
-    seal,
 )
+from llmkit.run.compression.chain import Chain
 from llmkit.run.compression.judge import (
     Judged,
     Limit,
+    check_direction,
     compared,
     figures_of,
     gate_error,
@@ -38,10 +35,9 @@ from llmkit.run.compression.judge import (
     weight_bytes,
 )
 from llmkit.run.compression.judged import pair_all
-from llmkit.run.compression.material import Material, looks, material_of
-from llmkit.run.compression.recover import recover
-from llmkit.run.compression.search import Search, search
-from llmkit.run.compression.timing import speed_of
+from llmkit.run.compression.material import Material, material_of
+from llmkit.run.compression.search import Search, ladder, search
+from llmkit.run.compression.timing import fitting, speed_of
 from llmkit.run.evaluate import find_subject
 from llmkit.run.folders import (
     CHAIN,
@@ -55,6 +51,15 @@ from llmkit.run.folders import (
 )
 from llmkit.run.foreign import home_of_foreign
 from llmkit.run.measure.asked import Subject
+
+_LAST = {
+    "quantize": "stores weights in few bits",
+    "factorize": "makes layers products of two",
+    "export": "exports the model",
+}
+"""Methods whose models no other method takes."""
+_HUB = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
+"""How the Hub's own cache calls a folder."""
 
 
 def compress(
@@ -78,19 +83,13 @@ def compress(
         MissingError: There is no such model.
         DataError: There is nothing to look at or to measure on.
     """
-    refuse_variants(loaded)
-    section = loaded.recipe.compress
-    if section is None:
-        raise UsageError("the recipe has no `compress` section", hint="llmkit compress RUN --method int8")
-    word = target or section.model or loaded.recipe.name
-    subject = find_subject(word, options, reporter)
-    _check(subject, section)
-    recipe = loaded.recipe
-    material = material_of(subject, section, recipe, base_of(loaded), options, reporter)
-    folder = _folder(subject, section, options, own=target is None and section.model is None)
+    material, folder = _begun(target, loaded, options, reporter)
+    subject, section = material.subject, material.section
     with locked(folder):
-        found = _made(folder, material, options, reporter)
-        judged, warnings = _judge(found.artefacts, material, reporter)
+        first = _measured_first(material, reporter)
+        found = _made(first, folder, material, options, reporter)
+        known = {**found.measured, subject.place: first}
+        judged, warnings = _judge(found.artefacts, material, reporter, known)
         limit = _limit(judged, section)
         facts = _facts(judged, limit, loaded, options, material)
         facts["warnings"] += warnings
@@ -108,15 +107,67 @@ def compress(
     return _result(folder, judged, limit, report, found.failed)
 
 
-def _made(folder: Path, material: Material, options: Options, reporter: Reporter) -> Search:
+def outline_compression(
+    target: str | None, loaded: Loaded, options: Options, reporter: Reporter
+) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """What `compress` would do, as JSON takes it and as lines of cells; nothing is written.
+
+    Raises:
+        UsageError: The steps do not fit the model, or there are none.
+        MissingError: There is no such model.
+    """
+    material, folder = _begun(target, loaded, options, reporter)
+    subject, section = material.subject, material.section
+    chains = {"": section.steps}
+    if section.target is not None:
+        chains = {f"tried/{name}": steps for name, steps in ladder(section.target).items()}
+    first = begin(subject.word, subject.place)
+    ahead = {
+        name: steps_ahead(first, steps, folder / name, material, fresh=options.fresh)
+        for name, steps in chains.items()
+    }
+    facts = {
+        "model": str(subject.place),
+        "folder": str(folder),
+        "chains": {name: [one.to_dict() for one in steps] for name, steps in ahead.items()},
+    }
+    return facts, outlined(subject.word, ahead)
+
+
+def _begun(target: str | None, loaded: Loaded, options: Options, reporter: Reporter) -> tuple[Material, Path]:
+    """The model and what is known of it, and the folder of what is made of it."""
+    refuse_variants(loaded)
+    section = loaded.recipe.compress
+    if section is None:
+        raise UsageError("the recipe has no `compress` section", hint="llmkit compress RUN --method int8")
+    subject = find_subject(target or section.model or loaded.recipe.name, options, reporter)
+    _check(subject, section)
+    material = material_of(subject, section, loaded.recipe, base_of(loaded), options, reporter)
+    return material, _folder(subject, section, options, own=target is None and section.model is None)
+
+
+def _measured_first(material: Material, reporter: Reporter) -> Measurement:
+    """The figures of the model before: what cannot be measured, or judged, is told before hours are spent.
+
+    Raises:
+        UsageError: There is nothing to measure on, no such figure, or nothing says which way that gets better.
+    """
+    first = measure(material.subject, material, reporter)
+    if material.section.max_drop is not None:
+        check_direction(_metric(first, material.section), first)
+    return first
+
+
+def _made(
+    first: Measurement, folder: Path, material: Material, options: Options, reporter: Reporter
+) -> Search:
     """The models of the recipe's steps; of its target, those of the best chain that was tried."""
 
     def chain_of(name: str, steps: Sequence[Step]) -> list[Artefact]:
-        return _Chain(folder / "tried" / name, material, options, reporter).make(steps)
+        return Chain(folder / "tried" / name, material, options, reporter).make(steps)
 
     if material.section.target is None:
-        return Search(_Chain(folder, material, options, reporter).make(material.section.steps), ())
-    first = measure(material.subject, material, reporter)
+        return Search(Chain(folder, material, options, reporter).make(material.section.steps), ())
     return search(first, _metric(first, material.section), material, chain_of, reporter)
 
 
@@ -140,12 +191,12 @@ def _check(subject: Subject, section: Compress) -> None:
             f"{subject.place}: the model is quantised already ({kind})",
             hint="name the model that it was made from",
         )
-    exports = [number for number, step in enumerate(section.steps[:-1]) if step.method == "export"]
-    if exports:
-        raise UsageError(
-            f"compress.steps: step {exports[0] + 1} exports the model, and nothing can follow that",
-            hint="put `export` last",
-        )
+    for number, step in enumerate(section.steps[:-1], 1):
+        if step.method in _LAST:
+            raise UsageError(
+                f"compress.steps: step {number} {_LAST[step.method]}, and nothing can follow that",
+                hint=f"put `{step.method}` last",
+            )
 
 
 def _folder(subject: Subject, section: Compress, options: Options, *, own: bool) -> Path:
@@ -163,174 +214,24 @@ def _folder(subject: Subject, section: Compress, options: Options, *, own: bool)
     return home / f"compress-{label_of(section.steps)}"
 
 
-@dataclass(frozen=True)
-class _Chain:
-    """Makes the artefacts of a chain, one from the other.
-
-    Attributes:
-        folder: Where they go.
-        material: The first model, and what it was made from.
-        options: As for every verb.
-        reporter: Told what happens.
-    """
-
-    folder: Path
-    material: Material
-    options: Options
-    reporter: Reporter
-
-    def make(self, steps: Sequence[Step]) -> list[Artefact]:
-        """The first model and what the steps make of it, one after the other."""
-        subject = self.material.subject
-        found = [begin(subject.word, subject.place)]
-        sparse = False
-        for number, step in enumerate(steps, 1):
-            sparse = sparse or (step.method == "prune" and step.what == "weights")
-            found.append(self._step(found[-1], step, self.folder / f"{number}-{step.method}", sparse=sparse))
-        return found
-
-    def _step(self, parent: Artefact, step: Step, folder: Path, *, sparse: bool) -> Artefact:
-        address = next_address(parent, step, self._material(step))
-        done = None if self.options.fresh else finished(folder, address)
-        if done is not None:
-            self.reporter.note(f"{folder} is made already")
-            return done
-        if self.options.fresh:
-            for path in folder.parent.glob(f"{folder.name}.*"):
-                remove_folder(path)
-        self.reporter.phase("compress", f"{folder.name} of {parent.place}")
-        if step.recover is None:
-            return self._apply(parent, step, folder, address)
-        return self._recovered(parent, step, step.recover, folder, address, sparse=sparse)
-
-    def _apply(self, parent: Artefact, step: Step, folder: Path, address: str) -> Artefact:
-        """Do a step without recovery."""
-        from llmkit.compress.given import Given
-
-        core = self.material.core(parent.place)
-        given = Given(
-            core,
-            self.material.batches(core, step),
-            parent.place,
-            self.material.asked.seed,
-            self.reporter.note,
-        )
-        made = load(METHODS[step.method].code)(given, step)
-        return leave(folder, parent, address, step, made)
-
-    def _recovered(
-        self, parent: Artefact, step: Step, settings: Recover, folder: Path, address: str, *, sparse: bool
-    ) -> Artefact:
-        """Do a step in its stages, each followed by training; what was trained is the artefact."""
-        current, facts = parent, []
-        stages = step.stages or 1
-        for stage in range(1, stages + 1):
-            part = _stage(step, stage, stages)
-            mark = f".{stage}" if stages > 1 else ""
-            cut = folder.with_name(f"{folder.name}{mark}.before")
-            cut_address = next_address(current, part, self._material(part))
-            made = finished(cut, cut_address) or self._apply(current, part, cut, cut_address)
-            facts.append(made.facts)
-            said = {"recover": settings.model_dump(mode="json"), "sparse": sparse, "first": self._first()}
-            way = next_address(made, part, said)
-            trained = recover(
-                folder.with_name(f"{folder.name}{mark}.recover-{way[:6]}"),
-                made.place,
-                part,
-                settings,
-                self.material,
-                self.options,
-                self.reporter,
-                sparse=sparse,
-            )
-            current = replace(made, place=trained, address=way)
-        last = {**(facts[-1] or {}), "recovered": True, "stages": stages}
-        made = self._finish(parent, current, step, folder, address, last)
-        for path in folder.parent.glob(f"{folder.name}.*"):  # what is left of the way: reports, no models
-            for name in ("model", "checkpoints"):
-                if (path / name).is_dir():
-                    remove_folder(path / name)
-        return made
-
-    def _first(self) -> str:
-        """The model that the chain begins with: it teaches."""
-        return str(self.material.subject.place.absolute())
-
-    def _finish(
-        self,
-        parent: Artefact,
-        trained: Artefact,
-        step: Step,
-        folder: Path,
-        address: str,
-        facts: dict[str, Any],
-    ) -> Artefact:
-        """The artefact of what was trained: rounded again where it was trained as rounded, else as it is."""
-        from llmkit.compress.given import Made
-
-        if step.method == "quantize":
-            rounded = step.model_copy(update={"recover": None, "solver": "rtn", "smooth": 0.0})
-            again = self._apply(trained, rounded, folder, address)
-            return seal(
-                folder, parent, address, step, {**facts, **(again.facts or {})}, again.warnings, standard=True
-            )
-        model = self.material.core(trained.place).model
-        made = Made(model, facts, warnings=trained.warnings, standard=trained.standard)
-        return leave(folder, replace(parent), address, step, made)
-
-    def _material(self, step: Step) -> dict[str, Any]:
-        """What a step's model follows from besides its parent and its settings."""
-        section, asked = self.material.section, self.material.asked
-        known: dict[str, Any] = {"seed": asked.seed}
-        if looks(step) or step.recover is not None:
-            known["calibration"] = section.calibration.model_dump(mode="json")
-            known["learn"] = [source.model_dump(mode="json") for source in section.learn or ()]
-        return known
-
-
-def _stage(step: Step, stage: int, stages: int) -> Step:
-    """A part of a step whose share grows: of weights the share in all so far, of structure that of what is left."""
-    share = step.share
-    if stages == 1 or share is None:
-        return step.model_copy(update={"recover": None, "stages": 1})
-    if step.what == "weights":
-        part = share * stage / stages
-    else:
-        before, after = 1 - share * (stage - 1) / stages, 1 - share * stage / stages
-        part = 1 - after / before
-    return step.model_copy(update={"recover": None, "stages": 1, "share": part})
-
-
 def _judge(
-    artefacts: Sequence[Artefact], material: Material, reporter: Reporter
+    artefacts: Sequence[Artefact],
+    material: Material,
+    reporter: Reporter,
+    known: Mapping[Path, Measurement],
 ) -> tuple[list[Judged], list[str]]:
     """All models of the chain, measured, compared with the first, and timed in turn; and warnings."""
-    first = measure(material.subject, material, reporter)
+    first = known[artefacts[0].place]
     found = [Judged(artefacts[0], first)]
     for one in artefacts[1:]:
-        measured = measure(material.of(one.word, one.place), material, reporter)
+        measured = known.get(one.place) or measure(material.of(one.word, one.place), material, reporter)
         found.append(Judged(one, measured, compared(measured, first, material.asked.seed)))
     for judged in found:
         judged.file_bytes = weight_bytes(judged.artefact.place)
     pair_all(found, material, reporter)
-    settings = _fitting(material.section.speed, artefacts[0].place)
-    return found, speed_of(found, settings, material, reporter) if settings is not None else []
-
-
-def _fitting(settings: Speed | None, place: Path) -> Speed | None:
-    """How models are timed: where the recipe says nothing, rows that they have room for."""
-    from llmkit.models.tasks import longest_input
-
-    if settings is None or settings != Compress().speed:
-        return settings
-    longest = longest_input(str(place), trusted=False)
-    (length,) = settings.length
-    if longest is None or length + settings.new_tokens <= longest:
-        return settings
-    new_tokens = min(settings.new_tokens, max(1, longest // 4))
-    return settings.model_copy(
-        update={"length": [max(1, min(length, longest - new_tokens))], "new_tokens": new_tokens}
-    )
+    if material.section.speed is None:
+        return found, []
+    return found, speed_of(found, fitting(material.section.speed, artefacts[0].place), material, reporter)
 
 
 def _leave_cards(judged: Sequence[Judged], facts: dict[str, Any]) -> None:
@@ -338,6 +239,7 @@ def _leave_cards(judged: Sequence[Judged], facts: dict[str, Any]) -> None:
     place = judged[0].artefact.place
     card = place / "README.md"
     parent_card = card.read_text(encoding="utf-8") if card.is_file() else None
+    named = _HUB.search(f"{place.absolute().as_posix()}/")
     for number, one in enumerate(judged[1:], 1):
         last = number == len(judged) - 1
         text = compressed_card(
@@ -347,6 +249,7 @@ def _leave_cards(judged: Sequence[Judged], facts: dict[str, Any]) -> None:
             chain=facts["chain"][: number + 1],
             best=facts["best"],
             gate=facts["gates"][0] if last and facts["gates"] else None,
+            base_model="/".join(named.groups()) if named else "",
         )
         replace_in_folder(one.artefact.place, "README.md", text)
 
