@@ -310,15 +310,16 @@ def repair(site: Site, read: Read, kept_U: torch.Tensor, *, damping: float) -> f
         How much of its output is lost: the square of the difference, as a share of the square of the output.
     """
     weight_OI, bias = weight_of(site.out), site.out.bias
-    gram, wide = read.gram_II, weight_OI.double()
+    gram = read.gram_II  # on the host
+    own = wide = weight_OI.detach().double().to(gram.device)
     index = spread(kept_U, site.width)
     if bias is not None:  # an input that is always one, which stays
         gram = _with_constant(read)
-        wide = torch.cat([wide, bias.detach().double()[:, None]], 1)
+        wide = torch.cat([wide, bias.detach().double().to(wide.device)[:, None]], 1)
         index = torch.cat([index, torch.tensor([len(gram) - 1])])
     made = torch.zeros_like(wide)
     made[:, index] = repaired(wide, gram, index, damping=damping)
-    lost = _energy(made - wide, gram) / max(_energy(weight_OI.double(), read.gram_II), 1e-30)
+    lost = _energy(made - wide, gram) / max(_energy(own, read.gram_II), 1e-30)
     with torch.no_grad():
         if bias is not None:
             bias.copy_(made[:, -1])

@@ -14,7 +14,7 @@ import torch
 from llmkit.data.sample_batches import held_out_batches
 from llmkit.data.samples import LabelledRow, RowStore
 from llmkit.data.tokenizers import load_tokenizer
-from llmkit.errors import DataError, UsageError
+from llmkit.errors import DataError, MissingError, UsageError
 from llmkit.evaluate.judge import judge
 from llmkit.evaluate.sharing import ALONE, Share
 from llmkit.metrics.inputs import Floats
@@ -91,7 +91,15 @@ def refer_to(
         MissingError: That model is gone.
     """
     assert isinstance(core.objective, Refers)
-    reference, _ = build_task_model(base, "causal", pad_token_id=pad_id(material.tokenizer), trusted=trusted)
+    try:
+        reference, _ = build_task_model(
+            base, "causal", pad_token_id=pad_id(material.tokenizer), trusted=trusted
+        )
+    except MissingError as error:
+        raise MissingError(
+            f"{base}: the model that training began with is gone, and this task compares with it",
+            hint="put it back where it was",
+        ) from error
     added = len(material.tokenizer) - len(load_tokenizer(base))
     if added > 0:
         grow_vocabulary(reference, len(material.tokenizer), added, seed=seed)

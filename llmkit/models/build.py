@@ -58,6 +58,9 @@ AUTO_CLASSES: Mapping[ModelKind, Any] = {
 }
 """By the kind of model, what transformers chooses its class by."""
 
+_ALIGNED_BYTES = 64
+"""What torch aligns its memory to."""
+
 
 def build_model(
     spec: Model, kind: ModelKind, *, vocab_size: int, special_ids: Mapping[str, int], seed: int
@@ -291,7 +294,19 @@ def load_weights(name: str, kind: ModelKind, *, trusted: bool) -> PreTrainedMode
         _left_out[model] = check_loaded(name, info)
         if packed:
             unpack(model)
+    align(model)
     return model
+
+
+def align(model: PreTrainedModel) -> None:
+    """Move weights that lie where their file is mapped to where torch would have put them.
+
+    A file's tensors begin at any byte, and on processors with wide vectors some matrix products round by where their
+    numbers begin: two models of the same weights would differ in the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNED_BYTES:
+            tensor.data = tensor.data.clone()
 
 
 def left_out(model: PreTrainedModel) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llmkit.errors import MissingError, UsageError
-from llmkit.models.build import AUTO_CLASSES, max_length, set_dropout
+from llmkit.models.build import AUTO_CLASSES, align, max_length, set_dropout
 from llmkit.models.trust import check_trust
 from llmkit.models.unpacked import check_package, is_packed, unpack, without_bars
 from llmkit.recipe.architectures import in_words
@@ -58,7 +58,7 @@ def build_task_model(
         MissingError: There is no such model, or the package that knows its weights in few bits is not installed.
         UsageError: It cannot be a model of this kind, or its weights are not those of its configuration.
     """
-    check_trust(folder, trusted=trusted)
+    _check_trust(folder, trusted=trusted)
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     config = _config(folder, labels, pad_token_id, dropout, number=number, trusted=trusted)
     packed = is_packed(config.to_dict())
@@ -86,6 +86,7 @@ def build_task_model(
     if packed:
         with without_bars():
             unpack(model)
+    align(model)
     model.train()  # what is loaded comes in evaluation mode
     return model, new
 
@@ -104,7 +105,7 @@ def empty_task_model(
         MissingError: There is no such model.
         UsageError: It cannot be a model of this kind.
     """
-    check_trust(folder, trusted=trusted)
+    _check_trust(folder, trusted=trusted)
     config = _config(folder, labels, None, None, number=number, trusted=trusted)
     try:
         with torch.device("meta"):
@@ -119,7 +120,7 @@ def labels_of_model(folder: str, *, trusted: bool = False) -> list[str]:
     Raises:
         MissingError: There is no such model.
     """
-    check_trust(folder, trusted=trusted)
+    _check_trust(folder, trusted=trusted)
     known: Mapping[int, str] = _config(folder, (), None, None, trusted=trusted).id2label or {}
     return [known[number] for number in sorted(known)]
 
@@ -135,7 +136,7 @@ def in_order_of_model(labels: Sequence[str], folder: str, *, trusted: bool = Fal
     Raises:
         MissingError: There is no such model.
     """
-    check_trust(folder, trusted=trusted)
+    _check_trust(folder, trusted=trusted)
     known: Mapping[int, str] = _config(folder, (), None, None, trusted=trusted).id2label or {}
     ordered = tuple(known[number] for number in sorted(known))
     return ordered if sorted(ordered) == sorted(labels) else tuple(labels)
@@ -147,7 +148,7 @@ def longest_input(folder: str, *, trusted: bool = False) -> int | None:
     Raises:
         MissingError: There is no such model.
     """
-    check_trust(folder, trusted=trusted)
+    _check_trust(folder, trusted=trusted)
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trusted, local_files_only=Path(folder).exists()
@@ -155,6 +156,13 @@ def longest_input(folder: str, *, trusted: bool = False) -> int | None:
     except (OSError, ValueError) as error:
         raise _not_there(folder, error) from error
     return max_length(config)
+
+
+def _check_trust(folder: str, *, trusted: bool) -> None:
+    try:
+        check_trust(folder, trusted=trusted)
+    except OSError as error:
+        raise _not_there(folder, error) from error
 
 
 def _config(

@@ -30,7 +30,7 @@ from llmkit.errors import DataError, RunError, UsageError
 from llmkit.models.adapter_files import adapter_tensors, fill_adapter, save_adapter
 from llmkit.models.adapters import adapter_names
 from llmkit.models.attention import kernels_of
-from llmkit.models.build import check_loaded, max_length
+from llmkit.models.build import align, check_loaded, max_length
 from llmkit.models.rounded import plain, roundings, set_rounding
 from llmkit.models.save import save_model
 from llmkit.objectives.base import NOT_LEARNED, Batch, Example, LossModule
@@ -409,6 +409,7 @@ def _through_export(model: PreTrainedModel, place: Path) -> PreTrainedModel:
         second.set_attn_implementation(
             model.config._attn_implementation
         )  # the same kernel, for the same rounding
+    align(second)
     return second.to(model.device)
 
 

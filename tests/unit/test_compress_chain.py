@@ -17,7 +17,7 @@ from llmkit.cli import main
 from llmkit.cli.compress import step_of
 from llmkit.compress.given import Made
 from llmkit.compress.prune import number_left
-from llmkit.errors import CorruptError, GateError, UsageError
+from llmkit.errors import CorruptError, GateError, MissingError, RunError, UsageError
 from llmkit.evaluate.measurement import Measurement
 from llmkit.evaluate.verdict import Difference
 from llmkit.objectives.base import NOT_LEARNED
@@ -306,6 +306,35 @@ def test_what_cannot_be_is_said(folder, run, tmp_path, capsys):
     (place / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(UsageError, match=r"quantised already \(awq\)"):
         made(folder, place, prune("10%"))
+
+
+def test_a_chain_that_fails_leaves_no_report_of_the_one_before(folder, run, monkeypatch):
+    first = made(folder, "tiny", prune("21%"), max_drop="100%")
+    assert json.loads((first.folder / "report.json").read_text())["status"] == "done"
+
+    def broken(given, step):
+        raise RunError("the planted method is broken")
+
+    monkeypatch.setattr(sys.modules["planted_method"], "apply", broken)
+    with pytest.raises(RunError, match="is broken"):
+        made(folder, "tiny", prune("21%"), max_drop="100%", fresh=True)
+    report = json.loads((first.folder / "report.json").read_text())
+    assert (report["status"], report["error"]) == ("failed", "the planted method is broken")
+    assert "the planted method is broken" in (first.folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_compares_with_its_beginning_is_compressed_while_that_is_there(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tuning.model("llama"), base)
+    run = tuning.finetune(tmp_path, "dpo", finetune__model={"name": str(base), "context": 64})
+    found = made(tmp_path, run, {"method": "quantize", "format": "int8", "solver": "rtn"})
+    before, after = found.summary["before"], found.summary["metrics"]
+    assert after["loss"] == pytest.approx(before["loss"], rel=0.02)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(MissingError, match="the model that training began with is gone") as error:
+        made(tmp_path, run, {"method": "quantize", "format": "int8", "solver": "gptq"})
+    assert str(base) in error.value.message
 
 
 def test_words_are_steps():

@@ -189,7 +189,9 @@ class Shop:
         if name not in self._models:
             raise UsageError(f"{name} fits no such model")
         self.made.append(name)
-        return [SimpleNamespace(word="first", place="first"), SimpleNamespace(word=name, place=name)]
+        to = "gguf" if name.startswith("file") else None
+        made = SimpleNamespace(word=name, place=name, step=SimpleNamespace(to=to))
+        return [SimpleNamespace(word="first", place="first", step=None), made]
 
     def search(self, names, max_drop=None, metric="loss", **target):
         names = names if isinstance(names, dict) and names is not MODELS else {name: [] for name in names}
@@ -247,6 +249,16 @@ def test_a_time_is_reached_by_what_is_faster(monkeypatch):
     found = shop.search(MODELS, latency="75%", max_drop=0.1)
     assert found.artefacts[-1].word == "middle"
     assert [one["latency_ratio"] for one in found.tried] == pytest.approx([1.0, 0.7, 1.2, 0.4])
+
+
+def test_a_size_is_reached_by_what_the_same_libraries_read_if_anything_is(monkeypatch):
+    models = {"file": (50, 1.0), "own": (60, 1.04)}
+    found = Shop(monkeypatch, models).search(list(models), size="50%", max_drop=0.1)
+    assert found.artefacts[-1].word == "own"
+    found = Shop(monkeypatch, models).search(list(models), size="25%", max_drop=0.1)
+    assert found.artefacts[-1].word == "file"  # nothing else is small enough
+    found = Shop(monkeypatch, models, {"file": 0.5, "own": 0.5}).search(list(models), latency="60%")
+    assert found.artefacts[-1].word == "file"  # for time, other runtimes count like the rest
 
 
 def test_where_none_will_do_the_closest_is_named(monkeypatch):

@@ -12,12 +12,17 @@ from llmkit.recipe.objectives import Distil, Teaching
 from llmkit.recipe.schema import EvalDuring, Finetune, Model, Pretrain, Recipe, Train, Tuning
 from llmkit.recipe.tasks import TAUGHT
 from llmkit.recipe.training import Rounded
+from llmkit.recipe.units import Amount
 from llmkit.registry import OBJECTIVES, TASKS, goal_of
 from llmkit.report.console import Reporter
 from llmkit.run.compression.material import Material
 from llmkit.run.finetune import finetune
 from llmkit.run.folders import CACHE, Options, anchored, home_of
 from llmkit.run.pretrain import pretrain
+
+_SELDOM = {"every": Amount(50, "percent"), "rows": 64}
+"""Recoveries are short: evaluations as often as those of a whole run would take longer than the training, and the
+chain measures what comes out of it anyway."""
 
 
 def recover(
@@ -175,7 +180,7 @@ def _training(section: Pretrain, start: Path, train: dict[str, Any], taught: Dis
         "tokenizer": str(start),
         "train": Train.model_construct(**train),
         "distil": taught,
-        "eval": EvalDuring(),
+        "eval": EvalDuring.model_construct(**_SELDOM),
         "prompts": [],
         "export_check": [],
     }
@@ -188,6 +193,7 @@ def _tuning(section: Finetune, start: Path, train: dict[str, Any], taught: Disti
         "model": model,
         "train": Tuning.model_construct(**train),
         "distil": taught,
+        "eval": section.eval.model_copy(update=_SELDOM),
         "prompts": [],
         "export_check": [],
         **none,

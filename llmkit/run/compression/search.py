@@ -11,7 +11,14 @@ from llmkit.recipe.compression import Step, Target
 from llmkit.report.console import Reporter
 from llmkit.report.formatting import format_percent, format_value
 from llmkit.run.compression.artefacts import Artefact, stored_type
-from llmkit.run.compression.judge import Judged, compared, limit_of, measure, weight_bytes
+from llmkit.run.compression.judge import (
+    Judged,
+    compared,
+    is_exported,
+    limit_of,
+    measure,
+    weight_bytes,
+)
 from llmkit.run.compression.material import Material
 from llmkit.run.compression.timing import fitting, speed_of
 
@@ -259,12 +266,15 @@ def _excess(one: Tried, target: Target) -> float:
 
 def _rank(one: Tried, material: Material, *, chosen: bool) -> tuple[float, ...]:
     """Less is better: what was lost; where nothing will do, how far from that it is."""
+    target = material.section.target
+    assert target is not None
     if chosen:
-        return (one.drop, one.facts["file_bytes"])
-    assert material.section.target is not None
+        # Who asks for a size alone wants what the same libraries read; time is what other runtimes are for.
+        moves = target.latency is None and is_exported(one.artefacts[-1])
+        return (moves, one.drop, one.facts["file_bytes"])
     most = material.section.max_drop
     lost = 0.0 if one.facts["held"] or most is None else one.drop / max(most, 1e-3) - 1
-    return (max(0.0, _excess(one, material.section.target)) + max(0.0, lost), one.drop)
+    return (max(0.0, _excess(one, target)) + max(0.0, lost), one.drop)
 
 
 def _failed(one: Tried, metric: str, first: Measurement, material: Material) -> GateError:

@@ -51,6 +51,7 @@ from llmkit.run.folders import (
 )
 from llmkit.run.foreign import home_of_foreign
 from llmkit.run.measure.asked import Subject
+from llmkit.run.training import report_end
 
 _LAST = {
     "quantize": "stores weights in few bits",
@@ -58,6 +59,8 @@ _LAST = {
     "export": "exports the model",
 }
 """Methods whose models no other method takes."""
+_FACTORISED = "llmkit_lowrank"
+"""How a configuration calls layers that are products of two."""
 _HUB = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 """How the Hub's own cache calls a folder."""
 
@@ -84,24 +87,36 @@ def compress(
         DataError: There is nothing to look at or to measure on.
     """
     material, folder = _begun(target, loaded, options, reporter)
-    subject, section = material.subject, material.section
     with locked(folder):
-        first = _measured_first(material, reporter)
-        found = _made(first, folder, material, options, reporter)
-        known = {**found.measured, subject.place: first}
-        judged, warnings = _judge(found.artefacts, material, reporter, known)
-        limit = _limit(judged, section)
-        facts = _facts(judged, limit, loaded, options, material)
-        facts["warnings"] += warnings
-        if found.tried:
-            facts["tried"] = list(found.tried)
-        if found.failed is not None:
-            facts["status"] = "failed"
-        leave_record(folder, loaded)
-        last = found.artefacts[-1].place
-        write_json(folder / CHAIN, {"model": str(last.relative_to(folder))})
-        _leave_cards(judged, facts)
-        report = write_report(folder, facts)
+        try:
+            return _compressed(folder, material, loaded, options, reporter)
+        except LlmkitError as error:
+            if (folder / "report.json").is_file():  # of an earlier chain, and this one did not end so
+                report_end(folder, options, error)
+            raise
+
+
+def _compressed(
+    folder: Path, material: Material, loaded: Loaded, options: Options, reporter: Reporter
+) -> Result:
+    """The chain made and measured, with its record, cards and report."""
+    subject, section = material.subject, material.section
+    first = _measured_first(material, reporter)
+    found = _made(first, folder, material, options, reporter)
+    known = {**found.measured, subject.place: first}
+    judged, warnings = _judge(found.artefacts, material, reporter, known)
+    limit = _limit(judged, section)
+    facts = _facts(judged, limit, loaded, options, material)
+    facts["warnings"] += warnings
+    if found.tried:
+        facts["tried"] = list(found.tried)
+    if found.failed is not None:
+        facts["status"] = "failed"
+    leave_record(folder, loaded)
+    last = found.artefacts[-1].place
+    write_json(folder / CHAIN, {"model": str(last.relative_to(folder))})
+    _leave_cards(judged, facts)
+    report = write_report(folder, facts)
     for warning in facts["warnings"]:
         reporter.warn(warning)
     return _result(folder, judged, limit, report, found.failed)
@@ -187,8 +202,9 @@ def _check(subject: Subject, section: Compress) -> None:
     known = json.loads(config.read_bytes())
     if known.get("quantization_config"):
         kind = known["quantization_config"].get("quant_method", "unknown")
+        done = "factorised" if kind == _FACTORISED else "quantised"
         raise UsageError(
-            f"{subject.place}: the model is quantised already ({kind})",
+            f"{subject.place}: the model is {done} already ({kind})",
             hint="name the model that it was made from",
         )
     for number, step in enumerate(section.steps[:-1], 1):
