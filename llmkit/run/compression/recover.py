@@ -20,7 +20,7 @@ from llmkit.run.finetune import finetune
 from llmkit.run.folders import CACHE, Options, anchored, home_of
 from llmkit.run.pretrain import pretrain
 
-_SELDOM = {"every": Amount(50, "percent"), "rows": 64}
+_SELDOM: dict[str, Any] = {"every": Amount(50, "percent"), "rows": 64}
 """Recoveries are short: evaluations as often as those of a whole run would take longer than the training, and the
 chain measures what comes out of it anyway."""
 
