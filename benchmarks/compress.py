@@ -1,7 +1,7 @@
 """`llmkit compress`: what methods leave of a model, what that costs, and how fast it is against weights in bf16.
 
     python -m benchmarks.compress [--decoder FOLDER] [--encoder RUN] [--kinds decoder,encoder] [--rounds 5]
-                                  [--threads 1] [--json] [--smoke]
+                                  [--method M ...] [--threads 1] [--json] [--smoke]
 
 Without `--decoder` and `--encoder` models of usual shapes are made with random weights (SmolLM2-135M's, and MiniLM's
 with a head for four classes): times do not depend on what weights say, and the columns of quality then say nothing.
@@ -61,6 +61,7 @@ class Asked:
     rounds: int
     threads: int
     smoke: bool
+    methods: Sequence[str] = ()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -195,7 +196,7 @@ def _ratio(word: str, one: Mapping[str, float]) -> str:
 
 def contest(kind: str, model: str | None, asked: Asked) -> dict[str, Any]:
     """All methods on one model."""
-    methods = SMALL_METHODS[kind] if asked.smoke else METHODS[kind]
+    methods = asked.methods or (SMALL_METHODS[kind] if asked.smoke else METHODS[kind])
     with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as place:
         folder = Path(place)
         found = str(Path(model).absolute()) if model else prepare(folder, kind, asked)
@@ -211,6 +212,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder", help="a run of llmkit finetune --task cls")
     parser.add_argument("--kinds", default="decoder,encoder")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--method", action="append", default=[], help="only this one; may stand several times"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--smoke", action="store_true")
@@ -219,7 +223,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     words = parse()
-    asked = Asked(words.rounds, words.threads, words.smoke)
+    asked = Asked(words.rounds, words.threads, words.smoke, words.method)
     os.environ.update(asked.environment)
     table = {}
     for kind in words.kinds.split(","):

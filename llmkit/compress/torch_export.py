@@ -72,6 +72,8 @@ def trace(
         UsageError: torch cannot write down what the model does.
     """
     free = torch.export.Dim.DYNAMIC
+    # Of a part of a longer row torch would guard the row's length too, which nobody has when the program is run.
+    inputs = {name: tensor.clone() for name, tensor in inputs.items()}
     try:
         return torch.export.export(
             Plain(model, kind),

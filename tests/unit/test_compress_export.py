@@ -41,6 +41,7 @@ from llmkit.compress.alike import compare, probes_of
 from llmkit.compress.export import apply
 from llmkit.compress.gguf_words import words_of
 from llmkit.compress.given import Given
+from llmkit.compress.torch_export import trace
 from llmkit.errors import MissingError, RunError, UsageError
 from llmkit.evaluate.speed_worker import Server
 from llmkit.models.heads import causal_scores
@@ -407,6 +408,17 @@ def run_alone(code, *words):
     )
     assert made.returncode == 0, made.stderr
     return json.loads(made.stdout)
+
+
+def test_a_program_does_not_know_the_longer_rows_that_its_examples_were_cut_out_of():
+    """Text's inputs are rows without their last token. Torch guards the whole row too, and then nothing can run it."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, vocab_size=40)).eval()
+    ids_BT = torch.randint(0, 40, (2, 13))[:, :-1]
+    program = trace(model, "causal", {"input_ids": ids_BT, "attention_mask": torch.ones(2, 13).long()[:, 1:]})
+    assert not [code for code in getattr(program, "_guards_code", []) if "_base" in code]
+    found = program.run_decompositions().module()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
+    assert torch.allclose(found["logits"], model(input_ids=ids_BT).logits, atol=1e-5)
 
 
 @pytest.mark.slow
