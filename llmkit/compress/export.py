@@ -34,9 +34,11 @@ from llmkit.compress.given import Given, Made
 from llmkit.compress.onnx_export import write_onnx
 from llmkit.compress.torch_export import write_torch
 from llmkit.errors import MissingError, RunError, UsageError
+from llmkit.models.gguf_model import GgufModel, need_llama_cpp
 from llmkit.models.lowrank import METHOD as LOW_RANK
 from llmkit.models.rounded import roundings
-from llmkit.models.runtimes import FILES, GgufModel, Runtime, RuntimeModel, load_runtime, need_llama_cpp
+from llmkit.models.runtime_model import RuntimeModel
+from llmkit.models.runtimes import FILES, Runtime, load_runtime
 from llmkit.recipe.architectures import kind_of_config
 from llmkit.recipe.compression import Step
 from llmkit.registry import ModelKind

@@ -23,7 +23,8 @@ from transformers.utils import logging
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.evaluate.model import load_model
 from llmkit.models.build import kind_of, max_length
-from llmkit.models.runtimes import RuntimeModel, load_runtime, runtime_of
+from llmkit.models.runtime_model import RuntimeModel
+from llmkit.models.runtimes import load_runtime, runtime_of
 from llmkit.registry import ModelKind
 
 WRITES: tuple[ModelKind, ...] = ("causal", "seq2seq")

@@ -45,7 +45,8 @@ from llmkit.compress.torch_export import trace
 from llmkit.errors import MissingError, RunError, UsageError
 from llmkit.evaluate.speed_worker import Server
 from llmkit.models.heads import causal_scores
-from llmkit.models.runtimes import RuntimeModel, load_runtime, runtime_of
+from llmkit.models.runtime_model import RuntimeModel
+from llmkit.models.runtimes import load_runtime, runtime_of
 from llmkit.objectives.base import TARGETS, Loss, LossModule, cross_entropy
 from llmkit.recipe.compression import Step
 

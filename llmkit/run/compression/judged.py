@@ -89,7 +89,7 @@ def _of_rows(material: Material, core: "LossModule", most: int) -> "list[Batch]"
 
 
 def _parameters(core: "LossModule") -> int:
-    from llmkit.models.runtimes import RuntimeModel
+    from llmkit.models.runtime_model import RuntimeModel
 
     model: Any = core.model
     if isinstance(model, RuntimeModel):
