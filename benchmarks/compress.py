@@ -9,6 +9,7 @@ Every method is one `llmkit compress` command. Its CPU seconds hold all that the
 writing, running exports in their own runtime, and measuring before and after. Then all models are timed in turn, each
 alone in a process, with one row: reading 128 tokens, and of decoders writing 32 more. Ratios are taken within a round
 against the model in bf16; float32 is a row of its own, for a processor without instructions for bf16 is slower so.
+A method whose command fails is told, the others are measured, and the exit code is 1.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def prepare(folder: Path, kind: str, asked: Asked) -> str:
 
 
 def squeeze(model: str, kind: str, method: str, folder: Path, asked: Asked) -> dict[str, Any]:
-    """Run one command; its last model, and the CPU seconds that it took."""
+    """Run one command; its last model, and the CPU seconds that it took; or how it `failed`."""
     command = [sys.executable, "-W", "ignore", "-m", "llmkit", "compress", model, "--method", method]
     command += ["--runs", str(folder / "runs"), "--json", "--fresh", "compress.speed=null"]
     if (Path(model) / "config.json").is_file():  # no run, so nothing says what it learned from
@@ -106,7 +107,7 @@ def squeeze(model: str, kind: str, method: str, folder: Path, asked: Asked) -> d
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != 0:
-        raise SystemExit(f"{kind}: {method} failed with exit code {done.returncode}\n{done.stderr[-3000:]}")
+        return {"failed": f"{kind}: {method} failed with exit code {done.returncode}\n{done.stderr[-3000:]}"}
     chain = json.loads(done.stdout)["chain"]
     first, last = chain[0], chain[-1]
     return {
@@ -181,6 +182,9 @@ def print_table(kind: str, table: Mapping[str, Mapping[str, Any]]) -> None:
         f"{kind}: size against the model's file, nats a target lost, CPU seconds of the command, times as fast as bf16"
     )
     for name, row in table.items():
+        if "failed" in row:
+            print(f"  {name:30} failed: see above")
+            continue
         size = f"{row['size']:6.1%}" if "size" in row else " " * 6
         nats = " " * 16
         if row.get("nats") is not None:
@@ -201,7 +205,13 @@ def contest(kind: str, model: str | None, asked: Asked) -> dict[str, Any]:
         folder = Path(place)
         found = str(Path(model).absolute()) if model else prepare(folder, kind, asked)
         made = {method: squeeze(found, kind, method, folder, asked) for method in methods}
-        return summarise(time_all(made, kind, asked), made)
+        failed = {method: facts for method, facts in made.items() if "failed" in facts}
+        for facts in failed.values():
+            print(facts["failed"], file=sys.stderr)
+        made = {method: facts for method, facts in made.items() if method not in failed}
+        if not made:
+            raise SystemExit(f"{kind}: no method could be measured")
+        return summarise(time_all(made, kind, asked), made) | failed
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -234,6 +244,8 @@ def main() -> None:
             print_table(kind, table[kind])
     if words.json:
         print(json.dumps(table))
+    if any("failed" in row for rows in table.values() for row in rows.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compress import METHODS, is_exported, parse, summarise
+from benchmarks import compress
+from benchmarks.compress import METHODS, Asked, contest, is_exported, parse, print_table, summarise
 from llmkit.evaluate.speed import Call, Cell, Timed
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,24 @@ def test_the_defaults():
         "gguf,type=q4_0",
         "onnx",
     ]
+
+
+def test_a_method_that_fails_leaves_the_others(monkeypatch, capsys):
+    facts = {"cpu_s": 7.0, "nats": 0.5, "nats_error": 0.1, "file_bytes": 30, "first_bytes": 120}
+    found = {"int8": facts, "onnx": {"failed": "decoder: onnx failed with exit code 1"}}
+    calls = {word: timed(word, [[(3.0, 1.0)]]) for word in ("bf16", "int8")}
+    monkeypatch.setattr(compress, "squeeze", lambda model, kind, method, folder, asked: found[method])
+    monkeypatch.setattr(
+        compress, "time_all", lambda made, kind, asked: calls if list(made) == ["int8"] else {}
+    )
+    table = contest("decoder", "folder", Asked(1, 1, smoke=True, methods=("int8", "onnx")))
+    assert table["int8"]["size"] == 0.25
+    print_table("decoder", table)
+    said = capsys.readouterr()
+    assert "failed: see above" in said.out
+    assert "exit code 1" in said.err
+    with pytest.raises(SystemExit, match="no method could be measured"):
+        contest("decoder", "folder", Asked(1, 1, smoke=True, methods=("onnx",)))
 
 
 @pytest.mark.slow
