@@ -107,6 +107,15 @@ def test_what_is_trained_as_rounded_is_stored_so(folder, run, monkeypatch):
     assert result.summary["metrics"]["loss"] != result.summary["before"]["loss"]
 
 
+def test_a_recovery_that_cannot_be_is_told_before_anything_is_done(folder, run):
+    train = {"length": "4 steps", "batch": "16 tokens"}
+    late = {"method": "prune", "share": "50%", "recover": {"train": train}}
+    before = sorted(path for path in folder.rglob("*") if ".cache" not in path.parts)
+    with pytest.raises(UsageError, match="batch 16 tokens is less than one row of"):
+        made(folder, "tiny", {"method": "prune", "share": "10%"}, late)
+    assert before == sorted(path for path in folder.rglob("*") if ".cache" not in path.parts)
+
+
 def test_training_goes_into_the_folder_of_the_run_wherever_that_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place = tmp_path / "runs/tiny/compress-a/1-prune/compress-b/1-prune.recover-x"
@@ -161,4 +170,5 @@ def test_a_classifier_of_fewer_layers_learns_from_the_whole_one(folder):
     [report] = result.folder.glob("1-distil.recover-*/report.json")
     final = json.loads(report.read_text())["final"]
     assert result.summary["metrics"]["accuracy"] == final["eval/accuracy"]
-    assert result.summary["metrics"]["loss"] == pytest.approx(final["eval/loss"], abs=1e-6)
+    # Training computes in bf16 where the machine can.
+    assert result.summary["metrics"]["loss"] == pytest.approx(final["eval/loss"], abs=1e-4)

@@ -1,6 +1,7 @@
 """Training that repairs what a step lost: the run's own recipe on its own data, taught by the chain's first model."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from llmkit.recipe.tasks import TAUGHT
 from llmkit.recipe.training import Rounded
 from llmkit.recipe.units import Amount
 from llmkit.registry import OBJECTIVES, TASKS, goal_of
-from llmkit.report.console import Reporter
+from llmkit.report.console import Reporter, make_reporter
 from llmkit.run.compression.material import Material
-from llmkit.run.finetune import finetune
+from llmkit.run.finetune import finetune, plan_finetune
 from llmkit.run.folders import CACHE, Options, anchored, home_of
+from llmkit.run.planning import plan
 from llmkit.run.pretrain import pretrain
 
 _SELDOM: dict[str, Any] = {"every": Amount(50, "percent"), "rows": 64}
@@ -55,27 +57,62 @@ def recover(
         UsageError: Nothing says what the model learned from.
         RunError: Training failed; the same command goes on.
     """
+    runs, name, verb = _place_of(folder, options.runs)
+    given = replace(options, runs=runs, fresh=False, self_check=False)
+    loaded, train = _training_of(name, start, step, settings, material, reporter, sparse=sparse)
+    train(loaded, given, reporter, verb=verb)
+    return folder / "model"
+
+
+def check_recovery(step: Step, material: Material, options: Options) -> None:
+    """Plan a step's training, as if it began with the chain's first model: what cannot be is told before hours go by.
+
+    Args:
+        step: With `recover`.
+        material: What the chain's first model learned.
+        options: As for every verb.
+
+    Raises:
+        UsageError: It cannot be trained so.
+    """
+    assert step.recover is not None
+    reporter = make_reporter(quiet=True)  # all that is to be said is said when it is trained
+    place = material.subject.place
+    loaded, train = _training_of("recover", place, step, step.recover, material, reporter, sparse=False)
+    if train is finetune:
+        plan_finetune(loaded, options, reporter)
+    else:
+        plan(loaded, options)
+
+
+def _training_of(
+    name: str,
+    start: Path,
+    step: Step,
+    settings: Recover,
+    material: Material,
+    reporter: Reporter,
+    *,
+    sparse: bool,
+) -> tuple[Loaded, Callable[..., Any]]:
+    """The recipe of a recovery, and the verb that trains it."""
     loaded = _loaded(material)
     recipe, kept = loaded.recipe, _kept(settings.train, step, sparse=sparse)
     # This machine, which need not be the one of the run's recipe; another batch may not be a multiple.
     free = material.asked.machine.model_copy(update={"micro_batch": "auto"})
-    runs, name, verb = _place_of(folder, options.runs)
-    given = replace(options, runs=runs, fresh=False, self_check=False)
     common = {"name": name, "machine": free}
     tuned = recipe.finetune
     if tuned is not None and tuned.task not in OBJECTIVES:
         taught = _taught(settings, material, tuned.task, reporter)
         section = tuned.model_copy(update=_tuning(tuned, start, kept, taught))
         made = recipe.model_copy(update={**common, "finetune": section, "pretrain": None})
-        finetune(replace(loaded, recipe=made), given, reporter, verb=verb)
-    else:
-        learned = recipe.pretrain
-        assert learned is not None
-        taught = _taught(settings, material, learned.objective, reporter)
-        again = learned.model_copy(update=_training(learned, start, kept, taught))
-        made = recipe.model_copy(update={**common, "pretrain": again, "finetune": None})
-        pretrain(replace(loaded, recipe=made), given, reporter, verb=verb)
-    return folder / "model"
+        return replace(loaded, recipe=made), finetune
+    learned = recipe.pretrain
+    assert learned is not None
+    taught = _taught(settings, material, learned.objective, reporter)
+    again = learned.model_copy(update=_training(learned, start, kept, taught))
+    made = recipe.model_copy(update={**common, "pretrain": again, "finetune": None})
+    return replace(loaded, recipe=made), pretrain
 
 
 def _place_of(folder: Path, runs: Path) -> tuple[Path, str, str]:

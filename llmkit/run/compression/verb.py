@@ -36,6 +36,7 @@ from llmkit.run.compression.judge import (
 )
 from llmkit.run.compression.judged import pair_all
 from llmkit.run.compression.material import Material, material_of
+from llmkit.run.compression.recover import check_recovery
 from llmkit.run.compression.search import Search, ladder, search
 from llmkit.run.compression.timing import fitting, speed_of
 from llmkit.run.evaluate import find_subject
@@ -158,6 +159,9 @@ def _begun(target: str | None, loaded: Loaded, options: Options, reporter: Repor
     subject = find_subject(target or section.model or loaded.recipe.name, options, reporter)
     _check(subject, section)
     material = material_of(subject, section, loaded.recipe, base_of(loaded), options, reporter)
+    for step in section.steps:
+        if step.recover is not None:
+            check_recovery(step, material, options)
     return material, _folder(subject, section, options, own=target is None and section.model is None)
 
 
