@@ -43,6 +43,7 @@ class Goal:
         best: Of a task, the metric that tells a better model, without the `eval/` in front.
         packs: Of a task, whether several of its rows can stand in a line without seeing each other.
         chats: Of a task, whether its rows are conversations, written by a chat template.
+        also: Of a task, other kinds of model that can do it; which one it is follows from the model, see `kind_for`.
     """
 
     code: str
@@ -58,6 +59,7 @@ class Goal:
     best: str = "loss"
     packs: bool = False
     chats: bool = False
+    also: tuple[ModelKind, ...] = ()
 
 
 OBJECTIVES: Mapping[str, Goal] = {
@@ -152,6 +154,7 @@ TASKS: Mapping[str, Goal] = {
         sections=("seq2seq",),
         metrics=("loss", "perplexity", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum"),
         best="loss",
+        also=("causal",),
     ),
     "sft": Goal(
         "llmkit.objectives.sft:build",
@@ -383,6 +386,17 @@ def direction_of(metric: str) -> Literal["lower", "higher"] | None:
 def lower_is_better(metric: str) -> bool:
     """Whether a model gets better as this metric falls; else as it rises."""
     return metric.removeprefix("eval/") in _LOWER_IS_BETTER
+
+
+def kind_for(task: str, facts: Mapping[str, Any]) -> ModelKind:
+    """The kind of model that a task is done by.
+
+    Args:
+        task: One on labelled rows.
+        facts: What is known of its rows; they are encoded for one `kind` of model where the task is done by several.
+    """
+    kind: ModelKind = facts.get("kind") or TASKS[task].model
+    return kind
 
 
 def goal_of(objective: str) -> Goal:

@@ -43,8 +43,10 @@ EACH = [pytest.param(task, marks=() if task in FAST else pytest.mark.slow) for t
 VARIANTS = {
     "kto": ("dpo", {"dpo": {"loss": "kto"}}),
     "mixup": ("cls", {"loss": {"mixup": 0.5}}),
+    "decoder": ("seq2seq", {"seq2seq": {"max_target": 12}}),
 }
-"""Losses that compute otherwise than their task does, and have other rows: the task, and what the recipe says."""
+"""Losses that compute otherwise than their task does, and have other rows or models: the task, and what the recipe
+says."""
 EACH_LOSS = [*EACH, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
 STEPS = 6
 VOCAB_SIZE = 700
@@ -66,6 +68,8 @@ _CITIES = ("Oslo", "Rome", "Paris", "Vienna", "New York")
 
 def model_of(task):
     """The folder of a tiny model that can learn the task."""
+    if task == "decoder":
+        return model("llama")
     return model(FAMILY.get(registry.TASKS[VARIANTS.get(task, (task,))[0]].model, "bert"))
 
 
@@ -254,6 +258,7 @@ FILES = {
     "kto": "judged.jsonl",
     "embed": "texts.jsonl",
     "mixup": "reviews.csv",
+    "decoder": "pairs.tsv",
 }
 
 
@@ -365,6 +370,7 @@ _CONTENT = {
     "kto": _kto,
     "embed": _embed,
     "mixup": _cls,
+    "decoder": _seq2seq,
 }
 
 

@@ -225,9 +225,11 @@ def _continuation(
     ends = set(_ends(model, tokenizer))
     stop = next((place + 1 for place, number in enumerate(row) if number in ends), None)
     row = row[:stop]
-    # Marks of gaps say what belongs where; other special tokens are no text.
+    # Marks of gaps say what belongs where; other special tokens are no text, such as the end of a turn, which a
+    # tokenizer need not name.
     added = tokenizer.get_added_vocab()
-    special = set(tokenizer.all_special_ids) - {added[mark] for mark in SENTINELS if mark in added}
+    unnamed = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {*tokenizer.all_special_ids, *unnamed} - {added[mark] for mark in SENTINELS if mark in added}
     text = tokenizer.decode(
         [number for number in row if number not in special],
         skip_special_tokens=False,

@@ -29,7 +29,7 @@ from llmkit.objectives.detail import Packs, Recording
 from llmkit.objectives.make import make_task
 from llmkit.objectives.texts import pad_id
 from llmkit.recipe.schema import Finetune
-from llmkit.registry import TASKS
+from llmkit.registry import kind_for
 
 
 def load_task(
@@ -48,7 +48,7 @@ def load_task(
     Raises:
         UsageError: The folder holds no model that was trained for the task.
     """
-    kind, adapter = TASKS[section.task].model, (place / ADAPTER).is_file()
+    kind, adapter = kind_for(section.task, material.facts), (place / ADAPTER).is_file()
     if runtime_of(place) is not None:
         exported = load_runtime(place).eval()
         choose_heads(exported, kind)  # it answers as a transformers model does

@@ -1,4 +1,4 @@
-"""A text written for a text by an encoder-decoder: translation, summaries, corrections.
+"""A text written for a text: translation, summaries, corrections. Here by an encoder-decoder.
 
 In an evaluation the model writes each row's target itself, by its likeliest tokens or by beams; nothing is drawn.
 
@@ -28,6 +28,7 @@ from llmkit.objectives.base import (
     Ints,
     Loss,
     Material,
+    Objective,
     cross_entropy,
     token_metrics,
 )
@@ -37,6 +38,7 @@ from llmkit.objectives.encoder_decoder import collate_two_sides, decoder_loss
 from llmkit.objectives.texts import CUT, pad_id
 from llmkit.recipe.schema import Finetune
 from llmkit.recipe.tasks import Written
+from llmkit.registry import kind_for
 
 if TYPE_CHECKING:  # loader workers import objectives, and this takes them seconds
     from transformers import PreTrainedModel
@@ -44,19 +46,23 @@ if TYPE_CHECKING:  # loader workers import objectives, and this takes them secon
 _MOSTLY = 0.5
 
 
-def build(section: Finetune, material: Material) -> "Writing":
-    """The task as the recipe wants it.
+def build(section: Finetune, material: Material) -> Objective:
+    """The task as the recipe wants it, and as the model does it: `seq2seq_decoder` holds the other way.
 
     Raises:
         UsageError: The tokenizer has no token that ends a text.
     """
+    from llmkit.objectives.seq2seq_decoder import DecoderWriting
+
+    if kind_for(section.task, material.facts) == "causal":
+        return DecoderWriting(section.seq2seq, material)
     return Writing(section.seq2seq, material)
 
 
 class Writing:
     """The mean over the targets' tokens, their end among them, of -log p(token | source, the tokens before it)."""
 
-    sums = ()
+    sums: Sequence[str] = ()
 
     def __init__(self, settings: Written, material: Material) -> None:
         self._settings = settings
@@ -92,7 +98,7 @@ class Writing:
         source, target = row.get("source", row.get("text")), row.get("target")
         read_S = self._ended(self._tokenizer(self._settings.prefix + source, verbose=False))
         written_T = [] if target is None else self._ended(self._tokenizer(text_target=target, verbose=False))
-        self._refuse_unknown(written_T, target)
+        self.refuse_unknown(written_T, target)
         spare_read = max(0, len(read_S) - self._max_length)
         spare_written = max(0, len(written_T) - self._settings.max_target)
         if spare_read:
@@ -104,7 +110,7 @@ class Writing:
             CUT: np.asarray(spare_read + spare_written),
         }
 
-    def _refuse_unknown(self, ids: Sequence[int], text: str | None) -> None:
+    def refuse_unknown(self, ids: Sequence[int], text: str | None) -> None:
         """Stop at a target that the vocabulary lacks the letters of: the model could never write it."""
         unknown = ids.count(self._tokenizer.unk_token_id)
         if 2 * unknown >= max(2, len(ids) - 1):

@@ -127,6 +127,9 @@ class Written(Block):
     prefix: str = ""
     """What stands before each source, such as `"translate English to Chinese: "`; kept with the model, which is used
     with it from then on."""
+    separator: str | None = None
+    """What stands between source and target in the rows of a decoder whose tokenizer has no chat template; by default a
+    new line."""
     max_target: Count = 128
     """Tokens that are written at most, in training and evaluation; a longer target is cut, and its end is not learned
     then."""

@@ -17,6 +17,8 @@ def try_trained(objective: str, word: str, prompts: Sequence[str] = ()) -> str:
         prompts: The recipe's.
     """
     goal = goal_of(objective)
+    if objective == "seq2seq":  # by the task's own frame and prefix, whatever the model
+        return shlex.join(["llmkit", "predict", word, *(prompts or ["a text of yours"])[:1]])
     return try_command(goal.model, word, prompts or (["What can you do?"] if goal.chats else []))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import UsageError
-from llmkit.registry import TASKS
+from llmkit.registry import kind_for
 from llmkit.run.folders import find_adapter
 from llmkit.run.tasks import TaskRun, task_run
 from llmkit.train.places import model_folder, teacher_weights
@@ -117,7 +117,7 @@ def load_adapted(chosen: Sequence[Chosen], *, base: str | None = None) -> Adapte
     run = first.run if first is not None else None
     source = _tokenizer_of(chosen, base)
     tokenizer = load_tokenizer(source)
-    kind = kind_of(base) if run is None else TASKS[run.section.task].model
+    kind = kind_of(base) if run is None else kind_for(run.section.task, run.facts)
     task: Objective | None = None if run is None else make_task(run.section, run.material())
     model, _ = build_task_model(
         base,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.errors import UsageError
 from llmkit.hardware import detect_hardware
 from llmkit.recipe.schema import Machine
-from llmkit.registry import TASKS, ModelKind
+from llmkit.registry import ModelKind, kind_for
 from llmkit.report.console import Reporter
 from llmkit.report.report import write_report
 from llmkit.run.folders import Options, Result, find_model, home_of, locked, run_name
@@ -78,7 +78,7 @@ def explain(
 def _kind(place: Path, run: TaskRun | None) -> ModelKind:
     from llmkit.models.build import kind_of
 
-    return TASKS[run.section.task].model if run else kind_of(str(place))
+    return kind_for(run.section.task, run.facts) if run else kind_of(str(place))
 
 
 def _check_asked(

@@ -15,7 +15,7 @@ from llmkit.recipe import Loaded, resolved_yaml
 from llmkit.recipe.resolved import without_secrets
 from llmkit.recipe.schema import Finetune, Pretrain, Recipe, Source, Train
 from llmkit.recipe.tasks import other_task_sections
-from llmkit.registry import OBJECTIVES, TASKS
+from llmkit.registry import OBJECTIVES, TASKS, kind_for
 from llmkit.report.console import Reporter
 from llmkit.report.trying import try_trained
 from llmkit.run.export_check import check_exports, refuse_ahead
@@ -260,7 +260,7 @@ def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | Non
     folder = model_folder(str(section.model.name))
     model = empty_task_model(
         folder,
-        goal.model,
+        kind_for(section.task, rows.facts),
         labels=rows.labels,
         number=section.task == "regression",
         trusted=section.model.trust_remote_code,

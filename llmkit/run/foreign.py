@@ -76,13 +76,16 @@ def foreign_run(subject: "Subject", task: str, asked: "Asked") -> TaskRun:
     """
     from llmkit.models.build import kind_of
 
+    kind: dict[str, Any] = {}
     if task in ("sft", "dpo", "seq2seq"):
         found = kind_of(str(subject.place))
-        if found != TASKS[task].model:
+        needed = (TASKS[task].model, *TASKS[task].also)
+        if found not in needed:
             raise UsageError(
-                f"{subject.place} is {in_words(found)}; `{task}` needs {in_words(TASKS[task].model)}",
+                f"{subject.place} is {in_words(found)}; `{task}` needs {' or '.join(map(in_words, needed))}",
                 hint="name such a model",
             )
+        kind = {"kind": found} if TASKS[task].also else {}
     config = json.loads((subject.place / "config.json").read_text(encoding="utf-8"))
     own, said = _settings(task, subject.place, config)
     recipe: dict[str, Any] = {
@@ -98,7 +101,7 @@ def foreign_run(subject: "Subject", task: str, asked: "Asked") -> TaskRun:
             **({task: own} if own else {}),
         },
     }
-    facts = {"task": task, "labels": [], "form": "", "counts": {}}
+    facts = {"task": task, "labels": [], "form": "", "counts": {}, **kind}
     run = TaskRun(subject.place, load_recipe(recipe), facts, subject.precision, said=said)
     return _with_facts(run, task, config, asked)
 

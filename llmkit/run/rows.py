@@ -33,7 +33,7 @@ from llmkit.train.places import NEW_TOKENS, model_folder
 _VERSION = 7
 """Part of every address: raised when the same rows come to be encoded otherwise."""
 _MOST_CLASSES_SHOWN = 20
-_LATER = ("desirable_weight", "undesirable_weight")
+_LATER = ("desirable_weight", "undesirable_weight", "separator")
 """Settings of tasks that came after rows had been kept without them."""
 _LABELLED = {"cls": "label", "tag": "tags"}
 """The tasks with classes, and where a row has its own."""
@@ -73,6 +73,7 @@ class _Task:
     language: str
     new_tokens: tuple[str, ...] = ()
     changed: bool = False
+    kind: ModelKind | None = None
 
     def objective(self, labels: Sequence[str], facts: Mapping[str, Any]) -> Objective:
         material = Material(self.tokenizer, self.context, tuple(labels), self.language, facts)
@@ -152,30 +153,33 @@ def _task(loaded: Loaded) -> _Task:
     name = section.tokenizer or folder
     tokenizer = load_tokenizer(name)
     new, changed = tuple[str, ...](), False
-    if section.task == "seq2seq":
-        _check_kind(folder, section.task, "seq2seq")
-    if TASKS[section.task].chats:
-        _check_kind(folder, section.task, "causal")
+    goal = TASKS[section.task]
+    if goal.chats or goal.also:
+        kind = _check_kind(folder, section.task, (goal.model, *goal.also))
+    if goal.chats:
         own = getattr(section, TASKS[section.task].sections[0])
         new, changed = prepare_tokenizer(
             tokenizer, section.chat_template, base_of(loaded), own.template_options
         )
-    return _Task(section, name, tokenizer, context, loaded.recipe.language, new, changed)
+    return _Task(
+        section, name, tokenizer, context, loaded.recipe.language, new, changed, kind if goal.also else None
+    )
 
 
-def _check_kind(folder: str, task: str, needed: ModelKind) -> None:
-    """See that a model that writes is of the kind that the task needs; another could be made to, and would go wrong.
+def _check_kind(folder: str, task: str, needed: Sequence[ModelKind]) -> ModelKind:
+    """The kind of a model that writes, one that the task needs; another could be made to, and would go wrong.
 
     Raises:
-        UsageError: It is not.
+        UsageError: It is another.
     """
     found = kind_of(folder)
-    if found != needed:
+    if found not in needed:
         other = {"causal": "sft, with a prompt and a completion", "seq2seq": "seq2seq"}.get(found)
         raise UsageError(
-            f"{folder} is {in_words(found)}; `{task}` needs {in_words(needed)}",
+            f"{folder} is {in_words(found)}; `{task}` needs {' or '.join(map(in_words, needed))}",
             hint="name such a model" + (f", or for this one the task {other}" if other else ""),
         )
+    return found
 
 
 def _check_there(name: str) -> None:
@@ -232,6 +236,7 @@ def _address(loaded: Loaded, options: Options, task: _Task) -> str:
         if section.task in _LABELLED
         else None,
         "chat_template": getattr(task.tokenizer, "chat_template", None),
+        **({"kind": task.kind} if task.kind not in (None, TASKS[section.task].model) else {}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -276,6 +281,7 @@ def _read(
         labels = completed(labels)
     facts: dict[str, Any] = {
         "task": section.task,
+        **({"kind": task.kind} if task.kind else {}),
         "form": found.form,
         "said": found.said,
         "labels": list(labels),

@@ -47,7 +47,7 @@ from llmkit.objectives.texts import pad_id
 from llmkit.optim import describe_groups, lr_at, make_optimizer, mark_zeros
 from llmkit.plan import Plan, layout_of
 from llmkit.recipe.schema import Finetune, Pretrain, Section
-from llmkit.registry import goal_of
+from llmkit.registry import goal_of, kind_for
 from llmkit.train.job import Job
 from llmkit.train.learning import choose_what_learns, paces
 from llmkit.train.loop import MicroBatch, Schedule
@@ -137,10 +137,11 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
     """A pretrained model with a head for the task, and the task; and the names of the head's weights that are new."""
     section = job.section()
     assert isinstance(section, Finetune)
-    goal, spec = goal_of(section.task), section.model
+    spec = section.model
+    kind = kind_for(section.task, data.material.facts)
     model, new = build_task_model(
         model_folder(str(spec.name)),
-        goal.model,
+        kind,
         labels=data.material.labels,
         number=section.task == "regression",
         pad_token_id=pad_id(data.tokenizer),
@@ -165,7 +166,7 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
         base=model_folder(str(spec.name)),
         seed=job.seed,
     )
-    choose_heads(model, goal.model)
+    choose_heads(model, kind)
     if isinstance(objective, Prepares):
         objective.prepare(model)  # also what an adapter has brought there
     check_new_tokens(model, added)
@@ -201,13 +202,14 @@ def find_teacher(job: Job, tokenizer: Any, material: Material | None) -> PreTrai
     """
     section = job.section()
     assert section.distil is not None
-    name, kind = section.distil.teacher, goal_of(section.objective).model
+    name = section.distil.teacher
     if material is None:
+        kind = goal_of(section.objective).model
         return load_teacher(name, kind, tokenizer, context=section.model.context)
     number = section.objective == "regression"
     return load_task_teacher(
         name,
-        kind,
+        kind_for(section.objective, material.facts),
         tokenizer,
         labels=() if number else material.labels,
         number=number,

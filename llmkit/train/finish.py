@@ -12,6 +12,7 @@ from llmkit.models.freezing import count_learning
 from llmkit.models.save import save_model
 from llmkit.objectives.base import Accompanies, Batch, LossModule
 from llmkit.plan import Plan
+from llmkit.recipe.architectures import kind_of_config
 from llmkit.recipe.schema import Finetune
 from llmkit.registry import goal_of
 from llmkit.report.card import write_model_card
@@ -51,7 +52,8 @@ def finish(
     folder, model = Path(job.folder), core.model
     recipe = job.checked_recipe()
     section = job.section()
-    kind = goal_of(section.objective).model
+    goal = goal_of(section.objective)
+    kind = kind_of_config(model.config.to_dict()) if goal.also else goal.model
     adapted = isinstance(section, Finetune) and section.adapter is not None
     facts: dict[str, Any] = {
         "name": recipe.name,

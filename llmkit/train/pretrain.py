@@ -459,11 +459,16 @@ def _sample(core: LossModule, data: Data | SampleData, job: Job, step: int) -> l
     section = job.section()
     seed = mix_seed(job.seed, _SAMPLING, step)
     kind = goal_of(section.objective).model
-    if isinstance(data, SampleData) and kind not in ("causal", "seq2seq"):
+    answers = (
+        isinstance(section, Finetune)
+        and section.task == "seq2seq"
+        and not core.model.config.is_encoder_decoder
+    )
+    if isinstance(data, SampleData) and (answers or kind not in ("causal", "seq2seq")):
         rows = [{"text": prompt, "tokens": prompt.split()} for prompt in section.prompts]
         said = predict(core, rows)
         return [
-            (prompt, json.dumps(one, ensure_ascii=False))
+            (prompt, str(one["text"]) if answers else json.dumps(one, ensure_ascii=False))
             for prompt, one in zip(section.prompts, said, strict=False)
         ]
     chat = goal_of(section.objective).chats and bool(data.tokenizer.chat_template)

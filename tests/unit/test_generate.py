@@ -99,16 +99,17 @@ def test_the_model_is_as_before_and_used_its_cache(model, tokenizer, monkeypatch
 
 
 def test_marks_of_gaps_stay_and_a_models_own_end_ends():
-    """Ids: 0 end of text, 1 a mark, 2 an end of its own, 3 and 4 words."""
-    words = {0: "", 1: "<|extra_0|>", 3: "hello", 4: "world"}
+    """Ids: 0 end of text, 1 a mark, 2 an end of its own, 3 and 4 words, 5 special and nowhere named."""
+    words = {0: "", 1: "<|extra_0|>", 3: "hello", 4: "world", 5: "<|im_end|>"}
     tokenizer = SimpleNamespace(
         eos_token_id=0,
         all_special_ids=[0, 1, 2],
-        get_added_vocab=lambda: {"<|extra_0|>": 1, "<|eop|>": 2},
+        get_added_vocab=lambda: {"<|extra_0|>": 1, "<|eop|>": 2, "<|im_end|>": 5},
+        added_tokens_decoder={1: SimpleNamespace(special=True), 5: SimpleNamespace(special=True)},
         decode=lambda ids, **_: " ".join(words[number] for number in ids),
     )
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[0, 2]))
     found = _continuation(model, tokenizer, "p", [1, 3, 2, 4, 4], cut=0)
     assert (found.text, found.num_tokens, found.finished) == ("<|extra_0|> hello", 3, True)
-    unfinished = _continuation(model, tokenizer, "p", [3, 4], cut=0)
+    unfinished = _continuation(model, tokenizer, "p", [3, 4, 5], cut=0)
     assert (unfinished.text, unfinished.finished) == ("hello world", False)

@@ -69,9 +69,12 @@ def test_a_model_that_is_not_there_is_said_to_be_missing(tmp_path, name):
 
 
 def test_a_task_that_writes_another_way_is_told_what_would_fit(tmp_path):
-    with pytest.raises(UsageError, match="needs an encoder-decoder") as caught:
-        prepared(tmp_path, "seq2seq", finetune__model__name=model("llama"))
-    assert "the task sft" in caught.value.hint
+    with pytest.raises(UsageError, match="`seq2seq` needs an encoder-decoder or a causal") as caught:
+        prepared(tmp_path, "seq2seq", finetune__model__name=model("bert"))
+    assert caught.value.hint == "name such a model"
+    with pytest.raises(UsageError, match="`sft` needs a causal") as caught:
+        prepared(tmp_path, "sft", finetune__model__name=model("t5"))
+    assert "the task seq2seq" in caught.value.hint
 
 
 def test_going_on_with_pre_training_is_planned_as_that(tmp_path):

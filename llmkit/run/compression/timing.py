@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.evaluate.speed import Contender, ratios, restless, row_of, time_models
 from llmkit.recipe.evaluation import Speed
 from llmkit.recipe.schema import Compress
-from llmkit.registry import TASKS
+from llmkit.registry import kind_for
 from llmkit.report.console import Reporter
 from llmkit.run.compression.judge import Judged, is_exported
 from llmkit.run.compression.material import Material
@@ -114,7 +114,7 @@ def _contender(one: Judged, precision: str, material: Material) -> Contender:
         one.artefact.place,
         half=precision == "bf16",
         trust_remote_code=material.subject.trust_remote_code,
-        kind=TASKS[task.section.task].model if task is not None else None,
+        kind=kind_for(task.section.task, task.facts) if task is not None else None,
     )
 
 

@@ -1,7 +1,7 @@
 """`task: generation`: what a model writes, against references where there are some."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import MissingError, UsageError
@@ -9,6 +9,7 @@ from llmkit.evaluate.measurement import Items, Measurement
 from llmkit.metrics.written import WrittenRows, written_rows
 from llmkit.recipe.evaluation import Generation
 from llmkit.recipe.labelled import Labelled
+from llmkit.registry import kind_for
 from llmkit.run.folders import CACHE
 from llmkit.run.measure.asked import Asked, Subject
 
@@ -112,7 +113,7 @@ def write(
         raise UsageError(
             f"{subject.place}: the model has no chat template", hint="leave eval.generation.chat out"
         )
-    texts = inputs_of(tokenizer, prompts, chat=templated)
+    texts = inputs_of(tokenizer, _framed(subject, prompts, chat=templated), chat=templated)
     bf16 = subject.precision == "bf16"
     narrow = torch.autocast(asked.device, dtype=torch.bfloat16) if bf16 else nullcontext()
     done = Told(asked, len(texts))
@@ -121,6 +122,19 @@ def write(
             model, tokenizer, texts, settings, seed=asked.seed, keys=[p.key for p in prompts], told=done
         )
     return written, _how(model, settings, asked.seed, subject.precision, chat=templated)
+
+
+def _framed(subject: Subject, prompts: "Sequence[Prompt]", *, chat: bool) -> "Sequence[Prompt]":
+    """The prompts as a decoder was trained to be asked them, where a run trained it to write a text for a text."""
+    run = subject.task
+    if run is None or run.section.task != "seq2seq" or kind_for("seq2seq", run.facts) != "causal":
+        return prompts
+    from llmkit.objectives.seq2seq_decoder import asked_text
+
+    return [
+        one if one.messages else replace(one, text=asked_text(run.section.seq2seq, one.text, chat=chat))
+        for one in prompts
+    ]
 
 
 def check_writes(subject: Subject) -> None:

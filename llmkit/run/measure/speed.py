@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from llmkit.evaluate.measurement import FEWEST, Figures, Items, Measurement
 from llmkit.metrics.inputs import Integers
 from llmkit.recipe.evaluation import Speed
-from llmkit.registry import EVALUATIONS, TASKS
+from llmkit.registry import EVALUATIONS, kind_for
 from llmkit.run.measure.asked import Asked, Subject
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _contender(subject: Subject, settings: Speed) -> "Contender":
         subject.place,
         bf16=precision == "bf16",
         trust_remote_code=subject.trust_remote_code,
-        kind=TASKS[subject.task.section.task].model if subject.task else None,
+        kind=kind_for(subject.task.section.task, subject.task.facts) if subject.task else None,
     )
 
 
