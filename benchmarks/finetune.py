@@ -15,8 +15,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,10 @@ class Work:
     mean: float = 192.0
     longest: int = 1024
     lr: float = 3e-4
+    adapter: dict[str, Any] | None = None
+    machine: dict[str, Any] = field(
+        default_factory=lambda: {"device": "cpu", "processes": 1, "precision": "fp32"}
+    )
 
     def recipe(self, folder: Path, task: str, steps: int) -> dict[str, Any]:
         optim = {"lr": self.lr, "warmup": "never", "schedule": "constant", "weight_decay": 0.0}
@@ -55,8 +59,9 @@ class Work:
                 "train": {"length": f"{steps} steps", "batch": f"{BATCH} samples", "optim": optim},
                 "checkpoint": {"every": "never"},
                 "eval": {"every": "never"},
+                **({"adapter": self.adapter} if self.adapter else {}),
             },
-            "machine": {"device": "cpu", "processes": 1, "precision": "fp32"},
+            "machine": self.machine,
         }
 
 
@@ -193,7 +198,16 @@ def run_llmkit(folder: Path, work: Work, task: str, steps: int) -> Clock:
     return clock
 
 
-def run_trainer(folder: Path, work: Work, task: str, steps: int, *, grouped: bool) -> Clock:
+def run_trainer(
+    folder: Path,
+    work: Work,
+    task: str,
+    steps: int,
+    *,
+    grouped: bool,
+    wrap: Callable[[Any], Any] = lambda model: model,
+    **options: Any,
+) -> Clock:
     import torch
     import transformers
 
@@ -222,21 +236,22 @@ def run_trainer(folder: Path, work: Work, task: str, steps: int, *, grouped: boo
             if "loss" in logs:
                 clock.losses.append(logs["loss"])
 
+    common = {
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": BATCH,
+        "max_steps": steps,
+        "learning_rate": work.lr,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "group_by_length" if grouped else "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
     trainer = transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(
-            output_dir=str(folder / "trainer"),
-            per_device_train_batch_size=BATCH,
-            max_steps=steps,
-            learning_rate=work.lr,
-            lr_scheduler_type="constant",
-            train_sampling_strategy="group_by_length" if grouped else "sequential",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-        ),
+        model=wrap(model),
+        args=transformers.TrainingArguments(**{**common, **options}),
         train_dataset=rows,
         data_collator=collator,
         callbacks=[Watch()],

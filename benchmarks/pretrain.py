@@ -161,22 +161,22 @@ def run_trainer(
             if "loss" in logs:
                 clock.losses.append(logs["loss"])
 
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=work.rows,
-        max_steps=steps,
-        learning_rate=work.lr,
-        adam_beta1=work.betas[0],
-        adam_beta2=work.betas[1],
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        **options,
-    )
+    common = {
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": work.rows,
+        "max_steps": steps,
+        "learning_rate": work.lr,
+        "adam_beta1": work.betas[0],
+        "adam_beta2": work.betas[1],
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    arguments = transformers.TrainingArguments(**{**common, **options})
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
@@ -209,7 +209,7 @@ def prepare(folder: Path, work: Work, steps: int) -> None:
         if step == 0:
             run.core.model.save_pretrained(folder / "start")
         rows.extend(batch["input_ids"].numpy() for _, batch in micro_batches)
-        return torch.ones(()), torch.ones(())
+        return loop.Outcome(torch.ones(()), torch.ones(()), torch.ones(()), skipped=False)
 
     loop.train_step = recorded
     pretrain(folder, work, steps, {"precision": "fp32", "compile": False, "attention": "sdpa"})

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,6 +15,7 @@ from llmkit.cli import fill as filling
 from llmkit.cli import finetune as finetuning
 from llmkit.cli import generate as generating
 from llmkit.cli import merge as merging
+from llmkit.cli import plan as planning
 from llmkit.cli import predict as predicting
 from llmkit.cli import show_rows as showing
 from llmkit.cli import tokenize as tokenizing
@@ -24,11 +25,14 @@ from llmkit.cli.options import (
     DryRun,
     Fresh,
     MaxTime,
+    NodeRank,
+    Nodes,
     NoSelfCheck,
     OverrideWords,
     Processes,
     Quiet,
     RecipeWord,
+    Rendezvous,
     Restarts,
     Runs,
     Settings,
@@ -37,10 +41,10 @@ from llmkit.cli.options import (
     described,
 )
 from llmkit.cli.output import as_columns, as_typed, give, give_json, say
-from llmkit.errors import UsageError
+from llmkit.cli.plan import show_plan as show_plan
+from llmkit.launch.node import Said
 
 if TYPE_CHECKING:
-    from llmkit.recipe import Loaded
     from llmkit.report.console import Reporter
     from llmkit.run import Options, Result
 
@@ -60,9 +64,7 @@ def register(app: typer.Typer) -> None:
     app.command("fill", help=filling.HELP, short_help=filling.SHORT_HELP)(filling.fill)
     app.command("predict", help=predicting.HELP, short_help=predicting.SHORT_HELP)(predicting.predict)
     app.command("show", help=showing.HELP, short_help=showing.SHORT_HELP)(showing.show)
-    app.command("plan", help=PLAN_HELP, short_help="Show what a recipe will take here: steps, memory, time.")(
-        plan
-    )
+    app.command("plan", help=planning.PLAN_HELP, short_help=planning.SHORT_HELP)(planning.plan)
     app.command("demo", help=DEMO_HELP, short_help="Train a small model here, in minutes.")(demo)
 
 
@@ -88,6 +90,7 @@ VERBS: dict[str, dict[str, str]] = {
             llmkit pretrain my.yaml --fresh                     start over
             llmkit pretrain my.yaml --max-time 4h               save and stop in time; again: goes on
             llmkit pretrain my.yaml --restarts 3                after a crash, go on by itself
+            llmkit pretrain my.yaml --nodes 2 --node-rank 0 --rendezvous node0:29400
             """,
             "Train the recipe's model. The same command again goes on where it stopped.",
         ),
@@ -110,6 +113,9 @@ def _add_verb(app: typer.Typer, verb: str, *, help: str, short_help: str) -> Non
         processes: Processes = None,
         max_time: MaxTime = None,
         restarts: Restarts = 0,
+        nodes: Nodes = None,
+        node_rank: NodeRank = None,
+        rendezvous: Rendezvous = None,
         no_self_check: NoSelfCheck = False,
         runs: Runs = Path("runs"),
         debug: Debug = False,
@@ -125,6 +131,7 @@ def _add_verb(app: typer.Typer, verb: str, *, help: str, short_help: str) -> Non
             deadline=deadline_of(max_time),
             restarts=restarts,
             self_check=not no_self_check,
+            place=Said(nodes, node_rank, rendezvous),
         )
         finish(call_verb(verb, recipe, overrides or (), settings), settings)
 
@@ -133,15 +140,17 @@ def call_verb(verb: str, recipe: str, overrides: Sequence[str], settings: Settin
     """Load the recipe and run one verb; a dry run shows the plan instead and returns None."""
     from llmkit import run
     from llmkit.recipe import load_recipe
+    from llmkit.run.nodes import as_asked, on_nodes
 
-    loaded = load_recipe(recipe, overrides=overrides, smoke=settings.smoke)
+    loaded = as_asked(load_recipe(recipe, overrides=overrides, smoke=settings.smoke), settings.place)
     if settings.dry_run:
         show_plan(loaded, settings, [recipe, *overrides])
         return None
     function = {"pretrain": run.pretrain, "run": run.run_all}[verb]
     with reporting(settings) as reporter:
         smoke = ["--smoke"] if settings.smoke else []
-        return function(loaded, to_options(settings, [recipe, *overrides, *smoke]), reporter)
+        options = to_options(settings, [recipe, *overrides, *smoke])
+        return on_nodes(verb, function, loaded, options, reporter, settings.place)
 
 
 @contextmanager
@@ -197,82 +206,6 @@ def finish(result: "Result | None", settings: Settings) -> None:
         say(f"next: {as_typed(result.next_command)}")
     if result.failed is not None:
         raise result.failed
-
-
-PLAN_HELP = described(
-    """
-    llmkit plan my.yaml
-    llmkit plan my.yaml pretrain.model.preset=gpt-small
-    llmkit plan my.yaml --json
-    """,
-    "Show what the recipe will take on this machine: steps, batch, memory, time. Nothing is written.",
-)
-
-
-def plan(
-    recipe: RecipeWord,
-    overrides: OverrideWords = None,
-    as_json: AsJson = False,
-    smoke: Smoke = False,
-    processes: Processes = None,
-    runs: Runs = Path("runs"),
-    debug: Debug = False,
-) -> None:
-    """`llmkit plan`."""
-    from llmkit.recipe import load_recipe
-
-    settings = Settings(runs, dry_run=True, as_json=as_json, smoke=smoke, processes=processes)
-    words = [recipe, *(overrides or ())]
-    show_plan(load_recipe(recipe, overrides=words[1:], smoke=smoke), settings, words)
-
-
-def show_plan(loaded: "Loaded", settings: Settings, words: Sequence[str], *, verb: str = "run") -> None:
-    """Print the plan as the result of the command: text, or one object with `--json`.
-
-    Args:
-        loaded: The recipe.
-        settings: What the command was told.
-        words: The recipe and the overrides as they were typed, for the next command.
-        verb: That command.
-    """
-    if settings.as_json:
-        plans = {name: _plan_of(one, settings)[1] for name, one in loaded.variants.items()}
-        give_json({"variants": plans} if plans else _plan_of(loaded, settings)[1])
-        return
-    for name, one in loaded.variants.items() or (("", loaded),):
-        rows, _ = _plan_of(one, settings)
-        names = ["", *(section for section, _, _ in rows)]
-        lines = [(s if s != before else "", *rest) for before, (s, *rest) in zip(names, rows, strict=False)]
-        give("\n".join([*([f"variant {name}"] if name else []), as_columns(lines)]))
-    flags = ["--smoke"] if settings.smoke else []
-    say("next: " + as_typed(shlex.join(["llmkit", verb, *words, *flags])))
-
-
-def _plan_of(loaded: "Loaded", settings: Settings) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:
-    """A plan as rows of section, key and value, and as an object.
-
-    Raises:
-        UsageError: The recipe has nothing to plan.
-    """
-    from llmkit import run
-    from llmkit.plan.describe import describe
-
-    recipe, options = loaded.recipe, to_options(settings)
-    found = run.plan(loaded, options) if recipe.pretrain is not None else None
-    rows = run.outline(loaded, options) if recipe.tokenize is not None else []
-    rows += describe(found) if found is not None else []
-    if recipe.finetune is not None and recipe.pretrain is None:
-        with reporting(settings) as reporter:
-            found = run.plan_finetune(loaded, options, reporter)
-        rows += describe(found)
-    if not rows:
-        raise UsageError("the recipe has nothing to plan", hint="`llmkit init gpt` shows a whole one")
-    if found is not None:
-        return rows, found.to_dict()
-    sections: dict[str, Any] = {}
-    for section, key, value in rows:
-        sections.setdefault(section, {})[key] = value
-    return rows, sections
 
 
 DEMO_HELP = described(

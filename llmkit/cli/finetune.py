@@ -12,10 +12,13 @@ from llmkit.cli.options import (
     DryRun,
     Fresh,
     MaxTime,
+    NodeRank,
+    Nodes,
     NoSelfCheck,
     OverrideWords,
     Processes,
     Quiet,
+    Rendezvous,
     Restarts,
     Runs,
     Settings,
@@ -25,6 +28,7 @@ from llmkit.cli.options import (
     run_name,
 )
 from llmkit.errors import UsageError
+from llmkit.launch.node import Said
 
 if TYPE_CHECKING:
     from llmkit.recipe import Loaded
@@ -74,6 +78,9 @@ def finetune(
     processes: Processes = None,
     max_time: MaxTime = None,
     restarts: Restarts = 0,
+    nodes: Nodes = None,
+    node_rank: NodeRank = None,
+    rendezvous: Rendezvous = None,
     no_self_check: NoSelfCheck = False,
     runs: Runs = Path("runs"),
     debug: Debug = False,
@@ -81,6 +88,7 @@ def finetune(
     """`llmkit finetune`."""
     from llmkit import run
     from llmkit.cli.commands import finish, reporting, show_plan, to_options
+    from llmkit.run.nodes import as_asked, on_nodes
 
     settings = Settings(
         runs,
@@ -93,6 +101,7 @@ def finetune(
         deadline=deadline_of(max_time),
         restarts=restarts,
         self_check=not no_self_check,
+        place=Said(nodes, node_rank, rendezvous),
     )
     words = list(overrides or ())
     if recipe is not None and "=" in recipe and not recipe.endswith((".yaml", ".yml")):
@@ -104,11 +113,13 @@ def finetune(
         name,
         smoke=smoke,
     )
+    loaded = as_asked(loaded, settings.place)
     if dry_run:
         show_plan(loaded, settings, subject, verb="finetune")
         return
     with reporting(settings) as reporter:
-        result = run.finetune(loaded, to_options(settings, subject), reporter)
+        options = to_options(settings, subject)
+        result = on_nodes("finetune", run.finetune, loaded, options, reporter, settings.place)
     finish(result, settings)
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from llmkit.launch.node import Said
+
 RecipeWord = Annotated[
     str,
     typer.Argument(
@@ -51,6 +53,27 @@ Restarts = Annotated[
         "--restarts", min=0, metavar="N", help="Start training again after a crash, so often at most."
     ),
 ]
+Nodes = Annotated[
+    str | None,
+    typer.Option(
+        "--nodes",
+        metavar="N",
+        help="Machines that train together, each started with this command; 1:2: one or two.",
+        show_default=False,
+    ),
+]
+NodeRank = Annotated[
+    int | None,
+    typer.Option(
+        "--node-rank", min=0, metavar="N", help="Which of them this is, from 0.", show_default=False
+    ),
+]
+Rendezvous = Annotated[
+    str | None,
+    typer.Option(
+        "--rendezvous", metavar="HOST:PORT", help="Where the others find node 0.", show_default=False
+    ),
+]
 NoSelfCheck = Annotated[
     bool, typer.Option("--no-self-check", help="Leave out the proofs before the first step.")
 ]
@@ -75,6 +98,7 @@ class Settings:
     deadline: float | None = None
     restarts: int = 0
     self_check: bool = True
+    place: Said = Said()  # noqa: RUF009 - frozen
 
 
 def deadline_of(max_time: str | None) -> float | None:

@@ -19,6 +19,7 @@ def sum_over(
     reduce: Reduce = torch.clone,
     between: Callable[[], object] = lambda: None,
     found: dict[int, Any] | None = None,
+    spare: Batch | None = None,
 ) -> dict[str, float]:
     """Add up loss and targets over this process's batches, and then over all processes.
 
@@ -31,6 +32,8 @@ def sum_over(
         reduce: A vector of sums -> the same over all processes; by default there is one process.
         between: Called before each batch; what it raises ends the measurement.
         found: Takes what the model says of each row that this process measures, by the row's number.
+        spare: Where processes share the weights: what one computes, and does not count, while it has no batch left, for
+            the others cannot without it.
 
     Returns:
         `total` (nats, of `num_targets`), every count of the batches, and the objective's further sums.
@@ -41,6 +44,8 @@ def sum_over(
     try:
         for batch in batches:
             between()
+            if batch is None and spare is not None:
+                _measure(core, spare, None)
             for name, value in _measure(core, batch, found).items() if batch is not None else ():
                 # In float64, on the host: not every device has it.
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
 
 from llmkit.errors import ExitCode
 from llmkit.launch.signals import STOP_SIGNALS, exit_for
@@ -66,6 +67,36 @@ class Ending:
     asked: bool = False
 
 
+class Order(NamedTuple):
+    """What other nodes ask of this one's workers.
+
+    Attributes:
+        kind: A `signal` to pass on; the `end` of this start, as it has failed elsewhere; or to `kill` all at once.
+        number: The signal's.
+        reason: What failed elsewhere.
+    """
+
+    kind: Literal["signal", "end", "kill"]
+    number: int = 0
+    reason: str = ""
+
+
+class Others(Protocol):
+    """The other nodes of a start, as one node's crew sees them."""
+
+    def failing(self, ending: Ending, blame: int) -> None:
+        """Hear how this node's part failed; the lower the blame, the more likely it is the cause of all."""
+
+    def asked(self, number: int) -> None:
+        """Hear of a signal to this node."""
+
+    def orders(self) -> list[Order]:
+        """What has come from them since the last look."""
+
+    def busy(self) -> bool:
+        """Whether this node must wait for others to end."""
+
+
 @dataclass
 class Worker:
     """A started process.
@@ -77,6 +108,7 @@ class Worker:
         log_start: The log's length when it started.
         stopped_s: Seconds it has been stopped (SIGSTOP) by now.
         given_up: Whether it was killed for that.
+        node: The number of its node, where there are several.
     """
 
     rank: int
@@ -85,11 +117,13 @@ class Worker:
     log_start: int
     stopped_s: float = 0.0
     given_up: bool = False
+    node: int | None = None
 
     @property
     def name(self) -> str:
         """What it is called towards people."""
-        return f"worker {self.rank} (pid {self.process.pid})"
+        where = "" if self.node is None else f" on node {self.node}"
+        return f"worker {self.rank} (pid {self.process.pid}){where}"
 
     @property
     def code(self) -> int | None:
@@ -186,6 +220,8 @@ class Crew:
         deadline: When (by `clock`) workers that still run are killed.
         overdue: Whether that has happened.
         lost_until: How long (by `clock`) is waited for a better cause than that a worker lost its connection.
+        others: The other nodes, where there are several.
+        ended_by: What failed on another node, once that has ended this start.
     """
 
     tell: Callable[[str], None]
@@ -197,29 +233,60 @@ class Crew:
     deadline: float | None = None
     overdue: bool = False
     lost_until: float | None = None
+    others: Others | None = None
+    ended_by: str = ""
 
     def wait(self) -> Ending:
         """Wait until all have ended; the first failure, or a worker stopped for too long, ends the others."""
         cause: Worker | None = None
-        while self._running():
+        while self._running() or self._waits_for_others(cause):
             self.clock.tick()
             self._pass_signals_on()
-            if self.sent.count(signal.SIGINT) > 1:
+            if self._obey_others() or self.sent.count(signal.SIGINT) > 1:
                 self.kill()
                 self.tell("stopped at once; the newest checkpoint resumes")
                 return Ending(ExitCode.CTRL_C, asked=True)
-            if cause is None and (cause := self._find_cause()) is not None:
+            if cause is None and not self.ended_by and (cause := self._find_cause()) is not None:
+                self._tell_others(cause)
                 self._end_others()
             self._enforce_deadline()
             time.sleep(POLL_S)
-        if cause is None and not self.overdue:
+        if cause is None and not self.overdue and not self.ended_by:
             cause = self._find_cause()
+            self._tell_others(cause)
         return self._ending(cause)
 
     def kill(self) -> None:
         """Kill what is left, with the processes that workers have started."""
         for worker in self._running():
             worker.kill()
+
+    def _waits_for_others(self, cause: Worker | None) -> bool:
+        """Whether other nodes still run; or may yet tell why this one's workers, all ended, lost the connection."""
+        if self.others is None or self.others.busy():
+            return self.others is not None
+        failed = [worker for worker in self.workers if worker.failed]
+        if cause is not None or self.ended_by or self.overdue or not failed:
+            return False
+        return all(worker.code == LOST_PEER for worker in failed) and self._may_yet_fail()
+
+    def _tell_others(self, cause: Worker | None) -> None:
+        if self.others is not None and cause is not None:
+            self.others.failing(self._ending(cause), _blame(cause))
+
+    def _obey_others(self) -> bool:
+        """Do what other nodes ask; whether that is to kill all at once."""
+        for order in self.others.orders() if self.others is not None else ():
+            if order.kind == "kill":
+                return True
+            if order.kind == "signal":
+                self._signal_all(order.number)
+                self._begin_grace(self.limits.stop_grace_s)
+            elif not self.ended_by:
+                self.ended_by = order.reason
+                self.tell(order.reason)
+                self._end_others()
+        return False
 
     def _running(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.code is None]
@@ -245,7 +312,7 @@ class Crew:
         """Whether the one that others have lost the connection to still runs, and there is time for it to end."""
         if self.lost_until is None:
             self.lost_until = self.clock.now + self.limits.lost_s
-        return bool(self._running()) and self.clock.now < self.lost_until
+        return (bool(self._running()) or self.others is not None) and self.clock.now < self.lost_until
 
     def _find_stopped(self) -> Worker | None:
         """The worker that has been stopped for too long, killed and reported, or None."""
@@ -277,6 +344,8 @@ class Crew:
 
     def _ending(self, cause: Worker | None) -> Ending:
         asked = bool(self.sent)
+        if self.ended_by:
+            return Ending(ExitCode.FAILED, self.ended_by, asked=asked)
         if cause is None:
             code = max((worker.code or 0 for worker in self.workers), default=0)
             return Ending(ExitCode.FAILED if self.overdue else code, asked=asked)
@@ -302,18 +371,24 @@ class Crew:
         if self.deadline is None or self.clock.now < self.deadline:
             return
         late = ", ".join(str(worker.rank) for worker in self._running())
+        self.deadline = None
         if late:
             self.tell(f"worker {late} did not end in time and is killed")
-        self.deadline, self.overdue = None, True
-        self.kill()
+            self.overdue = True
+            self.kill()
 
     def _pass_signals_on(self) -> None:
         while self.arrived:
             number = self.arrived.pop(0)
             self._signal_all(number)
             self.sent.append(number)
-            if self.deadline is None:
-                self.deadline = self.clock.now + self.limits.stop_grace_s
+            self._begin_grace(self.limits.stop_grace_s)
+            if self.others is not None:
+                self.others.asked(number)
+
+    def _begin_grace(self, seconds: float) -> None:
+        if self.deadline is None:
+            self.deadline = self.clock.now + seconds
 
     def _signal_all(self, number: int) -> None:
         """Signal every running worker itself, not its children: it decides what they do."""

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,10 @@ from llmkit.launch.crew import RESTART, SAVED, Crew, Ending, Limits, Worker
 from llmkit.launch.signals import describe_stop, exit_for, handling
 
 PR_SET_PDEATHSIG = 1
+LISTENING = "LLMKIT_LISTENING"
+"""In rank 0's environment, where nodes meet: the number of the open socket at which the others find it."""
+WORKER = (sys.executable, "-P", "-m", "llmkit.train.worker")
+"""The program of a worker that trains; the job's file is its word."""
 FINAL = (ExitCode.DONE, ExitCode.USAGE, ExitCode.MISSING, ExitCode.GATE, *SAVED)
 """Ends that another start would not change."""
 
@@ -65,26 +70,50 @@ def run_local_workers(
         0 when all are done; 75 or 130 when they stopped as asked; else the exit code of the worker that
         failed first, or 1 when that was killed by a signal. Of several starts, the last one's.
     """
-    tell = on_line or _to_stderr
+    tell = on_line or to_stderr
     command = [*(program or _own_program()), *argv]
     logs.mkdir(parents=True, exist_ok=True)
     arrived: list[int] = []
+
+    def once(start: int) -> Ending:
+        crew = Crew(tell, limits, arrived)
+        return run_alone(crew, num_processes, command, logs, {**env, RESTART: str(start)})
+
     with handling(lambda number, frame: arrived.append(number)):
-        for start in range(restarts + 1):
-            before = progress() if progress else -1
-            crew = Crew(tell, limits, arrived)
-            ending = _run_once(crew, num_processes, command, logs, {**env, RESTART: str(start)})
-            if restarts == 0 or ending.asked or ending.code in FINAL:
-                break
-            gained = progress is None or progress() > before
-            if useless := _why_not_again(ending, left=restarts - start, gained=gained):
-                tell(f"not started again: {useless}")
-                break
-            if arrived:
-                tell(f"not started again: {describe_stop(arrived[0])} came; the newest checkpoint resumes")
-                return exit_for(arrived[0])
-            tell(f"restart {start + 1} of {restarts}: {ending.reason}")
-    return ending.code
+        return start_again(once, restarts=restarts, progress=progress, tell=tell, arrived=arrived).code
+
+
+def start_again(
+    once: Callable[[int], Ending],
+    *,
+    restarts: int,
+    progress: Callable[[], int] | None,
+    tell: Callable[[str], None],
+    arrived: list[int],
+) -> Ending:
+    """Start, and after a failure start again, as `run_local_workers` promises.
+
+    Args:
+        once: Does one start, given its number from 0.
+        restarts: How many times more.
+        progress: What is gained so far; without it every start counts as a gain.
+        tell: Gets each line there is to say.
+        arrived: Signals that ask for the end.
+    """
+    for start in range(restarts + 1):
+        before = progress() if progress else -1
+        ending = once(start)
+        if restarts == 0 or ending.asked or ending.code in FINAL:
+            break
+        gained = progress is None or progress() > before
+        if useless := _why_not_again(ending, left=restarts - start, gained=gained):
+            tell(f"not started again: {useless}")
+            break
+        if arrived:
+            tell(f"not started again: {describe_stop(arrived[0])} came; the newest checkpoint resumes")
+            return Ending(exit_for(arrived[0]), asked=True)
+        tell(f"restart {start + 1} of {restarts}: {ending.reason}")
+    return ending
 
 
 def _why_not_again(ending: Ending, *, left: int, gained: bool) -> str:
@@ -94,17 +123,80 @@ def _why_not_again(ending: Ending, *, left: int, gained: bool) -> str:
     return "" if left else "all restarts are used up"
 
 
-def _run_once(
+@dataclass(frozen=True)
+class Share:
+    """The part of a world that one node's workers are.
+
+    Attributes:
+        first: Rank of the first of them.
+        count: How many they are.
+        world_size: Workers of all nodes.
+        node: The node's number, where there are several.
+    """
+
+    first: int
+    count: int
+    world_size: int
+    node: int | None = None
+
+    def place(self, local_rank: int) -> dict[str, str]:
+        """A worker's place in the world, in the variables that torch and accelerate read."""
+        rank = {"RANK": str(self.first + local_rank), "WORLD_SIZE": str(self.world_size)}
+        if self.world_size == 1:
+            # LOCAL_RANK would make accelerate open a process group, and with it a port, for one process.
+            return rank
+        return {**rank, "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(self.count)}
+
+
+def run_alone(
     crew: Crew, num_processes: int, command: list[str], logs: Path, env: Mapping[str, str]
 ) -> Ending:
-    """Start all workers and wait until they have ended; what is left is killed, whatever happens here."""
+    """Start all workers of one machine and wait until they have ended; what is left is killed, whatever happens."""
+    with tempfile.TemporaryDirectory(prefix="llmkit-") as private:
+        meeting = {
+            # Libraries want these two to be there; the meeting itself is at LLMKIT_RENDEZVOUS.
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "LLMKIT_RENDEZVOUS": str(Path(private) / "rendezvous"),
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        }
+        share = Share(0, num_processes, num_processes)
+        return run_share(crew, share, command, logs, {**env, **meeting})
+
+
+def run_share(
+    crew: Crew,
+    share: Share,
+    command: list[str],
+    logs: Path,
+    env: Mapping[str, str],
+    *,
+    folder: str | None = None,
+    listening: socket.socket | None = None,
+) -> Ending:
+    """Start one node's workers and wait until they have ended; what is left is killed, whatever happens here.
+
+    Args:
+        crew: Watches them.
+        share: Which ranks they are.
+        command: What each of them is.
+        logs: Where all but rank 0 write to.
+        env: Their environment, but for their places.
+        folder: The folder they are started in; by default this process's.
+        listening: A socket that rank 0 takes over, and is told the number of.
+    """
+    env = _shared_environment(env, share.count, share.world_size)
     with ExitStack() as stack:
-        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmkit-")))
-        shared = _shared_environment(env, num_processes, private / "rendezvous")
         stack.callback(crew.kill)
-        for rank in range(num_processes):
-            place = _place(rank, num_processes)
-            crew.workers.append(_start(rank, command, {**shared, **place}, logs))
+        for local_rank in range(share.count):
+            own = share.place(local_rank)
+            handed: tuple[int, ...] = ()
+            if listening is not None and local_rank == 0:
+                own, handed = {**own, LISTENING: str(listening.fileno())}, (listening.fileno(),)
+            worker = _start(share.first + local_rank, command, {**env, **own}, logs, folder, handed)
+            crew.workers.append(replace(worker, node=share.node))
+        if listening is not None:  # whoever waits at it is to notice when rank 0 ends
+            listening.close()
         return crew.wait()
 
 
@@ -113,20 +205,11 @@ def _own_program() -> list[str]:
     return [sys.executable, "-P", "-m", "llmkit"]
 
 
-def _shared_environment(env: Mapping[str, str], num_processes: int, rendezvous: Path) -> dict[str, str]:
-    """The environment of all workers; their ranks come on top."""
-    ours = {
-        "WORLD_SIZE": str(num_processes),
-        # Libraries want these two to be there; the meeting itself is at LLMKIT_RENDEZVOUS.
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "LLMKIT_RENDEZVOUS": str(rendezvous),
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        "PYTHONUNBUFFERED": "1",
-    }
-    merged = {**env, **ours}
-    if num_processes > 1:  # one alone computes as it would without a parent
-        merged.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_processes)))
+def _shared_environment(env: Mapping[str, str], count: int, world_size: int) -> dict[str, str]:
+    """The environment of a node's workers; their ranks come on top."""
+    merged = {**env, "PYTHONUNBUFFERED": "1"}
+    if world_size > 1:  # one alone computes as it would without a parent
+        merged.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
     return finding_our_code(merged)
 
 
@@ -146,15 +229,14 @@ def _free_port() -> int:
         return port
 
 
-def _place(rank: int, num_processes: int) -> dict[str, str]:
-    """A worker's place in the world, in the variables that torch and accelerate read."""
-    if num_processes == 1:
-        # LOCAL_RANK would make accelerate open a process group, and with it a port, for one process.
-        return {"RANK": "0"}
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_processes)}
-
-
-def _start(rank: int, command: list[str], env: Mapping[str, str], logs: Path) -> Worker:
+def _start(
+    rank: int,
+    command: list[str],
+    env: Mapping[str, str],
+    logs: Path,
+    folder: str | None,
+    handed: tuple[int, ...],
+) -> Worker:
     """Start one worker in its own process group: the terminal's Ctrl-C must reach only the parent."""
     log = logs / f"rank_{rank}.log" if rank else None
     with ExitStack() as stack:
@@ -168,6 +250,8 @@ def _start(rank: int, command: list[str], env: Mapping[str, str], logs: Path) ->
             stderr=output,
             process_group=0,
             preexec_fn=end_with_parent(),
+            cwd=folder,
+            pass_fds=handed,
         )
     return Worker(rank, process, log, start)
 
@@ -191,5 +275,6 @@ def end_with_parent(parent: int | None = None) -> Callable[[], None] | None:
     return prepare
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
+    """Say a line."""
     sys.stderr.write(line + "\n")

@@ -62,10 +62,12 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World | None:
     Raises:
         RunError: The variables contradict each other: going on would let each worker train alone.
     """
+    if "LLMKIT_NODE" in env and "LLMKIT_RENDEZVOUS" not in env:
+        return None  # the agent of a node (`node.become_agent`): its workers are a world, it is none
     if "RANK" in env or "WORLD_SIZE" in env:
         source = "llmkit" if "LLMKIT_RENDEZVOUS" in env else "torchrun"
         return _world(env, source, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "SLURM_STEP_ID" in env and _slurm_tasks(env) > 1:
+    if "SLURM_STEP_ID" in env and tasks_of_step(env) > 1:
         return _slurm_world(env)
     if "OMPI_COMM_WORLD_SIZE" in env:
         prefix = "OMPI_COMM_WORLD_"
@@ -99,14 +101,14 @@ def _world(
     env: Mapping[str, str], source: str, rank: str, size: str, local_rank: str, local_size: str
 ) -> World:
     """A world from four variables; without the local two all workers are on this machine."""
-    world_size = _number(env, size, at_least=1)
-    number = _number(env, rank)
+    world_size = number_in(env, size, at_least=1)
+    number = number_in(env, rank)
     return _checked(
         World(
             rank=number,
             world_size=world_size,
-            local_rank=_number(env, local_rank, default=number),
-            local_world_size=_number(env, local_size, default=world_size, at_least=1),
+            local_rank=number_in(env, local_rank, default=number),
+            local_world_size=number_in(env, local_size, default=world_size, at_least=1),
             source=source,
         ),
         f"{rank} and {size}",
@@ -123,7 +125,12 @@ def _checked(world: World, names: str) -> World:
     return world
 
 
-def _number(env: Mapping[str, str], name: str, *, default: int | None = None, at_least: int = 0) -> int:
+def number_in(env: Mapping[str, str], name: str, *, default: int | None = None, at_least: int = 0) -> int:
+    """A whole number from the environment.
+
+    Raises:
+        RunError: It is not there and there is no default, or it is something else.
+    """
     text = env.get(name)
     if text is None and default is not None:
         return default
@@ -136,22 +143,22 @@ def _number(env: Mapping[str, str], name: str, *, default: int | None = None, at
     return int(text)
 
 
-def _slurm_tasks(env: Mapping[str, str]) -> int:
+def tasks_of_step(env: Mapping[str, str]) -> int:
     """Tasks of this job step; SLURM_NTASKS alone may be the whole job's."""
     name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-    return _number(env, name, default=1)
+    return number_in(env, name, default=1)
 
 
 def _slurm_world(env: Mapping[str, str]) -> World:
-    world_size, rank = _slurm_tasks(env), _number(env, "SLURM_PROCID")
-    counts = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
-    node = _number(env, "SLURM_NODEID", default=0)
+    world_size, rank = tasks_of_step(env), number_in(env, "SLURM_PROCID")
+    counts = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
+    node = number_in(env, "SLURM_NODEID", default=0)
     local_size = counts[node] if node < len(counts) else world_size
-    local_rank = _number(env, "SLURM_LOCALID")
+    local_rank = number_in(env, "SLURM_LOCALID")
     return _checked(World(rank, world_size, local_rank, local_size, "srun"), "SLURM_PROCID and SLURM_NTASKS")
 
 
-def _tasks_per_node(text: str) -> list[int]:
+def tasks_per_node(text: str) -> list[int]:
     """Slurm's shorthand written out: `2(x3),1` -> [2, 2, 2, 1]."""
     counts: list[int] = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):

@@ -1,26 +1,34 @@
 """Attention kernels for training rows, registered with transformers, and the choice among them by measuring.
 
-A recipe knows three names; each is exact and differs in speed and memory only:
+A recipe knows four names; each is exact and differs in speed and memory only:
 
 - `sdpa`: torch's fused kernel. Isolated documents get one call each where that is possible, else a mask.
 - `compiled`: matmul, softmax, matmul in plain torch, for torch.compile to fuse. Causal rows are cut into blocks of
   queries that meet only the keys up to their end. Keeps the probabilities for the backward pass (T^2 memory).
 - `eager`: transformers' own plain code.
+- `flex`: torch's FlexAttention, which passes over whole blocks of positions that do not see each other. For packed
+  rows on an NVIDIA GPU: elsewhere it has no backward pass.
 
 Rows whose documents may see each other need no mask at all. transformers cannot know that inside a compiled model
 and would then always build one; so the rows have implementations of their own (`sdpa_rows`, `compiled_rows`). With
 padding, a cache or a sliding window every implementation here takes transformers' mask as usual.
+
+Where documents are kept apart, transformers asks the device whether there is more than one in a row, which makes a GPU
+wait at every micro-batch, and a compiled block meet two kinds of masks. So on a GPU the mask is made here, from the
+positions alone: see `documents_mask`.
 
 Shape suffixes: B rows, A attention heads, K key/value heads, T queries, S keys, D head size.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -28,7 +36,7 @@ from transformers.masking_utils import sdpa_mask
 from llmkit.errors import UsageError
 from llmkit.models.layers import WEIGHTS
 
-IMPLEMENTATIONS = ("sdpa", "eager", "compiled")
+IMPLEMENTATIONS = ("sdpa", "eager", "compiled", "flex")
 """The names a recipe can use."""
 
 _NUM_BLOCKS = 4
@@ -77,6 +85,124 @@ def _implementation(name: str, *, isolate: bool) -> str:
     if name == "eager":
         return name
     return name + ("_documents" if isolate else "_rows")
+
+
+def whole_rows_mask(model: PreTrainedModel, input_ids_BT: torch.Tensor) -> torch.Tensor | None:
+    """What says of rows on a GPU that nothing in them is filled up or kept apart, lest the device be asked for that.
+
+    Args:
+        model: Whose attention is set.
+        input_ids_BT: What it reads.
+
+    Returns:
+        A mask [B, T] of a single number, which the masks here know by that; None on a processor, and where the
+        model's attention is not one of those here.
+    """
+    name = str(getattr(model.config, "_attn_implementation", ""))
+    if not name.endswith("_rows") or input_ids_BT.device.type == "cpu":
+        return None
+    return torch.ones((1, 1), dtype=torch.bool, device=input_ids_BT.device).expand_as(input_ids_BT)
+
+
+def _is_whole(padding: torch.Tensor | None) -> bool:
+    return padding is not None and padding.numel() > 1 and not any(padding.stride())
+
+
+def documents_mask(model: PreTrainedModel, position_ids_BT: torch.Tensor) -> torch.Tensor | BlockMask | None:
+    """What each position of packed rows sees: those of its own document up to its own place; the device is not asked.
+
+    Args:
+        model: Whose attention is set.
+        position_ids_BT: 0 where a document starts, and one more with each position.
+
+    Returns:
+        A mask [B, 1, T, T] in the form that the kernel takes; None where transformers is to make it: on a processor,
+        where one call a document needs none, with other kernels, and where layers see windows of the past only.
+    """
+    name = str(getattr(model.config, "_attn_implementation", ""))
+    if not name.endswith("_documents") or position_ids_BT.device.type == "cpu" or _sees_windows(model):
+        return None
+    documents_BT = (position_ids_BT.diff(dim=1, prepend=position_ids_BT[:, :1] - 1) != 1).cumsum(1)
+    if name.startswith("flex"):
+        return block_mask(documents_BT)
+    return (documents_BT[:, None, :, None] == documents_BT[:, None, None, :]).tril()
+
+
+def _sees_windows(model: PreTrainedModel) -> bool:
+    """Whether some layers need a mask of their own, or the model is not one that looks at the past only."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return bool(kinds or window) or not getattr(config, "is_causal", True)
+
+
+def block_mask(documents_BT: torch.Tensor) -> BlockMask:
+    """The mask of `documents_mask` for FlexAttention: which blocks of positions meet, and what is seen within them."""
+    num_rows, length = documents_BT.shape
+
+    def sees(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (query >= key) & (documents_BT[row, query] == documents_BT[row, key])
+
+    compiled = documents_BT.device.type == "cuda"
+    return create_block_mask(
+        sees, num_rows, None, length, length, device=documents_BT.device, _compile=compiled
+    )
+
+
+def flex_documents_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """FlexAttention where the mask is one of blocks; rows that are seen as a whole, or padded, go to SDPA.
+
+    Args:
+        module: The attention layer.
+        query: [B, A, T, D].
+        key: [B, K, S, D].
+        value: [B, K, S, D].
+        attention_mask: As of `documents_mask`, or as SDPA takes it.
+        dropout: Of the weights; must be 0, for FlexAttention has none.
+        scaling: By default D ** -0.5.
+        options: As for `sdpa`.
+
+    Returns:
+        [B, T, A, D], and None in place of the weights.
+
+    Raises:
+        UsageError: The model drops attention weights.
+
+    **Source**: Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels", 2024.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        return document_sdpa_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    if dropout:
+        raise UsageError(
+            f"machine.attention is flex, which cannot drop attention weights, and this model drops {dropout:.0%}",
+            hint="machine.attention=sdpa, or dropout: 0",
+        )
+    attend: Any = _compiled_flex() if _compiles_flex(query) else flex_attention
+    mixed = attend(
+        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def _compiles_flex(query: torch.Tensor) -> bool:
+    """Not compiled, FlexAttention makes all scores; in a block that is being compiled it is compiled with that."""
+    return query.device.type == "cuda" and not torch.compiler.is_compiling()
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def matmul_softmax_attention(
@@ -270,6 +396,12 @@ def _documents(position_ids_BT: torch.Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def _mask_of_documents(*, allow_is_causal_skip: bool = True, **facts: Any) -> torch.Tensor | None:
+    padding = facts.get("attention_mask")
+    if _is_whole(padding):
+        padding = facts["attention_mask"] = None
+    if padding is not None and padding.device.type != "cpu":
+        # Whether nothing is filled up would have to be asked of the device.
+        return sdpa_mask(**{**facts, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     # A skipped mask means "causal", which `matmul_softmax_attention` takes for a square only.
     return sdpa_mask(allow_is_causal_skip=allow_is_causal_skip and _is_square(facts), **facts)
 
@@ -277,7 +409,7 @@ def _mask_of_documents(*, allow_is_causal_skip: bool = True, **facts: Any) -> to
 def _mask_of_rows(*, local_size: int | None = None, **facts: Any) -> torch.Tensor | None:
     plain = (
         _is_square(facts)
-        and facts.get("attention_mask") is None
+        and (facts.get("attention_mask") is None or _is_whole(facts["attention_mask"]))
         and not facts.get("use_vmap", False)
         and (local_size is None or local_size >= facts["kv_length"])
     )
@@ -292,6 +424,12 @@ def _is_square(facts: dict[str, Any]) -> bool:
 for _suffix, _mask in (("_documents", _mask_of_documents), ("_rows", _mask_of_rows)):
     AttentionInterface.register(f"tapped{_suffix}", _tapped_attention)
     AttentionMaskInterface.register(f"tapped{_suffix}", _mask)
+AttentionInterface.register("flex_documents", flex_documents_attention)
+AttentionMaskInterface.register("flex_documents", _mask_of_documents)
+AttentionInterface.register(
+    "flex_rows", sdpa_attention_forward
+)  # the flash kernel sees whole rows as fast as anything
+AttentionMaskInterface.register("flex_rows", _mask_of_rows)
 for _name, _kernel in (("sdpa", document_sdpa_attention), ("compiled", matmul_softmax_attention)):
     AttentionInterface.register(f"{_name}_documents", _kernel)
     AttentionMaskInterface.register(f"{_name}_documents", _mask_of_documents)
@@ -313,12 +451,13 @@ def choose_attention(
     compiled: bool,
     isolate: bool,
 ) -> tuple[str, str, dict[str, float]]:
-    """Time forward and backward of one layer's attention with each kernel; choose the fastest.
+    """Time forward and backward of one layer's attention with each kernel that is in question; choose the fastest.
 
     Not compiled that takes well under a second; compiled, some seconds of compiling when nothing is kept from before.
 
     Args:
-        device: `cpu`, `cuda`, ...; only on CPU is anything measured, elsewhere SDPA has the flash kernels.
+        device: `cpu`, `cuda`, ...; on a GPU only isolated documents leave a choice: SDPA's flash kernels see whole
+            rows, and take no mask.
         dtype: The type of queries, keys and values.
         batch: Rows of a micro-batch.
         heads: Attention heads.
@@ -331,24 +470,36 @@ def choose_attention(
     Returns:
         The name, the reason as text, and the seconds of each kernel that was measured.
     """
-    if device != "cpu":
+    if device not in _IN_QUESTION or (device == "cuda" and not isolate):
         return "sdpa", f"SDPA has fused kernels on {device}", {}
     score_bytes = 4 * batch * heads * seq_len**2
-    if score_bytes > _MOST_SCORE_BYTES:
+    if device == "cpu" and score_bytes > _MOST_SCORE_BYTES:
         return "sdpa", f"keeping the scores would take {score_bytes / 2**20:.0f} MiB a layer", {}
-    query = torch.randn(batch, seq_len, heads, head_dim, dtype=dtype).transpose(1, 2)
-    key, value = (
-        torch.randn(batch, seq_len, kv_heads, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2)
-    )
-    positions = _probe_positions(batch, seq_len) if isolate else None
-    seconds = {
-        name: _seconds(kernel, (query, key, value), positions, compiled=compiled)
-        for name, kernel in (("sdpa", document_sdpa_attention), ("compiled", matmul_softmax_attention))
-    }
+
+    def states(heads: int) -> torch.Tensor:
+        return torch.randn(batch, seq_len, heads, head_dim, dtype=dtype, device=device).transpose(1, 2)
+
+    query, key, value = states(heads), states(kv_heads), states(kv_heads)
+    positions = _probe_positions(batch, seq_len).to(device) if isolate else None
+    seconds, failed = {}, ""
+    for name, kernel in _IN_QUESTION[device]:
+        try:
+            seconds[name] = _seconds(name, kernel, (query, key, value), positions, compiled=compiled)
+        except (RuntimeError, NotImplementedError) as error:
+            if device == "cpu" or name == "sdpa":
+                raise
+            failed = f"; {name} does not work here ({str(error).splitlines()[0]})"
     name = min(seconds, key=seconds.__getitem__)
     times = ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
     mode = "compiled" if compiled else "not compiled"
-    return name, f"measured on {batch} x {seq_len}, {mode}: {times} a layer", seconds
+    return name, f"measured on {batch} x {seq_len}, {mode}: {times} a layer{failed}", seconds
+
+
+_IN_QUESTION: dict[str, tuple[tuple[str, Callable[..., Any]], ...]] = {
+    "cpu": (("sdpa", document_sdpa_attention), ("compiled", matmul_softmax_attention)),
+    "cuda": (("sdpa", document_sdpa_attention), ("flex", flex_documents_attention)),
+}
+"""The kernels that are measured, by device."""
 
 
 def _probe_positions(batch: int, seq_len: int) -> torch.Tensor:
@@ -358,6 +509,7 @@ def _probe_positions(batch: int, seq_len: int) -> torch.Tensor:
 
 
 def _seconds(
+    name: str,
     kernel: Callable[..., tuple[torch.Tensor, None]],
     states: tuple[torch.Tensor, ...],
     position_ids: torch.Tensor | None,
@@ -368,10 +520,14 @@ def _seconds(
     module = torch.nn.Module()
     module.num_key_value_groups = states[0].shape[1] // states[1].shape[1]  # type: ignore[assignment]
 
+    documents = None
+    if position_ids is not None:
+        documents = (position_ids.diff(dim=1, prepend=position_ids[:, :1]) < 0).cumsum(1)
+    blocks = block_mask(documents) if name == "flex" and documents is not None else None
+
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        mask = None
-        if position_ids is not None:
-            documents = (position_ids.diff(dim=1, prepend=position_ids[:, :1]) < 0).cumsum(1)
+        mask: torch.Tensor | BlockMask | None = blocks
+        if blocks is None and documents is not None:
             mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
         return kernel(module, query, key, value, mask, position_ids=position_ids, is_causal=True)[0]
 
@@ -379,9 +535,16 @@ def _seconds(
     inputs = tuple(state.detach().requires_grad_() for state in states)
     times = []
     for _ in range(1 + _PROBE_RUNS):
-        # Time of the process, not of the wall: other programs on the machine do not count.
-        start = time.process_time()
+        start = _now(states[0].device)
         output = run(*inputs)
         torch.autograd.grad(output, inputs, torch.ones_like(output))
-        times.append(time.process_time() - start)
+        times.append(_now(states[0].device) - start)
     return min(times[1:])
+
+
+def _now(device: torch.device) -> float:
+    """Seconds: of a processor those of the process, so that other programs do not count; of a GPU when it is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()

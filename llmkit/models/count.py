@@ -13,6 +13,9 @@ from llmkit.plan import ModelShape
 from llmkit.recipe.schema import Model
 from llmkit.registry import ModelKind
 
+_GATES = ("gate_proj", "gate_up_proj", "wi_0", "mlp.Wi")
+"""How a gated MLP's first matrix is called."""
+
 
 def fetch_config(name: str, *, trusted: bool = False) -> dict[str, Any]:
     """The configuration of a model by name, as transformers finds it (its cache first, then the Hub).
@@ -82,13 +85,15 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
         intermediate_size=_field(config, "intermediate_size", "decoder_ffn_dim", default=4 * hidden),
         max_length=max_length(config),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
-        gated_mlp=False,
+        gated_mlp=any(name.endswith(_GATES) for name, _ in model.named_modules()),
         num_parameters=total,
         num_non_embedding_parameters=body,
         num_matmul_parameters=matrices,
         embedding_size=model.get_input_embeddings().embedding_dim,
         num_encoder_layers=0 if encoder is None else _field(config, "num_hidden_layers", default=1),
         num_encoder_parameters=0 if encoder is None else _weights(encoder)[2],
+        num_experts=_field(config, "num_local_experts", "num_experts", "n_routed_experts", default=0),
+        num_expert_parameters=sum(p.numel() for name, p in model.named_parameters() if ".experts." in name),
     )
 
 

@@ -24,6 +24,9 @@ _CHUNK_BYTES = {"cpu": 2**25}
 rows of 16k logits are equally fast, 64 rows 1.25 times slower)."""
 _CHUNK_BYTES_ELSEWHERE = 2**28
 _FEWEST_ROWS = 128
+_ENTRIES_MULTIPLE = {"cuda": 128}
+"""The number of entries that matrix products are computed for is a multiple of this: the matrix units of a GPU read
+rows of a round length several times faster."""
 
 
 def linear_cross_entropy(
@@ -36,6 +39,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_rows: int | None = None,
     gather: bool | None = None,
+    num_targets: torch.Tensor | None = None,
+    multiple: int | None = None,
 ) -> torch.Tensor:
     """The sum of -log softmax(hidden @ weight.T + bias)[target] over the rows that have a target, in nats.
 
@@ -54,6 +59,9 @@ def linear_cross_entropy(
         gather: Leave rows without a target out of the computation. That asks how many there are, which on a GPU
             waits for the device; so by default it is done on CPU only, and elsewhere such rows count as zeros. Ask
             for it where few rows have a target.
+        num_targets: How many rows have a target, on the host: then gathering them waits for nothing.
+        multiple: Fill the head up with entries that have no probability, to a multiple of this; the result is the
+            same. By default on GPUs, where the head is copied to another type anyway.
 
     Returns:
         A scalar in float32 (in float64 for float64 input).
@@ -66,6 +74,8 @@ def linear_cross_entropy(
         "z_loss": z_loss,
         "chunk_rows": chunk_rows or _chunk_rows(weight_VH),
         "gather": hidden_NH.device.type == "cpu" if gather is None else gather,
+        "num_targets": num_targets,
+        "multiple": _multiple(hidden_NH, weight_VH) if multiple is None else multiple,
         "compute_dtype": _compute_dtype(hidden_NH),
     }
     learns = [t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias)]
@@ -113,6 +123,8 @@ def linear_nll(
             z_loss=0.0,
             chunk_rows=chunk_rows or _chunk_rows(weight_VH),
             gather=hidden_NH.device.type == "cpu" if gather is None else gather,
+            num_targets=None,
+            multiple=_multiple(hidden_NH, weight_VH),
             compute_dtype=_compute_dtype(hidden_NH),
         )
 
@@ -120,6 +132,21 @@ def linear_nll(
 def _chunk_rows(weight_VH: torch.Tensor) -> int:
     budget = _CHUNK_BYTES.get(weight_VH.device.type, _CHUNK_BYTES_ELSEWHERE)
     return max(_FEWEST_ROWS, budget // (4 * weight_VH.shape[0]))
+
+
+def _multiple(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> int:
+    copied = _compute_dtype(hidden_NH) != weight_VH.dtype
+    return _ENTRIES_MULTIPLE.get(weight_VH.device.type, 1) if copied else 1
+
+
+def _filled(weight_VH: torch.Tensor, dtype: torch.dtype, multiple: int) -> torch.Tensor:
+    """The weight in `dtype`, with rows of zeros up to a multiple."""
+    size = -(-len(weight_VH) // multiple) * multiple
+    if size == len(weight_VH):
+        return weight_VH.to(dtype)
+    filled = weight_VH.new_zeros(size, weight_VH.shape[1], dtype=dtype)
+    filled[: len(weight_VH)] = weight_VH
+    return filled
 
 
 def _compute_dtype(hidden_NH: torch.Tensor) -> torch.dtype:
@@ -147,11 +174,17 @@ class _Rows:
 
     @classmethod
     def take(
-        cls, hidden_NH: torch.Tensor, targets_N: torch.Tensor, *, gather: bool, dtype: torch.dtype
+        cls,
+        hidden_NH: torch.Tensor,
+        targets_N: torch.Tensor,
+        *,
+        gather: bool,
+        count: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> "_Rows":
         if not gather:
             return cls(hidden_NH.to(dtype), targets_N, None, masked=True)
-        index = (targets_N != NOT_LEARNED).nonzero().squeeze(1)
+        index = places_of(targets_N, count)
         if len(index) == len(targets_N):
             return cls(hidden_NH.to(dtype), targets_N, None, masked=False)
         return cls(hidden_NH[index].to(dtype), targets_N[index], index, masked=False)
@@ -165,12 +198,27 @@ class _Rows:
 
 
 class _Chunks:
-    """Goes through the rows chunk by chunk; the buffer of logits is made once and used again."""
+    """Goes through the rows chunk by chunk; the buffer of logits is made once and used again.
+
+    Args:
+        rows: The rows.
+        weight_VH: The head, perhaps with more rows than there are entries.
+        bias_V: Its bias.
+        chunk_rows: Rows of a chunk.
+        entries: Entries of the vocabulary; the logits of further ones are minus infinity.
+    """
 
     def __init__(
-        self, rows: _Rows, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, *, chunk_rows: int
+        self,
+        rows: _Rows,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        *,
+        chunk_rows: int,
+        entries: int,
     ) -> None:
         self._rows = rows
+        self._entries = entries
         self._weight_HV = weight_VH.t()
         self._bias_V = bias_V
         self._chunk_rows = max(1, min(chunk_rows, len(rows.targets_R)))
@@ -189,16 +237,19 @@ class _Chunks:
             if wide is not narrow:
                 logits_CV.copy_(narrow[:size])
             if self._bias_V is not None:
-                logits_CV += self._bias_V
+                logits_CV[:, : self._entries] += self._bias_V
+            if self._entries < logits_CV.shape[1]:
+                logits_CV[:, self._entries :] = -torch.inf
             yield place, logits_CV
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What is asked of a row: `label_smoothing` and `z_loss`, as `linear_cross_entropy` takes them."""
+    """What is asked of a row: `label_smoothing`, `z_loss` as `linear_cross_entropy` takes them; of how many entries."""
 
     smoothing: float
     z: float
+    entries: int
 
     def losses(
         self, logits_CV: torch.Tensor, targets_C: torch.Tensor, *, masked: bool
@@ -211,7 +262,7 @@ class _Form:
         index_C1 = (targets_C.clamp(min=0) if masked else targets_C).unsqueeze(1)
         aim_C1 = logits_CV.gather(1, index_C1)
         if self.smoothing:
-            aim_C1.lerp_(logits_CV.mean(1, keepdim=True), self.smoothing)
+            aim_C1.lerp_(logits_CV[:, : self.entries].mean(1, keepdim=True), self.smoothing)
         max_C1 = logits_CV.amax(1, keepdim=True)
         torch.softmax(logits_CV, 1, out=logits_CV)
         log_normaliser_C1 = max_C1 - logits_CV.amax(1, keepdim=True).log_()
@@ -230,7 +281,7 @@ class _Form:
         if self.z:
             softmax_CV.mul_(1 + 2 * self.z * log_normaliser_C1)
         if self.smoothing:
-            softmax_CV.sub_(self.smoothing / softmax_CV.shape[1])
+            softmax_CV[:, : self.entries].sub_(self.smoothing / self.entries)
         return softmax_CV.scatter_add_(1, index_C1, softmax_CV.new_full(index_C1.shape, self.smoothing - 1.0))
 
 
@@ -244,14 +295,17 @@ def _row_nll(
     z_loss: float,
     chunk_rows: int,
     gather: bool,
+    num_targets: torch.Tensor | None,
+    multiple: int,
     compute_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Each row's loss, no gradient."""
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        rows = _Rows.take(hidden_NH, targets_N, gather=gather, dtype=compute_dtype)
+        rows = _Rows.take(hidden_NH, targets_N, gather=gather, count=num_targets, dtype=compute_dtype)
         nll_R = _new_like(targets_N, len(rows.targets_R), compute_dtype)
-        form = _Form(label_smoothing, z_loss)
-        for place, logits_CV in _Chunks(rows, weight_VH.to(compute_dtype), bias_V, chunk_rows=chunk_rows):
+        weight, entries = _filled(weight_VH, compute_dtype, multiple), len(weight_VH)
+        form = _Form(label_smoothing, z_loss, entries)
+        for place, logits_CV in _Chunks(rows, weight, bias_V, chunk_rows=chunk_rows, entries=entries):
             nll_R[place], *_ = form.losses(logits_CV, rows.targets_R[place], masked=rows.masked)
         return rows.put_back(nll_R, _new_like(targets_N, len(targets_N), compute_dtype))
 
@@ -267,19 +321,21 @@ def _total_with_gradients(
     z_loss: float,
     chunk_rows: int,
     gather: bool,
+    num_targets: torch.Tensor | None,
+    multiple: int,
     compute_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of the losses and its gradients by hidden, weight and bias; empty where not asked for."""
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        rows = _Rows.take(hidden_NH, targets_N, gather=gather, dtype=compute_dtype)
-        weight = weight_VH.to(compute_dtype)
+        rows = _Rows.take(hidden_NH, targets_N, gather=gather, count=num_targets, dtype=compute_dtype)
+        weight, entries = _filled(weight_VH, compute_dtype, multiple), len(weight_VH)
         wide = torch.promote_types(compute_dtype, torch.float32)
         total = hidden_NH.new_zeros((), dtype=wide)
         grad_RH = torch.empty_like(rows.hidden_RH) if learns[0] else None
-        grad_VH = torch.zeros_like(weight_VH, dtype=wide) if learns[1] else None
+        grad_VH = torch.zeros_like(weight, dtype=wide) if learns[1] else None
         grad_V = weight_VH.new_zeros(len(weight_VH), dtype=wide) if learns[2] else None
-        form = _Form(label_smoothing, z_loss)
-        for place, logits_CV in _Chunks(rows, weight, bias_V, chunk_rows=chunk_rows):
+        form = _Form(label_smoothing, z_loss, entries)
+        for place, logits_CV in _Chunks(rows, weight, bias_V, chunk_rows=chunk_rows, entries=entries):
             targets_C = rows.targets_R[place]
             loss_C, *of_row = form.losses(logits_CV, targets_C, masked=rows.masked)
             total += loss_C.sum()
@@ -287,7 +343,7 @@ def _total_with_gradients(
             if rows.masked:
                 logits_CV.mul_((targets_C != NOT_LEARNED).unsqueeze(1))
             if grad_V is not None:
-                grad_V += logits_CV.sum(0)
+                grad_V += logits_CV[:, :entries].sum(0)
             error_CV = logits_CV.to(compute_dtype)
             if grad_RH is not None:
                 torch.mm(error_CV, weight, out=grad_RH[place])
@@ -296,7 +352,7 @@ def _total_with_gradients(
         return (
             total,
             _or_empty(None if grad_RH is None else rows.put_back(grad_RH, hidden_NH), hidden_NH),
-            _or_empty(None if grad_VH is None else grad_VH.to(weight_VH.dtype), weight_VH),
+            _or_empty(None if grad_VH is None else grad_VH[:entries].to(weight_VH.dtype), weight_VH),
             _or_empty(None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype), weight_VH),
         )
 
@@ -307,6 +363,18 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a @ b
+
+
+def places_of(targets_N: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+    """Where the targets are.
+
+    Args:
+        targets_N: `NOT_LEARNED` where there is none.
+        count: How many there are, on the host: else the device is asked, and waited for.
+    """
+    mask_N = targets_N != NOT_LEARNED
+    found = mask_N.nonzero() if count is None else torch.nonzero_static(mask_N, size=int(count))
+    return found.squeeze(1)
 
 
 def _or_empty(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -328,6 +396,8 @@ def _(
     z_loss: float,
     chunk_rows: int,
     gather: bool,
+    num_targets: torch.Tensor | None,
+    multiple: int,
     compute_dtype: torch.dtype,
 ) -> torch.Tensor:
     return hidden_NH.new_empty(hidden_NH.shape[0], dtype=torch.promote_types(compute_dtype, torch.float32))
@@ -344,6 +414,8 @@ def _(
     z_loss: float,
     chunk_rows: int,
     gather: bool,
+    num_targets: torch.Tensor | None,
+    multiple: int,
     compute_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
@@ -371,7 +443,7 @@ def _scale_gradients(ctx: Any, grad_total: torch.Tensor, *_: Any) -> tuple[Any, 
         gradient * grad_total.to(gradient.dtype) if learns else None
         for gradient, learns in zip(ctx.saved_tensors, ctx.learns, strict=True)
     )
-    return by_hidden, by_weight, None, by_bias, None, None, None, None, None, None
+    return by_hidden, by_weight, None, by_bias, *(None,) * 8
 
 
 _total_with_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -11,7 +11,7 @@ vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,12 +46,14 @@ class Scores:
         weight_VH: The output layer.
         bias_V: Its bias, if it has one.
         sparse: Whether few of the positions are targets.
+        num_targets: How many are, on the host; None: not known there.
     """
 
     features_NH: torch.Tensor
     weight_VH: torch.Tensor | None = None
     bias_V: torch.Tensor | None = None
     sparse: bool = False
+    num_targets: torch.Tensor | None = None
 
     def nll(
         self, targets_N: torch.Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
@@ -73,6 +75,7 @@ class Scores:
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             gather=True if self.sparse else None,
+            num_targets=self.num_targets,
         )
 
     @torch.no_grad()
@@ -136,7 +139,14 @@ def causal_scores(
         position_ids_BT: Positions that restart where a document begins: it does not see those before it.
         seen_B1TT: Which tokens each token sees; where it is given, positions say nothing about that.
     """
-    given = {"position_ids": position_ids_BT, "attention_mask": seen_B1TT}
+    seen: Any = seen_B1TT
+    if seen is None and input_ids_BT.device.type != "cpu":
+        from llmkit.models.attention import documents_mask, whole_rows_mask  # with transformers; see above
+
+        seen = whole_rows_mask(model, input_ids_BT)
+        if seen is None and position_ids_BT is not None:
+            seen = documents_mask(model, position_ids_BT)
+    given = {"position_ids": position_ids_BT, "attention_mask": seen}
     positions = {name: value for name, value in given.items() if value is not None}
     if _gives_own_logits(model):
         logits_BTV = model(input_ids=input_ids_BT, use_cache=False, **positions).logits
@@ -145,11 +155,14 @@ def causal_scores(
     return _scores(model, hidden_BTH)
 
 
-def masked_scores(model: "PreTrainedModel", **inputs: torch.Tensor | None) -> tuple[Scores, Any]:
+def masked_scores(
+    model: "PreTrainedModel", *, num_targets: torch.Tensor | None = None, **inputs: torch.Tensor | None
+) -> tuple[Scores, Any]:
     """What a model that fills gaps says of each position, and what its body gave.
 
     Args:
         model: A masked language model, or one with further heads.
+        num_targets: How many positions have a target, on the host: then a GPU need not be asked.
         inputs: `input_ids`, `attention_mask`, `token_type_ids` [B, T]; what is None is left out.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
@@ -159,7 +172,7 @@ def masked_scores(model: "PreTrainedModel", **inputs: torch.Tensor | None) -> tu
         return Scores(logits_BTV.flatten(0, 1)), output
     body = model.base_model(**given)
     hidden_BTH = _BEFORE_THE_HEAD[model.config.model_type](model, body.last_hidden_state)
-    return _scores(model, hidden_BTH, sparse=True), body
+    return replace(_scores(model, hidden_BTH, sparse=True), num_targets=num_targets), body
 
 
 def pair_logits(model: "PreTrainedModel", output: Any) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from llmkit.data.tokenizers.vocabulary import Vocabulary
+from llmkit.models.cross_entropy import places_of
 from llmkit.models.heads import Scores, choose_heads, masked_scores
 from llmkit.objectives.base import (
     NOT_LEARNED,
@@ -113,7 +114,9 @@ class Electra:
         """The generator's sum over hidden tokens, and `weight` times the model's over all."""
         assert self._generator is not None
         read_BT, targets_BT, mask_BT = batch["input_ids"], batch["targets"], batch.get("attention_mask")
-        scores, _ = masked_scores(self._generator, input_ids=read_BT, attention_mask=mask_BT)
+        scores, _ = masked_scores(
+            self._generator, num_targets=batch[TARGETS], input_ids=read_BT, attention_mask=mask_BT
+        )
         generator_total = criterion(scores, targets_BT.flatten())
         drawn_BT = _drawn(scores, targets_BT.flatten(), batch["draws"].flatten()).view_as(targets_BT)
         is_hidden_BT = targets_BT != NOT_LEARNED
@@ -157,7 +160,7 @@ def _drawn(scores: Scores, targets_N: torch.Tensor, draws_N: torch.Tensor) -> to
     So the same tokens are drawn on any number of devices, but for rounding where a number falls between two tokens.
     """
     drawn_N = torch.zeros_like(targets_N)
-    for index in (targets_N != NOT_LEARNED).nonzero().squeeze(1).split(_AT_ONCE):
+    for index in places_of(targets_N, scores.num_targets).split(_AT_ONCE):
         below_MV = torch.softmax(scores.logits(index).double(), dim=1).cumsum(dim=1)
         wanted_M1 = (draws_N[index].double().unsqueeze(1) + 0.5) / _DRAWS * below_MV[:, -1:]
         drawn_N[index] = torch.searchsorted(below_MV, wanted_M1).squeeze(1).clamp(max=below_MV.shape[1] - 1)

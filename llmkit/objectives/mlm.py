@@ -80,7 +80,10 @@ class MaskedLM:
     def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
         """Sum of the hidden tokens' negative log-likelihood. Logits are made for them only."""
         scores, _ = masked_scores(
-            model, input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
+            model,
+            num_targets=batch[TARGETS],
+            input_ids=batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
         )
         targets_N = batch["targets"].flatten()
         sums = {} if model.training else {"correct": scores.num_correct(targets_N)}

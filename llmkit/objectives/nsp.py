@@ -132,7 +132,9 @@ class PairedMaskedLM:
     def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
         """Sums of the hidden tokens' and the pairs' negative log-likelihood."""
         names = ("input_ids", "attention_mask", "token_type_ids")
-        scores, output = masked_scores(model, **{name: batch[name] for name in names})
+        scores, output = masked_scores(
+            model, num_targets=batch[TARGETS], **{name: batch[name] for name in names}
+        )
         targets_N, pairs_B = batch["targets"].flatten(), batch["pair_targets"]
         logits_B2 = pair_logits(model, output).float()
         pair_total = functional.cross_entropy(logits_B2, pairs_B, ignore_index=NOT_LEARNED, reduction="sum")

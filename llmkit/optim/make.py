@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from llmkit.models.freezing import Pace
 from llmkit.optim.average import keep_average
@@ -51,8 +52,21 @@ def make_optimizer(
     """
     settings = {name: getattr(spec, name) for name in _SETTINGS.get(spec.name, _ADAM_SETTINGS)}
     own = {"l1": 0.0, "ema": ema}
-    groups = [{**own, **settings, **group} for group in parameter_groups(model, spec, l1=l1, paces=paces)]
+    groups = [
+        {**own, **settings, **group}
+        for treated_alike in parameter_groups(model, spec, l1=l1, paces=paces)
+        for group in _by_mesh(treated_alike)
+    ]
     return with_hooks(_OPTIMIZERS[spec.name](groups))
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group in parts whose parameters are shared by the same processes: fused updates take no others together."""
+    parts: dict[Any, list[nn.Parameter]] = {}
+    for p in group["params"]:
+        mesh = p.device_mesh if isinstance(p, DTensor) else None
+        parts.setdefault(mesh, []).append(p)
+    return [{**group, "params": parameters} for parameters in parts.values()] or [group]
 
 
 def like(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -81,10 +95,16 @@ def _add_l1(optimizer: torch.optim.Optimizer, *_: object) -> None:
                 p.grad.add_(p.sign(), alpha=group["l1"])
 
 
+def _sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Torch's SGD; its fused form does not know of tensors that processes share."""
+    shared = any(isinstance(p, DTensor) for group in groups for p in group["params"])
+    return torch.optim.SGD(groups, fused=not shared)
+
+
 _OPTIMIZERS: Mapping[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adam": partial(torch.optim.Adam, fused=True),
-    "sgd": partial(torch.optim.SGD, fused=True),
+    "sgd": _sgd,
     "adafactor": partial(EachParameter, update=adafactor),
     "lion": partial(EachParameter, update=lion),
     "schedule_free": partial(EachParameter, update=schedule_free),

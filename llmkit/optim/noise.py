@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmkit.data.seeds import mix_seed
 
@@ -16,7 +17,7 @@ def add_noise(model: nn.Module, sigma: float, *, seed: int, step: int) -> None:
     nothing happens.
 
     Args:
-        model: What is trained; its gradients are whole, clipped, and the same on all processes.
+        model: What is trained; its gradients are clipped, and the same on all processes, or shards of such.
         sigma: The standard deviation at the first step.
         seed: The run's.
         step: Steps made so far.
@@ -31,4 +32,6 @@ def add_noise(model: nn.Module, sigma: float, *, seed: int, step: int) -> None:
         if p.grad is not None:
             chance = torch.Generator(p.device).manual_seed(mix_seed(seed, _NOISE, step, *name.encode()))
             noise = torch.randn(p.shape, generator=chance, device=p.device, dtype=p.grad.dtype)
+            if isinstance(p.grad, DTensor):  # each has drawn all of it, and takes its own share
+                noise = distribute_tensor(noise, p.grad.device_mesh, p.grad.placements, src_data_rank=None)
             p.grad.add_(noise, alpha=scale)

@@ -2,10 +2,11 @@
 
 from llmkit.plan.batch import PlanError, rows_of_batch
 from llmkit.plan.describe import describe
-from llmkit.plan.estimate import Memory, flops_per_token, training_memory
+from llmkit.plan.estimate import flops_per_token
 from llmkit.plan.families import counts_from_padding, shape_of_config, shape_of_preset, with_lengths
 from llmkit.plan.fit import check_fit, check_vectors, known_kinds
 from llmkit.plan.make import make_plan
+from llmkit.plan.memory import Memory, training_memory
 from llmkit.plan.plan import DataFacts, Plan, SourceFacts
 from llmkit.plan.presets import PRESETS, architecture_fields, model_fields, preset_fields
 from llmkit.plan.rows import layout_of

@@ -1,12 +1,26 @@
 """Decisions that every plan has to make: processes, precision, saving, intervals; each with its reason."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmkit.hardware import Hardware
-from llmkit.plan.batch import PlanError, largest_divisor, share_rows
-from llmkit.plan.estimate import Memory
+from llmkit.plan.batch import PlanError, largest_divisor
 from llmkit.plan.length import resolve_every, resolve_warmup
+from llmkit.plan.levers import check_levers
+from llmkit.plan.memory import Memory, Recompute
+from llmkit.plan.shape import ModelShape
+from llmkit.plan.sharing import (
+    POLICIES,
+    SHARDS_BY_ITSELF,
+    MemoryOf,
+    Sharing,
+    World,
+    resolve_sharing,
+    setting_of,
+    what_would_fit,
+)
+from llmkit.recipe.machine import Parallel
 from llmkit.recipe.optimizers import state_bytes_per_parameter
 from llmkit.recipe.schema import Machine, Section
 from llmkit.recipe.units import Amount
@@ -30,48 +44,131 @@ class Draft:
         self.choices[f"machine.{setting}"] = (value, why)
 
 
-def choose_world(draft: Draft, rows: int, fixed: int | None) -> int:
-    """Processes: fixed from outside, else pinned by the recipe, else all devices that can share the batch."""
+def choose_world(draft: Draft, rows: int, fixed: int | None) -> World:
+    """Processes: fixed from outside, else pinned by the recipe, else all devices that can share the batch.
+
+    Raises:
+        PlanError: There are not so many devices, they cannot share the rows, or they are not of one kind.
+    """
+    nodes = draft.hardware.nodes or draft.machine.nodes
+    devices = draft.hardware.num_devices * nodes
     pinned = draft.machine.processes
     if fixed is not None:
         if pinned != fixed:
             draft.choose("processes", fixed, "set by the launcher or by --processes")
-        world = fixed
+        size = fixed
     elif pinned != "auto":
-        world = pinned
+        size = pinned
     else:
-        return choose_auto_world(draft, rows)
-    if draft.hardware.device != "cpu" and world > draft.hardware.num_devices and fixed is None:
+        size = choose_auto_world(draft, rows, devices)
+    if draft.hardware.device != "cpu" and size > devices and fixed is None:
         raise PlanError(
-            f"machine.processes is {world}, but this machine has {draft.hardware.num_devices} "
+            f"machine.processes is {size}, but {'this machine has' if nodes == 1 else 'there are'} {devices} "
             f"{draft.hardware.device} device(s)",
-            hint=f"machine.processes={draft.hardware.num_devices}",
+            hint=f"machine.processes={devices}",
         )
-    share_rows(rows, world, 1)
-    return world
+    _check_alike(draft.hardware, size)
+    local = size // nodes if size % nodes == 0 else min(size, draft.hardware.num_devices)
+    return World(size, max(1, local), nodes, draft.hardware.device)
 
 
-def choose_auto_world(draft: Draft, rows: int) -> int:
-    """All devices that can share a step's rows equally."""
-    devices = draft.hardware.num_devices
-    world = largest_divisor(rows, devices)
-    if draft.hardware.device == "cpu":
-        why = "one process uses every core"
-    elif world == devices:
-        why = f"one per {draft.hardware.device} device"
-    else:
-        below, above = rows - rows % devices, rows - rows % devices + devices
+def choose_auto_world(draft: Draft, rows: int, devices: int) -> int:
+    """All devices; those that read the same rows count once.
+
+    Raises:
+        PlanError: They cannot share a step's rows equally: nobody has said that some are to stay idle.
+    """
+    wanted = draft.machine.parallel
+    readers = wanted.tensor * wanted.expert * wanted.context if isinstance(wanted, Parallel) else 1
+    _check_alike(draft.hardware, devices)
+    groups = max(1, devices // readers)
+    world = readers * largest_divisor(rows, groups)
+    if readers <= devices and devices % readers:
+        raise PlanError(
+            f"machine.parallel: tensor x expert x context is {readers}, and {_counted(draft.hardware, devices)} are no "
+            "multiple of that",
+            hint=f"numbers that divide {devices}; or machine.processes={readers * groups}, and "
+            f"{devices - readers * groups} stay idle",
+        )
+    if world < devices:
+        below, above = rows - rows % groups, rows - rows % groups + groups
         fits = " or ".join(f"{n} samples" for n in (below, above) if n)
-        why = f"{rows} rows a step cannot be shared equally by {devices} devices"
-        draft.notes.append(
-            f"{devices - world} of {devices} devices stay idle: {why}; a batch of {fits} would use all"
+        raise PlanError(
+            f"a batch of {rows} rows cannot be shared equally by {_counted(draft.hardware, groups)}",
+            hint=f"batches that fit: {fits}; or machine.processes={world}, and {devices - world} stay idle",
         )
+    one = draft.hardware.device == "cpu" and devices == 1
+    why = "one process uses every core" if one else f"one per {_counted(draft.hardware, 1)}"
     draft.choose("processes", world, why)
     return world
 
 
+def _check_alike(hardware: Hardware, size: int) -> None:
+    """Whether processes that work in step have devices of one kind.
+
+    Raises:
+        PlanError: They have not.
+    """
+    if not hardware.unlike or size == 1:
+        return
+    kind = hardware.unlike[0].partition(": ")[2]
+    same = [each.partition(": ")[0] for each in hardware.unlike if each.endswith(f": {kind}")]
+    raise PlanError(
+        f"the GPUs here are not of one kind ({', '.join(hardware.unlike)}): all would wait for the slowest, and they "
+        "need not compute the same",
+        hint=f"CUDA_VISIBLE_DEVICES={','.join(same)} before the command, or machine.processes=1",
+    )
+
+
+def _counted(hardware: Hardware, number: int) -> str:
+    """So many devices in words."""
+    word = {"cpu": "machine", "cuda": "GPU", "tpu": "TPU chip"}.get(hardware.device, "device")
+    return f"{number} {word}s" if number != 1 else word
+
+
+def choose_sharing(
+    draft: Draft, world: World, model: ModelShape, rows: int, memory_of: MemoryOf
+) -> tuple[Sharing, int]:
+    """Who shares what, and the bytes that each process may fill.
+
+    Args:
+        draft: What is known so far.
+        world: The processes.
+        model: The model's shape.
+        rows: Rows of a step.
+        memory_of: Memory of one process at the smallest micro-batch.
+    """
+    available = draft.hardware.memory_bytes // (world.local if draft.hardware.device == "cpu" else 1)
+    most = int(MEMORY_SHARE * available)
+    sharing = resolve_sharing(draft.machine, world, model, rows=rows, available=most, memory_of=memory_of)
+    if draft.machine.parallel == "auto":
+        draft.choose("parallel", setting_of(sharing.layout), sharing.why)
+    if draft.machine.recompute == "auto":
+        draft.choose("recompute", sharing.recompute, sharing.why_recompute)
+    draft.notes += sharing.notes
+    if not sharing.fits and draft.hardware.device in SHARDS_BY_ITSELF:
+        found = what_would_fit(world, model, most, memory_of)
+        draft.notes.append(f"what would fit: {found}" if found else "no number of these devices would fit it")
+    return sharing, available
+
+
+def note_shortage(draft: Draft, memory: Memory, available: int, world: World) -> None:
+    """Say where memory may not suffice."""
+    if memory.total <= MEMORY_SHARE * available:
+        return
+    shared = " a process" if world.size > 1 and draft.hardware.device == "cpu" else ""
+    draft.notes.append(
+        f"memory may not suffice: about {memory.total / 1e9:.1f} GB needed of {available / 1e9:.1f} GB{shared}"
+    )
+
+
 def choose_precision(draft: Draft) -> str:
-    """The precision: pinned, else bf16 where the hardware has it."""
+    """The precision: pinned, else bf16 where the hardware has it.
+
+    Raises:
+        PlanError: Something is pinned that this hardware does not have; see `check_levers`.
+    """
+    check_levers(draft.machine, draft.hardware)
     pinned, bf16 = draft.machine.precision, draft.hardware.bf16
     if pinned == "auto":
         has = "has bf16 in hardware" if bf16 else "has no bf16 in hardware"
@@ -86,7 +183,7 @@ def choose_precision(draft: Draft) -> str:
 
 def noun(hardware: Hardware) -> str:
     """What a message calls the device."""
-    return "processor" if hardware.device == "cpu" else "GPU"
+    return {"cpu": "processor", "tpu": "TPU"}.get(hardware.device, "GPU")
 
 
 def assumed_attention(hardware: Hardware, attention: str) -> str:
@@ -97,12 +194,12 @@ def assumed_attention(hardware: Hardware, attention: str) -> str:
 
 
 def likely_seconds(
-    rate: tuple[float, float] | None, flops: float, limit_s: float | None
+    step: tuple[float, float] | None, steps: int | None, limit_s: float | None
 ) -> tuple[float | None, float | None]:
-    """Estimated shortest and longest duration; a length that is a time is both."""
+    """Estimated shortest and longest duration of so many steps; a length that is a time is both."""
     if limit_s is not None:
         return limit_s, limit_s
-    return (flops / rate[1], flops / rate[0]) if rate else (None, None)
+    return (step[0] * (steps or 0), step[1] * (steps or 0)) if step else (None, None)
 
 
 def choose_background_save(
@@ -156,7 +253,11 @@ def check_compile(draft: Draft, wanted: Section) -> None:
         PlanError: The recipe pins compiling, and a compiled model does not show its layers.
     """
     distil = wanted.distil
-    if distil is not None and (distil.hidden or distil.attention) and draft.machine.compile is True:
+    if (
+        distil is not None
+        and (distil.hidden or distil.attention)
+        and draft.machine.compile in (True, "graphs")
+    ):
         raise PlanError(
             "machine.compile: a compiled model does not show its layers, and `distil` compares them",
             hint="machine.compile=auto, or leave `hidden` and `attention` of `distil` out",
@@ -167,3 +268,13 @@ def state_bytes_of(wanted: Section) -> float:
     """Bytes that the optimizer remembers of a parameter."""
     optim = wanted.train.optim
     return state_bytes_per_parameter(optim.name, optim.momentum, ema=wanted.train.ema is not None)
+
+
+def activations_by_policy(model: ModelShape, memory_of: Callable[[Recompute], Memory]) -> dict[str, int]:
+    """Bytes of activations by what is computed again."""
+    return {how: memory_of(how).activations for how in (POLICIES if model.recomputes else POLICIES[:1])}
+
+
+def disk_of(wanted: Section, checkpoint: int, export: int) -> dict[str, int]:
+    """Bytes on disk: checkpoints at a time (those that are kept, and one that is being written), and the model."""
+    return {"checkpoints": checkpoint * (wanted.checkpoint.keep + 1), "model": export}

@@ -5,9 +5,9 @@ from typing import Any
 
 from llmkit.hardware import Hardware
 from llmkit.plan.batch import PlanError, rows_of_batch
-from llmkit.plan.estimate import CPU_PROCESS_BYTES, Memory
 from llmkit.plan.length import resolve_length
 from llmkit.plan.make import rows_of_data
+from llmkit.plan.memory import CPU_PROCESS_BYTES, Memory
 from llmkit.plan.plan import DataFacts, Plan
 from llmkit.plan.rows import layout_of
 from llmkit.recipe.architectures import family_of_config

@@ -1,35 +1,41 @@
 """`make_plan`: every `auto` of a recipe decided for this hardware, each with its reason."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from llmkit.hardware import Hardware
 from llmkit.plan.batch import PlanError, Share, divisors, largest_divisor, rows_of_batch, share_rows
 from llmkit.plan.choices import (
     MEMORY_SHARE,
     Draft,
+    activations_by_policy,
     assumed_attention,
     check_compile,
     choose_background_save,
     choose_precision,
+    choose_sharing,
     choose_world,
+    disk_of,
     intervals,
     likely_seconds,
+    note_shortage,
     state_bytes_of,
 )
-from llmkit.plan.estimate import (
-    COMPILE_COST_S,
-    CPU_PROCESS_BYTES,
-    Memory,
-    compile_saves,
-    flops_per_token,
-    training_memory,
-    training_rate,
-)
+from llmkit.plan.communication import matrices_of, outer_bytes
+from llmkit.plan.cost import Step, cost_of, seconds_of_step, whole_step
+from llmkit.plan.describe import seconds_text
+from llmkit.plan.estimate import COMPILE_COST_S, compile_saves, flops_per_token
 from llmkit.plan.length import resolve_length
+from llmkit.plan.memory import CPU_PROCESS_BYTES, Memory, Recompute, held_parameters, training_memory
+from llmkit.plan.parallel import Layout
 from llmkit.plan.plan import DataFacts, Plan
 from llmkit.plan.rows import layout_of
 from llmkit.plan.shape import ModelShape
+from llmkit.plan.sharing import Sharing, World
 from llmkit.plan.taught import cache_note, lines_of_text, plan_cache
 from llmkit.recipe.objectives import RowLayout
-from llmkit.recipe.schema import Pretrain, Recipe
+from llmkit.recipe.schema import Pretrain, Recipe, Section
 from llmkit.registry import goal_of
 
 CPU_MICRO_BATCH_TOKENS = 2048
@@ -50,6 +56,8 @@ def make_plan(
     vocab_size: int,
     model: ModelShape,
     world_size: int | None = None,
+    teacher: ModelShape | None = None,
+    generator: ModelShape | None = None,
 ) -> Plan:
     """Turn what the recipe asks for into numbers for this machine.
 
@@ -61,6 +69,8 @@ def make_plan(
         model: The model's shape.
         world_size: Processes where something else has fixed them (`--processes`, torchrun, Slurm); it wins
             over the recipe.
+        teacher: The model that `distil` learns from, where its shape is known.
+        generator: What ELECTRA trains beside the model, with the weights that are its own.
 
     Raises:
         PlanError: The batch cannot be shared, a pinned micro-batch does not divide it, the text is shorter
@@ -81,21 +91,38 @@ def make_plan(
     world = choose_world(draft, rows, world_size)
     precision = choose_precision(draft)
     attention = recipe.machine.attention
-    share, memory = _choose_micro_batch(
-        draft, model, context, layout.decoder, rows, world, precision, attention
+    parts = _Parts(
+        wanted, model, generator, None if _asked_once(wanted) else teacher, layout.decoder, precision
     )
+    sharing, share, memory = _choose_shares(draft, parts, rows, world)
     steps = resolve_length(
         wanted.train.length, tokens_per_step=rows * context, rows_per_step=rows, num_rows_per_epoch=num_rows
     )
     flops = flops_per_token(model, context, layout.decoder)
-    rate = training_rate(hardware, model, world_size=world, precision=precision)
+    flops += flops_per_token(generator, context) if generator is not None else 0
+    step = Step(
+        model=model,
+        num_trained=model.num_parameters,
+        flops=float(flops * rows * context),
+        recompute=sharing.recompute,
+        layout=sharing.layout,
+        accumulation=share.gradient_accumulation_steps,
+        micro_tokens=share.micro_batch_size * context,
+        precision=precision,
+        state_bytes=draft.state_bytes,
+        communication=recipe.machine.communication,
+        shapes=matrices_of(model),
+    )
+    parts_s = seconds_of_step(step, hardware, world.nodes)
     limit_s = float(wanted.train.length.value) if steps is None else None
-    low, high = likely_seconds(rate, flops * rows * context * (steps or 0), limit_s)
+    low, high = likely_seconds(whole_step(parts_s), steps, limit_s)
     compiled = _choose_compile(draft, model, precision, low, high) and not _reads_layers(draft, wanted)
     saved = int((4 + draft.state_bytes) * model.num_parameters)
-    background, memory = choose_background_save(draft, memory, saved, world)
+    background, memory = choose_background_save(
+        draft, memory, saved // sharing.layout.shard // sharing.layout.tensor, world.local
+    )
     epochs = steps * rows / num_rows if steps else None
-    draft.notes += _remarks(data, rows, num_rows, epochs, rate)
+    draft.notes += _remarks(data, rows, num_rows, epochs, parts_s)
     draft.notes += _prompts_without_gaps(wanted)
     taught = plan_cache(
         wanted,
@@ -105,12 +132,12 @@ def make_plan(
         rows_per_step=rows,
         num_steps=steps,
     )
-    draft.notes += [cache_note(taught)] if wanted.distil is not None else []
+    draft.notes += teacher_notes(wanted, taught, teacher)
     timing = intervals(wanted, steps, rows, context, num_rows)
     deferred = {key: amount for key, (resolved, amount) in timing.items() if resolved is None}
     return Plan(
         device=hardware.device,
-        world_size=world,
+        world_size=world.size,
         precision=precision,
         compile=compiled,
         attention=attention,
@@ -139,7 +166,85 @@ def make_plan(
         choices=draft.choices,
         notes=tuple(draft.notes),
         teacher_cache=taught,
+        nodes=world.nodes,
+        parallel=sharing.layout.to_dict(),
+        recompute=sharing.recompute,
+        offload=recipe.machine.offload,
+        step_seconds=parts_s,
+        cost=cost_of((low, high), world.size, hardware) if low is not None and high is not None else None,
+        disk_bytes=disk_of(wanted, saved, 4 * model.num_parameters),
+        data={**_facts(data), "targets_per_row": lines_of_text(wanted)},
+        activations=activations_by_policy(
+            model, lambda how: parts.memory(draft, sharing.layout, how, share.micro_batch_size)
+        ),
+        price=hardware.price,
     )
+
+
+def teacher_notes(wanted: Section, cache: Mapping[str, Any], teacher: ModelShape | None) -> list[str]:
+    """What is to be known of a teacher whose memory or time is not in the figures."""
+    if wanted.distil is None or (teacher is not None and not cache):
+        return []
+    return [cache_note(cache)]
+
+
+def _facts(data: DataFacts) -> dict[str, Any]:
+    return {
+        "tokens": data.num_tokens,
+        "documents": data.num_documents,
+        "bytes": data.num_bytes,
+        "held_out_tokens": data.num_held_out_tokens,
+        "exact": data.exact,
+    }
+
+
+def _asked_once(wanted: Section) -> bool:
+    """Whether the teacher is asked before training, which then does without it."""
+    return wanted.distil is not None and wanted.distil.cache is not None
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The networks of a run.
+
+    Attributes:
+        wanted: The recipe's section.
+        model: What is trained.
+        generator: What ELECTRA trains beside it.
+        teacher: What it learns from.
+        decoder: Positions that a decoder reads.
+        precision: Of the matrix products.
+    """
+
+    wanted: Pretrain
+    model: ModelShape
+    generator: ModelShape | None
+    teacher: ModelShape | None
+    decoder: int
+    precision: str
+
+    def memory(self, draft: Draft, layout: Layout, recompute: Recompute, micro_batch: int) -> Memory:
+        """Of one process."""
+        device = draft.hardware.device
+        given: dict[str, Any] = {
+            "context": self.wanted.model.context,
+            "micro_batch": micro_batch,
+            "precision": self.precision,
+            "attention": assumed_attention(draft.hardware, draft.machine.attention),
+            "state_bytes": draft.state_bytes,
+            "layout": layout,
+            "recompute": recompute,
+            "offload": draft.machine.offload,
+            "zeros": self.wanted.train.keep_zeros,
+            "device": device,
+        }
+        process = CPU_PROCESS_BYTES if device == "cpu" else 0
+        memory = training_memory(self.model, decoder=self.decoder, process=process, **given)
+        if self.generator is not None:
+            memory = memory + training_memory(self.generator, **given)
+        learning = self.model.num_parameters + (self.generator.num_parameters if self.generator else 0)
+        memory = memory.plus(buffers=outer_bytes(draft.machine.communication, learning, layout))
+        return memory.plus(teacher=4 * held_parameters(self.teacher, layout)) if self.teacher else memory
 
 
 def _check_model(model: ModelShape, vocab_size: int, context: int, decoder: int) -> None:
@@ -173,53 +278,38 @@ def rows_of_data(data: DataFacts, layout: RowLayout, context: int) -> int:
     )
 
 
-def _choose_micro_batch(
-    draft: Draft,
-    model: ModelShape,
-    context: int,
-    decoder: int,
-    rows: int,
-    world: int,
-    precision: str,
-    attention: str,
-) -> tuple[Share, Memory]:
-    """The micro-batch and its memory; the memory of a processor is shared by all processes."""
-    hardware = draft.hardware
-    available = hardware.memory_bytes // (world if hardware.device == "cpu" else 1)
-
-    def memory_of(micro_batch: int) -> Memory:
-        kind = assumed_attention(hardware, attention)
-        return training_memory(
-            model,
-            context=context,
-            decoder=decoder,
-            micro_batch=micro_batch,
-            precision=precision,
-            attention=kind,
-            process=CPU_PROCESS_BYTES if hardware.device == "cpu" else 0,
-            state_bytes=draft.state_bytes,
-        )
-
+def _choose_shares(draft: Draft, parts: _Parts, rows: int, world: World) -> tuple[Sharing, Share, Memory]:
+    """Who shares the model, the micro-batch, and its memory."""
+    sharing, available = choose_sharing(
+        draft, world, parts.model, rows, lambda layout, recompute: parts.memory(draft, layout, recompute, 1)
+    )
+    readers = sharing.layout.data_size
     pinned = draft.machine.micro_batch
     if pinned != "auto":
-        share = share_rows(rows, world, pinned)
+        share = share_rows(rows, readers, pinned)
     else:
-        per_process = rows // world
-        fits = [d for d in divisors(per_process) if memory_of(d).total <= MEMORY_SHARE * available]
-        at_most, why = _micro_batch_limit(hardware, max(fits, default=1), context)
-        share = share_rows(rows, world, largest_divisor(per_process, at_most))
-        if share.micro_batch_size == per_process:
-            why = "all rows of a process at once"
-        else:
-            why = f"{why}, as far as it divides {per_process} rows"
-        draft.choose("micro_batch", share.micro_batch_size, why)
-    memory = memory_of(share.micro_batch_size)
-    if memory.total > MEMORY_SHARE * available:
-        draft.notes.append(
-            f"memory may not suffice: about {memory.total / 1e9:.1f} GB needed of {available / 1e9:.1f} GB"
-            + (" a process" if world > 1 and hardware.device == "cpu" else "")
-        )
-    return share, memory
+        share = _choose_micro_batch(draft, parts, sharing, rows, available)
+    memory = parts.memory(draft, sharing.layout, sharing.recompute, share.micro_batch_size)
+    note_shortage(draft, memory, available, world)
+    return sharing, share, memory
+
+
+def _choose_micro_batch(draft: Draft, parts: _Parts, sharing: Sharing, rows: int, available: int) -> Share:
+    """As many rows at a time as fit, or as are fast."""
+    per_reader = rows // sharing.layout.data_size
+    fits = [
+        size
+        for size in divisors(per_reader)
+        if parts.memory(draft, sharing.layout, sharing.recompute, size).total <= MEMORY_SHARE * available
+    ]
+    at_most, why = _micro_batch_limit(draft.hardware, max(fits, default=1), parts.wanted.model.context)
+    share = share_rows(rows, sharing.layout.data_size, largest_divisor(per_reader, at_most))
+    if share.micro_batch_size == per_reader:
+        why = "all rows of a process at once"
+    else:
+        why = f"{why}, as far as it divides {per_reader} rows"
+    draft.choose("micro_batch", share.micro_batch_size, why)
+    return share
 
 
 def _micro_batch_limit(hardware: Hardware, fits: int, context: int) -> tuple[int, str]:
@@ -238,7 +328,7 @@ def _choose_compile(
     """Whether to compile: where it works, and the run is long enough to win back what compiling costs."""
     pinned = draft.machine.compile
     if pinned != "auto":
-        return pinned
+        return bool(pinned)
     device = draft.hardware.device
     if device not in COMPILE_COST_S:
         compiled, why = False, f"torch.compile is not used on {device}"
@@ -252,7 +342,8 @@ def _choose_compile(
         saved, cost = compile_saves(device, precision, (low * high) ** 0.5), COMPILE_COST_S[device]
         compiled = saved > cost
         why = (
-            f"compiling costs about {cost:.0f} s and would save about {saved:.0f} s of this run (an estimate)"
+            f"compiling costs about {seconds_text(cost)} and would save about {seconds_text(saved)} of this run, an "
+            "estimate"
         )
     draft.choose("compile", compiled, why)
     return compiled
@@ -284,7 +375,7 @@ def _prompts_without_gaps(wanted: Pretrain) -> list[str]:
 
 
 def _remarks(
-    data: DataFacts, rows: int, num_rows: int, epochs: float | None, rate: tuple[float, float] | None
+    data: DataFacts, rows: int, num_rows: int, epochs: float | None, known: Mapping[str, Any]
 ) -> list[str]:
     """What a person should know before spending the time."""
     remarks = []
@@ -301,6 +392,6 @@ def _remarks(
         )
     if rows > num_rows:
         remarks.append(f"one step holds {rows} rows, but the data only {num_rows}: rows repeat within a step")
-    if rate is None:
+    if not known:
         remarks.append("this device's speed is not known, so the duration is not estimated")
     return remarks

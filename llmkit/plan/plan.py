@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
-from llmkit.plan.estimate import Memory
 from llmkit.plan.length import resolve_every, resolve_warmup
+from llmkit.plan.memory import Memory
+from llmkit.plan.parallel import Layout
 from llmkit.recipe.units import Amount
 
 
@@ -81,6 +82,18 @@ class Plan:
         num_trained: Of the weights, those that learn; None: all.
         rows: For labelled rows: what is known of them, as preparation found it.
         teacher_cache: What is kept on disk of a teacher, see `taught.plan_cache`; empty where nothing is.
+        nodes: Machines that the processes run on.
+        parallel: Who shares what, see `layout`; empty: every process holds all of the model.
+        recompute: Activations computed again in the backward pass: `none`, `selective` or `full`.
+        offload: Whether shards wait in the host's memory.
+        communication: What processes send each other, see `communication.with_communication`; empty: plain gradients.
+        step_seconds: Shortest and longest seconds of each part of a step, see `cost`; empty: the device is unknown.
+        cost: Dollars of the run, low and high; None where time or price are unknown.
+        disk_bytes: What the run has on disk at a time, by what it is.
+        data: What is known of the text: tokens, documents, bytes, held-out tokens, whether these are counted, and
+            positions of a row that are learned, at most.
+        activations: Bytes of activations by what is computed again; `recompute` says which of them is planned.
+        price: Dollars that an hour of a device is taken to cost, low and high; None where nothing is known.
     """
 
     device: str
@@ -117,6 +130,22 @@ class Plan:
     num_trained: int | None = None
     rows: Mapping[str, Any] = field(default_factory=dict)
     teacher_cache: Mapping[str, Any] = field(default_factory=dict)
+    nodes: int = 1
+    parallel: Mapping[str, int] = field(default_factory=dict)
+    recompute: str = "none"
+    offload: bool = False
+    communication: Mapping[str, Any] = field(default_factory=dict)
+    step_seconds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    cost: tuple[float, float] | None = None
+    disk_bytes: Mapping[str, int] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, int] = field(default_factory=dict)
+    price: tuple[float, float] | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Who shares what; where nothing was said, every process holds all of the model."""
+        return Layout.from_dict(self.parallel) if self.parallel else Layout(replicate=self.world_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -143,6 +172,9 @@ class Plan:
         values["choices"] = {key: (value, why) for key, (value, why) in plain["choices"].items()}
         values["deferred"] = {key: Amount(**amount) for key, amount in plain["deferred"].items()}
         values["notes"] = tuple(plain["notes"])
+        values["step_seconds"] = {name: tuple(s) for name, s in plain.get("step_seconds", {}).items()}
+        for name in ("cost", "price"):
+            values[name] = tuple(plain[name]) if plain.get(name) else None
         return cls(**values)
 
     def with_steps(self, num_steps: int, *, seconds_per_step: float | None = None) -> "Plan":

@@ -10,6 +10,7 @@ from operator import floordiv
 from typing import Any
 
 from llmkit.errors import UsageError
+from llmkit.plan.published import PUBLISHED
 from llmkit.recipe.architectures import OWN, preset_of_family
 from llmkit.recipe.schema import Model
 from llmkit.registry import nearest
@@ -217,11 +218,13 @@ _FOLLOWING: Mapping[str, _Following] = {
 
 
 def preset_fields(preset: str) -> Mapping[str, Any]:
-    """The fields of a preset.
+    """The fields of a preset, or of a published shape.
 
     Raises:
         UsageError: There is no such preset; the message lists them and the nearest one.
     """
+    if preset in PUBLISHED:
+        return PUBLISHED[preset]
     if preset not in PRESETS:
         guess = nearest(preset, PRESETS)
         raise UsageError(

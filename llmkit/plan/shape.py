@@ -31,6 +31,8 @@ class ModelShape:
             token, over all layers; None: they follow from the other numbers.
         compiles: Whether torch.compile makes it faster.
         embedding_size: Width of the embedding table, where it is not `hidden_size`.
+        num_experts: Of a mixture of experts, those of a layer.
+        num_expert_parameters: Weights of all experts of all layers.
     """
 
     vocab_size: int
@@ -51,6 +53,13 @@ class ModelShape:
     kept_values: int | None = None
     compiles: bool = True
     embedding_size: int | None = None
+    num_experts: int = 0
+    num_expert_parameters: int = 0
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the network is a chain of blocks, whose activations can be computed again."""
+        return self.compiles
 
 
 @dataclass(frozen=True)

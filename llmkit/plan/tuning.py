@@ -1,8 +1,8 @@
 """The plan of fine-tuning on labelled rows, whose lengths are known when it is made."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,19 +11,29 @@ from llmkit.plan.batch import PlanError
 from llmkit.plan.choices import (
     MEMORY_SHARE,
     Draft,
+    activations_by_policy,
     check_compile,
     choose_background_save,
     choose_precision,
+    choose_sharing,
     choose_world,
+    disk_of,
     intervals,
     likely_seconds,
+    note_shortage,
     state_bytes_of,
 )
-from llmkit.plan.estimate import CPU_PROCESS_BYTES, Memory, flops_per_token, training_memory, training_rate
+from llmkit.plan.communication import outer_bytes
+from llmkit.plan.cost import Step, cost_of, seconds_of_step, whole_step
+from llmkit.plan.estimate import flops_per_token
 from llmkit.plan.length import resolve_length
+from llmkit.plan.make import teacher_notes
+from llmkit.plan.memory import CPU_PROCESS_BYTES, Memory, Recompute, held_parameters, training_memory
+from llmkit.plan.parallel import Layout
 from llmkit.plan.plan import Plan
 from llmkit.plan.shape import ModelShape
-from llmkit.plan.taught import cache_note, outputs_of, plan_cache
+from llmkit.plan.sharing import Sharing
+from llmkit.plan.taught import outputs_of, plan_cache
 from llmkit.recipe.schema import Finetune, Recipe
 from llmkit.registry import TASKS
 
@@ -44,6 +54,8 @@ def plan_tuning(
     packed: bool,
     num_trained: int,
     world_size: int | None = None,
+    teacher: ModelShape | None = None,
+    shapes: Sequence[Sequence[int]] | None = None,
 ) -> Plan:
     """Turn what the recipe asks for into numbers for this machine.
 
@@ -56,6 +68,8 @@ def plan_tuning(
         packed: Whether rows stand in one line.
         num_trained: Weights that learn.
         world_size: Processes where something else has fixed them.
+        teacher: The model that `distil` learns from, where its shape is known.
+        shapes: Of all that learns, where they are known.
 
     Raises:
         PlanError: The batch cannot be shared, or the model cannot hold the rows.
@@ -81,13 +95,22 @@ def plan_tuning(
     if recipe.machine.compile == "auto":
         draft.choose("compile", False, "rows have many lengths, and each would be compiled anew")
     mean = max(1, math.ceil(train["num_tokens"] / train["num_rows"]))
-    frozen = model.num_parameters if _keeps_reference(wanted) else 0
+    frozen = [model] if _keeps_reference(wanted) else []
+    if teacher is not None and wanted.distil is not None and wanted.distil.cache is None:
+        frozen.append(teacher)
     # A head for a task gives a few numbers, not one for each entry of the vocabulary.
     writes = TASKS[wanted.task].model in ("causal", "seq2seq")
     outputs = model if writes else replace(model, vocab_size=1)
-    tokens, memory = _choose_micro_batch(
-        draft, outputs, wanted.model.context, mean, world, precision, num_trained, frozen
+    parts = _Parts(outputs, frozen, mean, precision, num_trained, wanted.train.keep_zeros)
+    sharing, available = choose_sharing(
+        draft,
+        world,
+        model,
+        per_step,
+        lambda layout, recompute: parts.memory(draft, layout, recompute, wanted.model.context),
     )
+    tokens, memory = _choose_micro_batch(draft, parts, wanted.model.context, sharing, available)
+    note_shortage(draft, memory, available, world)
     tokens_per_step = per_step * mean
     steps = resolve_length(
         wanted.train.length,
@@ -103,29 +126,44 @@ def plan_tuning(
         rows_per_step=per_step,
         num_steps=steps,
     )
-    draft.notes += [cache_note(taught)] if wanted.distil is not None else []
+    draft.notes += teacher_notes(wanted, taught, teacher)
     flops = flops_per_token(model, mean, mean if model.num_encoder_layers else 0)
     if wanted.task == "dpo" and wanted.dpo.needs_reference:
         # A forward pass more; of KTO also one of each model over answers to other prompts.
         flops = flops * (6 if wanted.dpo.loss == "kto" else 4) // 3
-    rate = training_rate(hardware, model, world_size=world, precision=precision)
+    accumulation = max(1, math.ceil(tokens_per_step / tokens / sharing.layout.data_size))
+    step = Step(
+        model=model,
+        num_trained=num_trained,
+        flops=float(flops * tokens_per_step),
+        recompute=sharing.recompute,
+        layout=sharing.layout,
+        accumulation=accumulation,
+        micro_tokens=tokens,
+        precision=precision,
+        state_bytes=draft.state_bytes,
+        communication=recipe.machine.communication,
+        shapes=shapes,
+    )
+    parts_s = seconds_of_step(step, hardware, world.nodes)
     limit_s = float(wanted.train.length.value) if steps is None else None
-    low, high = likely_seconds(rate, flops * tokens_per_step * (steps or 0), limit_s)
+    low, high = likely_seconds(whole_step(parts_s), steps, limit_s)
     saved = int((4 + draft.state_bytes) * num_trained)
-    background, memory = choose_background_save(draft, memory, saved, world)
+    mine = saved // sharing.layout.shard // sharing.layout.tensor
+    background, memory = choose_background_save(draft, memory, mine, world.local)
     timing = intervals(wanted, steps, per_step, mean, train["num_rows"])
     _check_stopping(wanted, int(rows["held_out"]["num_rows"]), timing["eval_every"][0], steps)
     pinned = recipe.machine
     return Plan(
         device=hardware.device,
-        world_size=world,
+        world_size=world.size,
         precision=precision,
-        compile=False if pinned.compile == "auto" else pinned.compile,
+        compile=pinned.compile not in (False, "auto"),
         attention="sdpa" if pinned.attention == "auto" else pinned.attention,
         context=wanted.model.context,
         rows_per_step=per_step,
         micro_batch_size=max(1, min(per_step, tokens // mean)),
-        gradient_accumulation_steps=max(1, math.ceil(tokens_per_step / tokens / world)),
+        gradient_accumulation_steps=accumulation,
         tokens_per_step=tokens_per_step,
         num_steps=steps,
         length_seconds=limit_s,
@@ -151,7 +189,63 @@ def plan_tuning(
         num_trained=num_trained,
         rows=rows,
         teacher_cache=taught,
+        nodes=world.nodes,
+        parallel=sharing.layout.to_dict(),
+        recompute=sharing.recompute,
+        offload=pinned.offload,
+        step_seconds=parts_s,
+        cost=cost_of((low, high), world.size, hardware) if low is not None and high is not None else None,
+        disk_bytes=disk_of(wanted, saved, 4 * model.num_parameters),
+        activations=activations_by_policy(
+            model, lambda how: parts.memory(draft, sharing.layout, how, tokens)
+        ),
+        price=hardware.price,
     )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The networks of a run.
+
+    Attributes:
+        model: What is trained, with as many outputs as its head has.
+        frozen: Models that do not learn: a reference, a teacher.
+        mean: Tokens of a row, on average.
+        precision: Of the matrix products.
+        num_trained: Weights that learn.
+        zeros: Whether zeros are marked.
+    """
+
+    model: ModelShape
+    frozen: Sequence[ModelShape]
+    mean: int
+    precision: str
+    num_trained: int
+    zeros: bool
+
+    def memory(self, draft: Draft, layout: Layout, recompute: Recompute, tokens: int) -> Memory:
+        """Of one process, with so many tokens at a time."""
+        device = draft.hardware.device
+        memory = training_memory(
+            self.model,
+            context=self.mean,
+            decoder=self.mean if self.model.num_encoder_layers else 0,
+            micro_batch=max(1, tokens // self.mean),
+            precision=self.precision,
+            attention="sdpa",
+            process=CPU_PROCESS_BYTES if device == "cpu" else 0,
+            state_bytes=draft.state_bytes,
+            num_trained=self.num_trained,
+            layout=layout,
+            recompute=recompute,
+            offload=draft.machine.offload,
+            zeros=self.zeros,
+            device=device,
+        )
+        return memory.plus(
+            teacher=sum(4 * held_parameters(each, layout) for each in self.frozen),
+            buffers=outer_bytes(draft.machine.communication, self.num_trained, layout),
+        )
 
 
 def _keeps_reference(wanted: Finetune) -> bool:
@@ -217,48 +311,22 @@ def _check_model(model: ModelShape, vocab_size: int, context: int) -> None:
 
 
 def _choose_micro_batch(
-    draft: Draft,
-    model: ModelShape,
-    context: int,
-    mean: int,
-    world: int,
-    precision: str,
-    num_trained: int,
-    frozen: int,
+    draft: Draft, parts: _Parts, context: int, sharing: Sharing, available: int
 ) -> tuple[int, Memory]:
     """Tokens of a micro-batch, those of some rows of full length, and its memory."""
-    hardware, pinned = draft.hardware, draft.machine.micro_batch
-    available = hardware.memory_bytes // (world if hardware.device == "cpu" else 1)
 
     def memory_of(tokens: int) -> Memory:
-        full = training_memory(
-            model,
-            context=mean,
-            decoder=mean if model.num_encoder_layers else 0,
-            micro_batch=max(1, tokens // mean),
-            precision=precision,
-            attention="sdpa",
-            process=CPU_PROCESS_BYTES if hardware.device == "cpu" else 0,
-            state_bytes=draft.state_bytes,
-        )
-        return full.learning(num_trained / model.num_parameters).with_frozen(frozen)
+        return parts.memory(draft, sharing.layout, sharing.recompute, tokens)
 
+    pinned = draft.machine.micro_batch
     if pinned != "auto":
-        tokens = pinned * context
-    else:
-        most = CPU_TOKENS if hardware.device == "cpu" else GPU_TOKENS
-        full_rows = max(1, most // context)
-        while full_rows > 1 and memory_of(full_rows * context).total > MEMORY_SHARE * available:
-            full_rows //= 2
-        tokens = full_rows * context
-        draft.choose(
-            "micro_batch",
-            full_rows,
-            f"{tokens:,} tokens at a time, and more rows of them where they are short",
-        )
-    memory = memory_of(tokens)
-    if memory.total > MEMORY_SHARE * available:
-        draft.notes.append(
-            f"memory may not suffice: about {memory.total / 1e9:.1f} GB needed of {available / 1e9:.1f} GB"
-        )
-    return tokens, memory
+        return pinned * context, memory_of(pinned * context)
+    most = CPU_TOKENS if draft.hardware.device == "cpu" else GPU_TOKENS
+    full_rows = max(1, most // context)
+    while full_rows > 1 and memory_of(full_rows * context).total > MEMORY_SHARE * available:
+        full_rows //= 2
+    tokens = full_rows * context
+    draft.choose(
+        "micro_batch", full_rows, f"{tokens:,} tokens at a time, and more rows of them where they are short"
+    )
+    return tokens, memory_of(tokens)

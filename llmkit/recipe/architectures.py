@@ -103,6 +103,8 @@ def kind_of_config(fields: Mapping[str, Any]) -> ModelKind:
 
 
 _FAMILY_OF_PRESET = {"gpt": "llama"}
+_FAMILY_OF_PUBLISHED = {"smollm2": "llama", "llama": "llama", "mistral": "mistral", "qwen3": "qwen3"}
+_SIZES = ("tiny", "mini", "small", "base")
 
 
 def with_default_model(section: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -114,9 +116,12 @@ def with_default_model(section: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def family_of_preset(preset: str) -> str:
-    """The architecture of a preset: `gpt-mini` -> `llama`, `bert-base` -> `bert`."""
-    family = preset.rsplit("-", 1)[0]
-    return _FAMILY_OF_PRESET.get(family, family)
+    """The architecture of a preset: `gpt-mini` and `llama-3.1-8b` -> `llama`, `bert-base` -> `bert`."""
+    family, _, size = preset.rpartition("-")
+    published = _FAMILY_OF_PUBLISHED.get(preset.split("-", 1)[0])
+    if published is not None and size not in _SIZES:
+        return published
+    return _FAMILY_OF_PRESET.get(family, family or preset)
 
 
 def preset_of_family(architecture: str, size: str) -> str:

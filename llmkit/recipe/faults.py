@@ -24,7 +24,7 @@ def problems_of(error: ValidationError, root: Node) -> list[Problem]:
         spot = deepest(root, tuple(item["loc"]))[1].spot
         return spot.line, spot.column
 
-    found = sorted(error.errors(include_url=False), key=place)
+    found = sorted(_of_branches(error, root), key=place)
     rest = [
         Problem(deepest(root, tuple(item["loc"]))[1].spot, str(item["msg"])) for item in found[MOST_SHOWN:]
     ]
@@ -43,6 +43,35 @@ def problems_of(error: ValidationError, root: Node) -> list[Problem]:
             path, node = deepest(root, tuple(item["loc"]))
             problems.setdefault(path, _wrong_value(item, path, node))
     return [*unknown, *problems.values(), *rest]
+
+
+def _of_branches(error: ValidationError, root: Node) -> list[Any]:
+    """The errors, by the path of what was written: pydantic puts the block's name in where a word may stand instead.
+
+    Of such a pair only those of the branch that was meant are told: a mapping is meant as the block.
+    """
+    found: list[Any] = list(error.errors(include_url=False))
+    told = [{**item, "loc": _written(item["loc"], root)} for item in found]
+    places = [(item["type"], deepest(root, tuple(item["loc"]))[0]) for item in told]
+    words = {path for kind, path in places if kind == "literal_error"}
+    inside = {path[:length] for _, path in places for length in range(len(path))}
+
+    def is_meant(item: Any) -> bool:
+        path, node = deepest(root, tuple(item["loc"]))
+        if isinstance(node.value, Keys):
+            return item["type"] != "literal_error" or path not in inside
+        return item["type"] != "model_type" or path not in words
+
+    return [item for item in told if is_meant(item)]
+
+
+def _written(loc: Sequence[str | int], root: Node) -> Path:
+    """A path of pydantic's without the names of blocks that stand for branches: keys are never written so."""
+    path: list[str | int] = []
+    for part in loc:
+        is_branch = isinstance(part, str) and part[:1].isupper() and find(root, (*path, part)) is None
+        path += [] if is_branch else [part]
+    return tuple(path)
 
 
 def _covered(key: str, meant: Sequence[str]) -> bool:

@@ -24,6 +24,7 @@ from llmkit.recipe.evaluation import (
     Speed,
 )
 from llmkit.recipe.labelled import Labelled
+from llmkit.recipe.machine import Machine as Machine
 from llmkit.recipe.objectives import (
     Denoise,
     Distil,
@@ -82,6 +83,8 @@ Preset = Literal[
     "lstm-tiny", "lstm-mini", "lstm-small", "lstm-base",
     "gru-tiny", "gru-mini", "gru-small", "gru-base",
     "cnn-tiny", "cnn-mini", "cnn-small", "cnn-base",
+    "smollm2-135m", "smollm2-360m", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b", "mistral-7b",
+    "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b",
 ]  # fmt: skip
 
 
@@ -183,8 +186,8 @@ class Model(Block):
 
     preset: Preset | None = None
     """A shape that ships with llmkit: a family and a size, without embeddings about 1 (`tiny`), 6 (`mini`), 25
-    (`small`) or 90 million (`base`) parameters; `gpt` goes on to a billion. By default the `mini` of `gpt`, `bert`,
-    `t5` or `electra`, as the objective needs."""
+    (`small`) or 90 million (`base`) parameters; `gpt` goes on to a billion. Or the shape of a published model, without
+    its weights (`llama-3.1-8b`). By default the `mini` of `gpt`, `bert`, `t5` or `electra`, as the objective needs."""
     architecture: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
     """The kind of network: a `model_type` of `transformers`, or `rnn`, `lstm`, `gru`, `cnn`, `ngram`. `config` holds
     its fields; those left out are as in the family's `mini` preset, and without presets as `transformers` has them."""
@@ -432,54 +435,6 @@ class Compress(Block):
     """How much of that figure may be lost, as a share of its value before; more ends with exit code 4."""
     speed: Speed | None = Speed(length=[64], new_tokens=16, rounds=3)
     """How the models are timed; `null`: they are not."""
-
-
-class Slurm(Block):
-    """What Slurm has to know about the jobs of `machine.engine: slurm`."""
-
-    partition: str = ""
-    """The partition; needed."""
-    time: Annotated[str, Field(pattern=r"^[0-9]+([:-][0-9:]+)?$")] = "24:00:00"
-    """The limit of a job, as sbatch takes it."""
-    cpus: Count = 1
-    """Processor cores of a job."""
-    memory: Size = 4_000_000_000
-    """Memory of a core."""
-    arguments: dict[str, str] = {}
-    """Further settings of sbatch by their long names: `{account: nlp}`."""
-    setup: str = ""
-    """Shell commands that a job runs first, such as `module load python`."""
-    max_array: Several = 1000
-    """The largest job array that this Slurm takes (its MaxArraySize)."""
-
-
-class Machine(Block):
-    """How the work is done here. No shipped recipe needs it: `auto` is chosen for the machine at hand."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute."""
-    processes: Annotated[Whole, Field(ge=1)] | Literal["auto"] = "auto"
-    """Worker processes, one per device; `auto`: every GPU, or one on CPU."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`bf16` computes matrix products in bfloat16, weights stay fp32; `auto`: where the hardware has it."""
-    compile: bool | Literal["auto"] = "auto"
-    """Compile the model with torch.compile; `auto`: when the run is long enough to win the time back."""
-    attention: Literal["auto", "sdpa", "eager", "compiled"] = "auto"
-    """The attention kernel; `auto` probes which is fastest here for the run's shapes."""
-    micro_batch: Count | Literal["auto"] = "auto"
-    """Rows a device holds at once; the rest of the batch is accumulated."""
-    loader_workers: Annotated[Whole, Field(ge=0)] = 0
-    """Processes of each training process that prepare batches ahead; 0 does it in a thread, which is faster unless
-    preparing takes long. The result is the same."""
-    background_save: bool | Literal["auto"] = "auto"
-    """Write checkpoints while training goes on, from a copy in memory; `auto`: where there is memory for the copy."""
-    workers: Annotated[Whole, Field(ge=1)] | Literal["auto"] = "auto"
-    """Processes that prepare and tokenize text; `auto`: one a core. The result is the same with any number."""
-    engine: Literal["here", "local", "slurm"] = "here"
-    """Who prepares and tokenizes text: `here`, this command's own processes; `slurm`, a job array on a cluster
-    that shares this folder, by datatrove; `local`, the same on this machine, to try it. The result is the same."""
-    slurm: Slurm = Slurm()
-    """What Slurm has to know."""
 
 
 class Recipe(Block):

@@ -300,7 +300,9 @@ def _rows(data: Facts) -> str:
 def _plan(plan: Facts) -> str:
     choices = plan.get("choices") or {}
     rows = [[key, _plain(value), str(why)] for key, (value, why) in sorted(choices.items())]
-    memory = [(k, float(v)) for k, v in (plan.get("memory") or {}).items() if k != "total" and v]
+    memory = [
+        (k, float(v)) for k, v in (plan.get("memory") or {}).items() if k not in ("total", "host") and v
+    ]
     bar = f"<h3>Memory, as planned</h3>{stacked_bar(memory, format_bytes)}" if memory else ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in plan.get("notes") or [])
     facts = {k: v for k, v in plan.items() if k not in ("seconds_low", "seconds_high", "rows")}

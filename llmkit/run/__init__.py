@@ -12,7 +12,7 @@ from llmkit.run.evaluate import evaluate
 from llmkit.run.finetune import finetune, plan_finetune
 from llmkit.run.folders import Options, Result, find_model, placed
 from llmkit.run.generate import generate
-from llmkit.run.planning import outline, plan
+from llmkit.run.planning import outline, plan, plan_without_text
 from llmkit.run.pretrain import pretrain
 from llmkit.run.tokenize import tokenize, tokenizer_of
 from llmkit.run.variants import run_variants
@@ -30,6 +30,7 @@ __all__ = [
     "outline_compression",
     "plan",
     "plan_finetune",
+    "plan_without_text",
     "pretrain",
     "run_all",
     "tokenize",

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.durable import write_file, write_json
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.hardware import detect_hardware
+from llmkit.hardware import Hardware, detect_hardware
 from llmkit.launch.world import World, check_world, detect_world
 from llmkit.plan import Plan
+from llmkit.plan.communication import identity_of, with_communication
 from llmkit.recipe import Loaded, resolved_yaml
 from llmkit.recipe.resolved import without_secrets
 from llmkit.recipe.schema import Finetune, Pretrain, Recipe, Source, Train
@@ -21,6 +22,7 @@ from llmkit.report.trying import try_trained
 from llmkit.run.export_check import check_exports, refuse_ahead
 from llmkit.run.folders import Options, Result, anchored, leave_record, locked, placed, report_of, run_folder
 from llmkit.run.planning import plan as plan_ahead
+from llmkit.run.planning import teacher_shape
 from llmkit.run.pretrain import pretrain
 from llmkit.run.teacher_cache import cache_folder, check_cache
 from llmkit.run.training import (
@@ -29,6 +31,7 @@ from llmkit.run.training import (
     clear,
     exported,
     flat,
+    for_nodes,
     is_trained,
     refuse_another_run,
     report_end,
@@ -100,7 +103,13 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
                 check_exports(job, reporter)
                 _leave_plan(folder, replace(loaded, recipe=job.checked_recipe()), job, reporter)
             try:
-                train_job(job, reporter, world, options.restarts)
+                train_job(
+                    job,
+                    reporter,
+                    world,
+                    options,
+                    lambda count: prepare_job(*for_nodes(loaded, options, count), reporter, folder, None),
+                )
             except LlmkitError as error:
                 if first:
                     report_end(folder, options, error)
@@ -117,8 +126,16 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
     return Result(folder, summary, try_trained(section.task, str(folder.parent), section.prompts))
 
 
-def plan_finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Plan:
+def plan_finetune(
+    loaded: Loaded, options: Options, reporter: Reporter, hardware: Hardware | None = None
+) -> Plan:
     """The plan of fine-tuning: the rows are read and encoded, for their lengths decide it; nothing is written.
+
+    Args:
+        loaded: The recipe.
+        options: What the command was told.
+        reporter: Who is told what is done.
+        hardware: What to plan for; by default this machine.
 
     Raises:
         UsageError: The recipe's parts do not fit together.
@@ -129,11 +146,12 @@ def plan_finetune(loaded: Loaded, options: Options, reporter: Reporter) -> Plan:
     loaded = with_base(loaded, options)
     assert loaded.recipe.finetune is not None
     if loaded.recipe.finetune.task in OBJECTIVES:
-        return plan_ahead(continued(loaded), options)
+        return plan_ahead(continued(loaded), options, hardware)
     for step in loaded.recipe.finetune.augment:
         translators(step, options.runs)
     rows = read_and_measure(loaded, options, reporter.note)
-    return _plan(replace(loaded, recipe=with_context(loaded.recipe, rows.context)), options, rows, None)
+    known = replace(loaded, recipe=with_context(loaded.recipe, rows.context))
+    return _plan(known, options, rows, None, hardware)
 
 
 def with_base(loaded: Loaded, options: Options) -> Loaded:
@@ -243,7 +261,13 @@ def prepare_job(
     )
 
 
-def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | None) -> Plan:
+def _plan(
+    loaded: Loaded,
+    options: Options,
+    rows: "Prepared",
+    world: World | None,
+    hardware: Hardware | None = None,
+) -> Plan:
     from llmkit.models.count import shape_of_model
     from llmkit.models.growing import grow_vocabulary
     from llmkit.models.tasks import empty_task_model
@@ -255,7 +279,7 @@ def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | Non
     assert recipe.finetune is not None
     section = recipe.finetune
     goal = TASKS[section.task]
-    hardware = detect_hardware(recipe.machine)
+    hardware = hardware or detect_hardware(recipe.machine)
     check_device(section.adapter, hardware.device)
     folder = model_folder(str(section.model.name))
     model = empty_task_model(
@@ -271,6 +295,7 @@ def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | Non
         grow_vocabulary(model, rows.vocab_size, rows.new_tokens)
     shape = shape_of_model(model)
     counts = count_ahead(model, section, folder)
+    learning = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
     plan = plan_tuning(
         recipe,
         hardware,
@@ -280,7 +305,10 @@ def _plan(loaded: Loaded, options: Options, rows: "Prepared", world: World | Non
         packed=goal.packs and section.sft.pack,
         num_trained=counts.trained,
         world_size=world.world_size if world else options.processes,
+        teacher=teacher_shape(section.distil),
+        shapes=learning,
     )
+    plan = with_communication(plan, recipe.machine.communication, section, shapes=learning)
     return replace(plan, notes=(*plan.notes, *told(model, section, plan, counts)))
 
 
@@ -326,6 +354,7 @@ def _identity(loaded: Loaded, plan: Plan, rows: "Prepared", said: Sequence[Path]
     return {
         "seed": loaded.recipe.seed,
         **{key: expressions.get(key, value) for key, value in named.items()},
+        **identity_of(loaded.recipe.machine.communication),
         "finetune.model.context": rows.context,
         "rows per step": plan.rows_per_step,
         "rows": rows.folder.name,

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmkit.durable import RunLock, naming_full_disks, sweep, write_file
 from llmkit.errors import LlmkitError, MissingError, UsageError
+from llmkit.launch.hub import Hub
 from llmkit.launch.world import World
 from llmkit.recipe import Loaded
 from llmkit.report.environment import write_environment
@@ -42,6 +43,7 @@ class Options:
         quiet: Warnings only.
         command: What the person typed, for the report.
         subject: The recipe and what is said about it, as typed, for the next command.
+        hub: Where the other nodes are met, on node 0 of several.
     """
 
     runs: Path = Path("runs")
@@ -54,6 +56,7 @@ class Options:
     quiet: bool = False
     command: str = "llmkit"
     subject: str = "RECIPE"
+    hub: Hub | None = None
 
 
 @dataclass(frozen=True)

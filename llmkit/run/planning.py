@@ -1,6 +1,8 @@
 """`llmkit plan`, and the same numbers for the run: from a recipe to a `Plan`."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from llmkit.errors import UsageError
 from llmkit.hardware import Hardware, detect_hardware
 from llmkit.launch.world import World
 from llmkit.plan import (
+    PRESETS,
     DataFacts,
     ModelShape,
     Plan,
@@ -18,30 +21,48 @@ from llmkit.plan import (
     make_plan,
     model_fields,
     shape_of_config,
+    shape_of_preset,
     with_lengths,
 )
+from llmkit.plan.beside import generator_shape
+from llmkit.plan.communication import matrices_of, with_communication
 from llmkit.plan.counted import is_counted, plan_counted, refuse_counted
-from llmkit.recipe import Loaded
-from llmkit.recipe.architectures import family_of_config
+from llmkit.plan.published import PUBLISHED
+from llmkit.recipe import Loaded, load_recipe
+from llmkit.recipe.architectures import family_of_config, kind_of_config
 from llmkit.recipe.block import Block
+from llmkit.recipe.objectives import Distil
 from llmkit.recipe.schema import Model, Recipe
-from llmkit.registry import goal_of
+from llmkit.registry import OBJECTIVES, goal_of, nearest
 from llmkit.report.formatting import format_bytes, format_count, format_percent
 from llmkit.run.folders import Options, placed
 from llmkit.run.tokenize import corpora
+from llmkit.train.places import model_folder
 
 _BYTES_PER_TOKEN = 4.0
 _BYTES_PER_TOKEN_HAN = 3.4
 
 
-def plan(loaded: Loaded, options: Options) -> Plan:
+TOKENS_PER_WEIGHT = 20
+"""How long a model is trained where nobody says. Source: Hoffmann et al. 2022 ("Chinchilla"), table 3."""
+
+USUAL_CONTEXT, USUAL_BATCH, USUAL_VOCABULARY = 4096, "1Mi tokens", 32_000
+
+
+def plan(loaded: Loaded, options: Options, hardware: Hardware | None = None) -> Plan:
     """The plan before anything is read but file sizes: nothing is written, torch is not imported.
+
+    Args:
+        loaded: The recipe.
+        options: What the command was told.
+        hardware: What to plan for; by default this machine.
 
     Raises:
         UsageError: The recipe has no `pretrain` section, or its numbers do not fit together.
     """
     loaded = placed(loaded)
-    hardware = detect_hardware(loaded.recipe.machine)
+    if hardware is None:
+        hardware = detect_hardware(loaded.recipe.machine)
     return plan_run(
         loaded,
         options,
@@ -50,6 +71,83 @@ def plan(loaded: Loaded, options: Options) -> Plan:
         vocab_size=_expected_vocabulary(loaded),
         pad_token_id=_expected_padding(loaded),
     )
+
+
+def recipe_of_model(name: str, overrides: Sequence[str] = ()) -> Loaded:
+    """A recipe that pre-trains a model on 20 tokens a weight, for a plan where there is no recipe.
+
+    Args:
+        name: A preset or a published shape, a folder, or a name on the Hub.
+        overrides: Settings to change, as words.
+
+    Raises:
+        UsageError: There is no such model, or it cannot be pre-trained.
+    """
+    model = _model_by_name(name)
+    shape, objective, most = _looked_at(model, name)
+    section = {
+        "objective": objective,
+        "model": {**model, "context": min(USUAL_CONTEXT, most or USUAL_CONTEXT)},
+        "tokenizer": name,  # a recipe needs one, and text; neither is read
+        "data": {"files": "stdlib:"},
+        "train": {"length": f"{TOKENS_PER_WEIGHT * shape.num_parameters} tokens", "batch": USUAL_BATCH},
+    }
+    return load_recipe({"llmkit": 1, "name": "plan", "pretrain": section}, overrides=overrides)
+
+
+def _model_by_name(name: str) -> dict[str, Any]:
+    if name in (*PRESETS, *PUBLISHED):
+        return {"preset": name}
+    if (Path(name) / "config.json").is_file() or "/" in name:
+        return {"name": name}
+    guess = nearest(name, [*PUBLISHED, *PRESETS])
+    raise UsageError(
+        f"--model {name!r}: no such model",
+        hint=(f"did you mean {guess}? " if guess else "")
+        + f"published shapes: {', '.join(PUBLISHED)}; or a preset, a folder, a name on the Hub (owner/model)",
+    )
+
+
+def _looked_at(model: Mapping[str, Any], name: str) -> tuple[ModelShape, str, int | None]:
+    """A model's shape, an objective that it can learn, and the longest row that it was made for."""
+    fields = _config_fields(Model.model_validate(model), USUAL_VOCABULARY, None)
+    kinds = known_kinds(fields) or ("causal",)
+    objective = next((name for name, goal in OBJECTIVES.items() if goal.model in kinds), None)
+    if objective is None:
+        raise UsageError(f"--model {name!r}: no objective of pre-training fits {fields.get('model_type')}")
+    if "preset" in model and name in PRESETS:
+        return shape_of_preset(name, USUAL_VOCABULARY, USUAL_CONTEXT), objective, None
+    spec = Model.model_validate(model)
+    shape = model_shape(spec, objective, int(fields.get("vocab_size") or USUAL_VOCABULARY))
+    return shape, objective, shape.max_length
+
+
+def plan_without_text(loaded: Loaded, options: Options, hardware: Hardware | None = None) -> Plan:
+    """The plan of what `recipe_of_model` gave, as if there were as much text as is asked for.
+
+    Args:
+        loaded: The recipe; its text and tokenizer are not looked at.
+        options: What the command was told.
+        hardware: What to plan for; by default this machine.
+
+    Raises:
+        UsageError: The recipe's length cannot be counted without text, or its numbers do not fit together.
+    """
+    section = loaded.recipe.pretrain
+    assert section is not None
+    hardware = hardware or detect_hardware(loaded.recipe.machine)
+    fields = _config_fields(section.model, USUAL_VOCABULARY, None)
+    vocab_size = int(fields.get("vocab_size") or USUAL_VOCABULARY)
+    length = section.train.length
+    if length.unit != "tokens":
+        raise UsageError(
+            f"pretrain.train.length is {length}, and there is no text that it could be counted by",
+            hint="pretrain.train.length=20B tokens",
+        )
+    facts = DataFacts(num_tokens=int(length.value) + 1, num_documents=0, num_bytes=0, exact=True)
+    found = plan_run(loaded, options, hardware, facts, vocab_size=vocab_size)
+    note = f"no text is named: as much of it as `train.length` is assumed, and a vocabulary of {vocab_size:,}"
+    return replace(found, data={}, notes=(*found.notes, note))
 
 
 def outline(loaded: Loaded, options: Options) -> list[tuple[str, str, str]]:
@@ -109,7 +207,34 @@ def plan_run(
     shape = model_shape(
         recipe.pretrain.model, recipe.pretrain.objective, vocab_size, pad_token_id=pad_token_id
     )
-    return make_plan(recipe, hardware, facts, vocab_size=vocab_size, model=shape, world_size=world_size)
+    fields = _config_fields(recipe.pretrain.model, vocab_size, pad_token_id)
+    generator = generator_shape(recipe.pretrain, fields, shape)
+    made = make_plan(
+        recipe,
+        hardware,
+        facts,
+        vocab_size=vocab_size,
+        model=shape,
+        world_size=world_size,
+        teacher=teacher_shape(recipe.pretrain.distil),
+        generator=generator,
+    )
+    return with_communication(
+        made,
+        recipe.machine.communication,
+        recipe.pretrain,
+        shapes=matrices_of(shape),
+        beside=generator.num_parameters if generator is not None else 0,
+    )
+
+
+def teacher_shape(distil: Distil | None) -> ModelShape | None:
+    """The shape of the model that is learned from; None where there is none, or its configuration is not here."""
+    path = Path(model_folder(distil.teacher)) / "config.json" if distil is not None else None
+    if path is None or not path.is_file():
+        return None
+    fields = json.loads(path.read_bytes())
+    return shape_of_config(fields, kind_of_config(fields)) or shape_of_config(fields)
 
 
 def model_shape(

@@ -15,6 +15,7 @@ from llmkit.errors import (
 from llmkit.hardware import detect_hardware
 from llmkit.launch.world import World, check_world, detect_world
 from llmkit.plan import Plan, layout_of
+from llmkit.plan.communication import identity_of
 from llmkit.recipe import Loaded, resolved_yaml
 from llmkit.recipe.objectives import RowLayout, other_sections
 from llmkit.recipe.resolved import without_secrets
@@ -34,6 +35,7 @@ from llmkit.run.training import (
     begun_identity,
     clear,
     flat,
+    for_nodes,
     is_trained,
     refuse_another_run,
     report_end,
@@ -89,7 +91,13 @@ def pretrain(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
                 check_exports(job, reporter)
                 _leave_plan(folder, loaded, job, shards, reporter)
             try:
-                train_job(job, reporter, world, options.restarts)
+                train_job(
+                    job,
+                    reporter,
+                    world,
+                    options,
+                    lambda count: prepare_job(*for_nodes(loaded, options, count), reporter, folder, None)[0],
+                )
             except LlmkitError as error:
                 if first:
                     report_end(folder, options, error)
@@ -260,6 +268,7 @@ def _identity(
     return {
         "seed": recipe.seed,
         **{key: loaded.expressions.get(key, value) for key, value in named.items() if key not in new},
+        **identity_of(recipe.machine.communication),
         "rows per step": plan.rows_per_step,
         "text": [[shard.name, shard.folder.name] for shard in shards],
         "weights": weights,

@@ -3,13 +3,13 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.durable import remove_file, remove_folder, verify_folder
+from llmkit.durable import remove_file, remove_folder, verify_folder, write_json
 from llmkit.errors import (
     CorruptError,
     CtrlCError,
@@ -20,9 +20,11 @@ from llmkit.errors import (
     UsageError,
 )
 from llmkit.hardware import usable_cores
-from llmkit.launch.local import run_local_workers
-from llmkit.launch.world import World
+from llmkit.launch.hub import Hub, Work
+from llmkit.launch.local import WORKER, run_local_workers
+from llmkit.launch.world import World, check_world
 from llmkit.plan import Plan
+from llmkit.plan.communication import told_change
 from llmkit.plan.counted import is_counted
 from llmkit.recipe import Loaded
 from llmkit.recipe.schema import Finetune
@@ -48,8 +50,22 @@ _MADE_BY_TRAINING = (
 )
 
 
-def train_job(job: "Job", reporter: Reporter, world: World | None, restarts: int) -> None:
-    """Train here when this process is a worker or the only one; else start the workers and watch them."""
+def train_job(
+    job: "Job", reporter: Reporter, world: World | None, options: Options, planned_for: Callable[[int], "Job"]
+) -> None:
+    """Train here when this process is a worker or the only one; else start the workers and watch them.
+
+    Args:
+        job: What is done.
+        reporter: Told what happens.
+        world: The world that another launcher has set up.
+        options: As for every verb.
+        planned_for: The job again for another number of nodes, where one has gone for good.
+
+    Raises:
+        RunError: It failed; the newest checkpoint is whole.
+    """
+    restarts = options.restarts
     if is_counted(job.section().model):
         from llmkit.train.ngram import count
 
@@ -61,6 +77,9 @@ def train_job(job: "Job", reporter: Reporter, world: World | None, restarts: int
             f"--restarts is for processes that llmkit starts, and these were started by {world.source}",
             hint="let that start them again; the same command goes on from the newest checkpoint",
         )
+    if options.hub is not None:
+        _train_on_nodes(job, reporter, options, options.hub, planned_for)
+        return
     if world is not None or (world_size == 1 and not restarts):
         from llmkit.train.pretrain import pretrain as train_here
 
@@ -85,12 +104,52 @@ def train_job(job: "Job", reporter: Reporter, world: World | None, restarts: int
         world_size,
         [str(path)],
         logs=Path(job.folder) / "logs",
-        program=[sys.executable, "-P", "-m", "llmkit.train.worker"],
+        program=WORKER,
         on_line=tell,
         restarts=restarts,
         progress=lambda: _newest_step(Path(job.folder)),
     )
     _raise_for(code, job.folder, [line for line in said if line.startswith("worker ")])
+
+
+def _train_on_nodes(
+    job: "Job", reporter: Reporter, options: Options, hub: Hub, planned_for: Callable[[int], "Job"]
+) -> None:
+    """Start workers on all nodes and watch them; after a restart with fewer or more nodes by a plan for these."""
+    folder = Path(job.folder).absolute()
+    path = folder / "job.json"
+
+    def argv(count: int) -> Sequence[str]:
+        size, now = count * hub.per_node, job
+        if size != job.plan["world_size"]:
+            now = planned_for(count)
+            check_world(World(0, size, 0, hub.per_node, "llmkit"), now.plan["world_size"])
+            write_json(folder / "plan.json", now.plan)
+        now.save(path)
+        reporter.note(
+            f"starting {size} process{'es' if size > 1 else ''} on {count} of {hub.node.most} nodes"
+        )
+        return [str(path)]
+
+    ending = hub.run(
+        Work(
+            argv,
+            WORKER,
+            folder / "logs",
+            restarts=options.restarts,
+            progress=lambda: _newest_step(folder),
+            deadline=options.deadline,
+        )
+    )
+    _raise_for(ending.code, job.folder, [ending.reason] if ending.reason else [])
+
+
+def for_nodes(loaded: Loaded, options: Options, count: int) -> tuple[Loaded, Options]:
+    """Recipe and options for so many of the nodes that were asked for."""
+    assert options.hub is not None
+    machine = loaded.recipe.machine.model_copy(update={"nodes": count})
+    recipe = loaded.recipe.model_copy(update={"machine": machine})
+    return replace(loaded, recipe=recipe), replace(options, processes=count * options.hub.per_node)
 
 
 def _newest_step(folder: Path) -> int:
@@ -169,6 +228,9 @@ def as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
         kept["gradient_accumulation_steps"] = plan.rows_per_step // share
     elif plan.micro_batch_size != begun.micro_batch_size:
         kept["notes"] = (*plan.notes, _other_micro_batches(begun, plan))
+    other_words = told_change(begun, plan)
+    if other_words:
+        kept["notes"] = (*kept.get("notes", plan.notes), other_words)
     choices = {
         key: begun.choices.get(key, choice) if key.removeprefix("machine.") in kept else choice
         for key, choice in {**plan.choices, **begun.choices}.items()

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from llmkit.objectives.base import LooksAhead
+from llmkit.train.parallel import readable
 from llmkit.train.state import mix_seed
 
 if TYPE_CHECKING:
@@ -25,16 +26,17 @@ def look_ahead(run: "Training", step: int, micro_batches: "Sequence[MicroBatch]"
         micro_batches: This process's share of the step.
     """
     objective, accelerator = run.core.objective, run.accelerator
-    world, rank = accelerator.num_processes, accelerator.process_index
+    world, rank = accelerator.num_processes // run.readers, accelerator.process_index // run.readers
     if not (isinstance(objective, LooksAhead) and objective.looks_ahead) or world * len(micro_batches) == 1:
         return micro_batches
     seen: list[Mapping[str, torch.Tensor]] = []
     device = accelerator.device.type
     for index, batch in micro_batches:
         torch.manual_seed(mix_seed(run.seed, step, index))
-        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=run.core.bf16):
+        bf16 = torch.autocast(device, dtype=torch.bfloat16, enabled=run.core.bf16)
+        with torch.no_grad(), bf16, readable(run.core):
             mine = objective.glimpse(run.core.model, batch)
-        seen += _of_all(accelerator, mine)
+        seen += _of_all(accelerator, mine)[:: run.readers]
     settled = objective.settle(seen, run.core.criterion)
     return [
         (index, {**batch, **settled[number * world + rank]})

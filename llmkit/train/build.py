@@ -53,6 +53,7 @@ from llmkit.train.learning import choose_what_learns, paces
 from llmkit.train.loop import MicroBatch, Schedule
 from llmkit.train.places import model_folder, new_tokens
 from llmkit.train.samples import SampleData
+from llmkit.train.sending import send
 from llmkit.train.state import mix_seed
 from llmkit.train.teacher import load_task_teacher, load_teacher
 
@@ -126,7 +127,7 @@ def build_core(job: Job, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Loss
     return LossModule(
         model,
         objective,
-        bf16=plan.precision == "bf16",
+        bf16=plan.precision != "fp32",
         criterion=smoothed_cross_entropy(section.train.label_smoothing, section.train.z_loss),
         parts=parts,
         frozen=frozen,
@@ -184,7 +185,7 @@ def build_task_core(job: Job, plan: Plan, data: SampleData) -> tuple[LossModule,
     core = LossModule(
         model,
         objective,
-        bf16=plan.precision == "bf16",
+        bf16=plan.precision != "fp32",
         criterion=make_criterion(section, data.material),
         parts=objective.parts(model) if isinstance(objective, HasParts) else {},
         frozen=frozen,
@@ -374,8 +375,8 @@ class Feed:
             order,
             rows_per_step=self._plan.rows_per_step,
             micro_batch_size=self._plan.micro_batch_size,
-            world_size=self._plan.world_size,
-            rank=self._accelerator.process_index,
+            world_size=self._plan.layout.data_size,
+            rank=self._plan.layout.data_rank(self._accelerator.process_index),
             isolate=self._tells_positions,
             other=self._goal.other,
             encode=self._objective.encode,
@@ -426,13 +427,14 @@ class Feed:
 
         Every process gets the same number of rounds: None stands for a batch that this one does not have.
         """
-        held_out, size, world_size = self._data.held_out, self._plan.micro_batch_size, self._plan.world_size
+        held_out, size, layout = self._data.held_out, self._plan.micro_batch_size, self._plan.layout
+        world_size = layout.data_size
         batches = evaluation_rows(
             held_out,
             micro_batch_size=size,
             max_rows=max_rows,
             world_size=world_size,
-            rank=self._accelerator.process_index,
+            rank=layout.data_rank(self._accelerator.process_index),
             isolate=self._tells_positions,
             other=self._goal.other,
         )
@@ -440,6 +442,11 @@ class Feed:
         for _ in range(rounds):
             rows = next(batches, None)
             yield None if rows is None else self._batch([self._objective.encode(row) for row in rows])
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process counts what it reads; see `Layout.speaks`."""
+        return self._plan.layout.speaks(self._accelerator.process_index)
 
     def largest(self) -> Batch:
         """A made-up batch of the largest shape."""
@@ -456,10 +463,4 @@ class Feed:
         return self._batch([example] * self._plan.micro_batch_size)
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
-        batch = self._objective.collate(examples)
-        device = self._accelerator.device
-        # Counts stay on the host: they are added up there, without a device sync.
-        return {
-            name: tensor if name.startswith("num_") else tensor.to(device, non_blocking=True)
-            for name, tensor in batch.items()
-        }
+        return send(self._objective.collate(examples), self._accelerator.device)

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
 from llmkit.errors import LostWorkerError, RunError
+from llmkit.launch.local import LISTENING
+from llmkit.launch.workplace import MEETING
 from llmkit.plan import Plan
 
 _TIMEOUT = timedelta(minutes=30)
@@ -61,10 +63,10 @@ def join_others(device: str) -> None:
     try:
         torch.distributed.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            init_method=f"file://{meeting}" if meeting else "env://",
             rank=int(os.environ["RANK"]),
             world_size=world_size,
             timeout=_TIMEOUT,
+            **_meeting_of(meeting, world_size),
         )
     except torch.distributed.DistError as error:
         raise RunError(
@@ -74,6 +76,29 @@ def join_others(device: str) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _meeting_of(meeting: str | None, world_size: int) -> dict[str, Any]:
+    """Where processes meet: at another launcher's address, in a file, or where several nodes were started at rank 0's.
+
+    There rank 0 has from our launcher an open socket, so that nobody can take its port before it listens.
+    """
+    if not meeting or not meeting.startswith(MEETING):
+        return {"init_method": f"file://{meeting}" if meeting else "env://"}
+    place, _, token = meeting.removeprefix(MEETING).partition("/")
+    host, _, port = place.rpartition(":")
+    first = os.environ["RANK"] == "0"
+    distributed: Any = torch.distributed  # it gives the stores to everyone but type checkers
+    store = distributed.TCPStore(
+        host.strip("[]"),
+        int(port),
+        world_size,
+        is_master=first,
+        timeout=_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=int(os.environ[LISTENING]) if first else None,
+    )
+    return {"store": distributed.PrefixStore(token, store)}
 
 
 @contextmanager

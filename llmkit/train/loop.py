@@ -12,7 +12,7 @@ a resume repeats the evaluation of its first step, and nothing about evaluations
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -24,8 +24,10 @@ from llmkit.objectives.base import TARGETS, Batch, LossModule
 from llmkit.optim import add_noise, hold_back, set_lr
 from llmkit.train.ahead import look_ahead
 from llmkit.train.callbacks import Callback
+from llmkit.train.communication import EveryStep, Exchange
 from llmkit.train.early import Patience
 from llmkit.train.numbers import Numbers
+from llmkit.train.parallel import whole
 from llmkit.train.saving import Saver
 from llmkit.train.state import TrainState, mix_seed
 
@@ -97,6 +99,9 @@ class Training:
         watch_speed: (tokens per second) -> further figures: utilisation, memory.
         patience: When a run ends early; None for never.
         choose: The state after the last step -> the one whose weights are the result, which the model has then.
+        readers: Processes that read the same rows; all others read different ones.
+        together: Whether every process draws samples, for none has the whole model.
+        exchange: How what processes learn comes together.
     """
 
     accelerator: Accelerator
@@ -115,6 +120,14 @@ class Training:
     callbacks: Sequence[Callback]
     patience: Patience | None = None
     choose: Callable[[TrainState], TrainState] = lambda state: state
+    readers: int = 1
+    together: bool = False
+    exchange: Exchange = field(default_factory=EveryStep)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process counts what it read: one of those that read the same rows does."""
+        return self.accelerator.process_index % self.readers == 0
 
 
 class StopAskedError(Exception):
@@ -258,8 +271,10 @@ def train_step(
         RunError: The loss or the gradient is not finite, and the recipe says to stop then.
     """
     accelerator = run.accelerator
-    # accelerate divides by the micro-batches, DDP by the processes: both take means, the loss here is a sum.
-    scale = len(micro_batches) * accelerator.num_processes
+    # accelerate divides by the micro-batches, DDP and FSDP by the processes that read different rows: they take means,
+    # the loss here is a sum.
+    scale = len(micro_batches) * run.exchange.shares(accelerator.num_processes // run.readers)
+    shared = run.exchange.counts(counts_of(micro_batches), counts)
     # Every process has as many, and gradients meet at the last of them.
     accelerator.gradient_accumulation_steps, accelerator.step = len(micro_batches), 0
     losses, firsts = {}, []
@@ -268,16 +283,18 @@ def train_step(
         with accelerator.accumulate(run.module):
             found = run.module(batch)
             loss = found.mean(counts)
-            accelerator.backward(loss * scale)
+            accelerator.backward((loss if shared is counts else found.mean(shared)) * scale)
         losses[index] = loss.detach()
         firsts.append(found.totals[TARGETS].detach() / counts[TARGETS])
     hold_back(run.optimizer, step)
-    grad_norm = accelerator.clip_grad_norm_(run.core.trained.parameters(), run.schedule.grad_clip)
+    grad_norm = whole(accelerator.clip_grad_norm_(run.core.trained.parameters(), run.schedule.grad_clip))
+    grad_norm = run.exchange.norm(grad_norm)
     good = run.numbers.good(step, losses, grad_norm)
     if good:
         add_noise(run.core.trained, run.schedule.grad_noise, seed=run.seed, step=step)
         set_lr(run.optimizer, run.schedule.lr_at(step))
         run.optimizer.step()
+    run.exchange.updated(step + 1, good=good)
     run.optimizer.zero_grad()
     loss = torch.stack(list(losses.values())).sum()
     return Outcome(loss, torch.stack(firsts).sum(), grad_norm, not good)
@@ -296,7 +313,8 @@ def agree(run: Training, *mine: int, soon: float = 0.0) -> list[int]:
         RunError: A checkpoint could not be written: all of them raise.
     """
     reason = run.stop(soon + run.saver.seconds)
-    facts = [*mine, run.saver.failed, *(reason == known for known in _REASONS)]
+    counted = mine if run.speaks else (0,) * len(mine)
+    facts = [*counted, run.saver.failed, *(reason == known for known in _REASONS)]
     sums = run.accelerator.reduce(torch.tensor(facts, dtype=torch.int64), "sum").tolist()
     added, (failed, *reasons) = sums[: len(mine)], sums[len(mine) :]
     if failed:
@@ -333,9 +351,9 @@ def _raise_failed(run: Training) -> NoReturn:
 def observe(run: Training, state: TrainState, rows: int | None) -> Mapping[str, float]:
     """Evaluate on so many held-out rows (None: all) and draw samples; every process takes part."""
     figures = run.evaluate(rows, lambda: agree(run))
+    samples = run.sample(state.step) if run.together or run.accelerator.is_main_process else ()
     if not run.accelerator.is_main_process:
         return figures
-    samples = run.sample(state.step)
     for callback in run.callbacks:
         callback.on_record({"step": state.step, **figures}, num_steps=run.schedule.num_steps)
         for prompt, text in samples:
@@ -379,7 +397,8 @@ class Clock:
 
 
 def _record_step(run: Training, state: TrainState, outcome: Outcome, tokens_per_s: float) -> None:
-    loss, first = run.accelerator.reduce(torch.stack([outcome.loss, outcome.first]), "sum").tolist()
+    parts = torch.stack([outcome.loss, outcome.first]) * run.speaks
+    loss, first = run.accelerator.reduce(parts, "sum").tolist()
     record = {
         "step": state.step,
         "tokens": state.tokens,

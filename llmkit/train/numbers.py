@@ -32,6 +32,7 @@ class Numbers:
         max_skipped: The recipe's `max_skipped`.
         describe: A step, and micro-batches of it or None for all -> its rows in words.
         warn: Tells a person.
+        hint: What else may have made numbers infinite.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Numbers:
         max_skipped: int,
         describe: Callable[[int, Sequence[int] | None], Sequence[str]],
         warn: Callable[[str], None],
+        hint: str = "",
     ) -> None:
+        self._hint = f"{_HINT} {hint}".rstrip()
         self._accelerator = accelerator
         self._policy = policy
         self._max_skipped = max_skipped
@@ -73,7 +76,7 @@ class Numbers:
         said = f"step {step + 1}: the loss is {_word(loss)}, the gradient's norm {norm}"
         micro_batches = self._bad_micro_batches(losses)
         if self._policy == "stop":
-            raise RunError(f"{said}: not finite{self._rows(step, micro_batches)}", hint=_HINT)
+            raise RunError(f"{said}: not finite{self._rows(step, micro_batches)}", hint=self._hint)
         first, *others = self._describe(step, micro_batches)
         self._warn(f"{said}: the step is skipped ({first}{', and others' if others else ''})")
         return False
@@ -92,7 +95,8 @@ class Numbers:
         if found:
             step = min(found)
             raise RunError(
-                f"step {step + 1}: the loss or the gradient is not finite{self._rows(step, None)}", hint=_HINT
+                f"step {step + 1}: the loss or the gradient is not finite{self._rows(step, None)}",
+                hint=self._hint,
             )
 
     def count(self, skipped: int) -> None:

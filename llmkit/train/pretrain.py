@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from llmkit.data.order import RowOrder
@@ -27,17 +28,21 @@ from llmkit.launch.signals import StopSignal
 from llmkit.models.attention import tap_attention, use_attention
 from llmkit.models.build import left_out
 from llmkit.models.peak import measure_peak_flops
+from llmkit.models.recompute import recompute_activations
 from llmkit.models.rounded import roundings
 from llmkit.objectives.base import Batch, Judges, LossModule
 from llmkit.objectives.taught import Taught
 from llmkit.optim import averaged
 from llmkit.plan import Plan
+from llmkit.plan.choices import state_bytes_of
+from llmkit.plan.communication import on_meetings, overflow_hint
 from llmkit.recipe import load_recipe, resolved_yaml
 from llmkit.recipe.schema import Finetune, Pretrain, Section
 from llmkit.registry import goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.run_log import RunLog, read_metrics
 from llmkit.report.spikes import SpikeWatch
+from llmkit.train.alike import check_processes
 from llmkit.train.build import (
     Data,
     Feed,
@@ -53,18 +58,23 @@ from llmkit.train.build import (
 )
 from llmkit.train.callbacks import Callback, ConsoleCallback, KillAt, LogCallback
 from llmkit.train.checkpoint import Checkpoints
+from llmkit.train.communication import Communicator
 from llmkit.train.devices import leave, naming_lost_workers, peak_memory_bytes, start_accelerator
 from llmkit.train.early import Patience, best_metric
 from llmkit.train.finish import finish
 from llmkit.train.job import Job
+from llmkit.train.kernels import frozen_garbage, pull_levers
 from llmkit.train.loop import Schedule, Training, counts_of, train
 from llmkit.train.numbers import Numbers
+from llmkit.train.own import OwnWriter
+from llmkit.train.parallel import adding_up, distribute, gather, readable
 from llmkit.train.prove import ROWS_LOOKED_AT, check_task, first_rows, self_check
 from llmkit.train.samples import SampleData, SampleFeed, open_samples
 from llmkit.train.saving import Keep, Saver
 from llmkit.train.sharded import ShardedWriter, is_sharded, load_checkpoint
 from llmkit.train.state import TrainState, mix_seed
 from llmkit.train.teaching import Asking, teach
+from llmkit.train.trial import is_out_of_memory, try_sizes, wants_trial
 from llmkit.train.vectors import begin_as_recipe_says
 
 T = TypeVar("T")
@@ -90,39 +100,62 @@ def pretrain(job: Job, reporter: Reporter) -> None:
 def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) -> None:
     section, plan = job.section(), job.checked_plan()
     accelerator = start_accelerator(plan)
+    other_devices = check_processes(job, accelerator.device)
+    if other_devices:
+        reporter.warn(other_devices)
     data = open_samples(job) if job.rows else open_data(job)
     core = _build_core(job, plan, data, reporter)
     taught = _teach(job, plan, core, data, accelerator, reporter, stop)
-    plan = _with_attention(plan, core, accelerator, section, isolate=_isolates(section, plan))
-    if plan.compile:
-        core.compile(dynamic=False)
-    module, optimizer = accelerator.prepare(core, build_optimizer(core, section, plan, reporter.note))
-    feed, order = _feed(data, core, plan, section, accelerator, taught), make_order(job, data)
-
     checkpoints = Checkpoints(Path(job.folder) / "checkpoints", job.identity)
     saved = _from_first(accelerator, lambda: checkpoints.newest(reporter.warn))
+    plan = _with_attention(plan, core, accelerator, section, isolate=_isolates(section, plan))
+    recompute_activations(core, plan.recompute)
+    machine = job.checked_recipe().machine
+    if wants_trial(plan, machine, resumes=saved is not None):
+        reporter.phase("prove", "the largest micro-batch that fits")
+        plan = try_sizes(
+            plan,
+            core,
+            accelerator,
+            lambda asked: _feed(data, core, asked, section, accelerator, taught).largest(),
+            state_bytes=state_bytes_of(section),
+        )
+    plan = pull_levers(core, plan, machine, reporter.note)
+    communicator = Communicator(plan, accelerator, job.seed)
+    if plan.layout.is_sharded:
+        distribute(core, plan, accelerator.device)
+        module, optimizer = core, accelerator.prepare(build_optimizer(core, section, plan, reporter.note))
+    else:
+        module, optimizer = communicator.prepare(core, build_optimizer(core, section, plan, reporter.note))
+    feed, order = _feed(data, core, plan, section, accelerator, taught), make_order(job, data)
     state = load_checkpoint(checkpoints, saved, core.trained, optimizer) if saved else TrainState()
     reporter.phase("prove", "one step of the largest shape" + (", compiling" if plan.compile else ""))
     plan = _with_length(plan, _try_largest_batch(accelerator, module, feed, plan), accelerator)
     if job.self_check:
-        _check_itself(job, plan, module, core, data, order, feed, accelerator, reporter)
+        readable(core)(_check_itself)(job, plan, module, core, data, order, feed, accelerator, reporter)
     schedule, patience = make_schedule(section, plan), Patience.of(section)
     callbacks = _callbacks(job, plan, state, accelerator, reporter, stack)
     checkpoints = replace(checkpoints, plan=plan.to_dict())
-    shards = ShardedWriter(checkpoints) if is_sharded(core.model) else None
+    exchange, own_writer = communicator.begin(
+        core, optimizer, saved, state, schedule.num_steps, reporter.note
+    )
+    make_writer = ShardedWriter if is_sharded(core.model) else own_writer
+    shards = make_writer(checkpoints) if make_writer is not None else None
     resumed = state.step if saved else None
     saver = _saver(
         section, plan, schedule, checkpoints, shards, accelerator, callbacks, resumed, reporter.warn
     )
-    workers = job.checked_recipe().machine.loader_workers
+    workers = machine.loader_workers
     steps = stack.enter_context(feed.steps(order, state.step, schedule.num_steps, workers=workers))
+    micro_batches = stack.enter_context(frozen_garbage(feed.in_order(steps)))
     in_average = averaged(optimizer)  # if one is kept, it is what is measured, read and exported
+    reading = readable(core)
     run = Training(
         accelerator=accelerator,
         module=module,
         core=core,
         optimizer=optimizer,
-        micro_batches=feed.in_order(steps),
+        micro_batches=micro_batches,
         schedule=schedule,
         seed=job.seed,
         numbers=Numbers(
@@ -131,12 +164,13 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
             max_skipped=section.train.max_skipped,
             describe=feed.describe,
             warn=reporter.warn,
+            hint=overflow_hint(plan),
         ),
         saver=stack.enter_context(saver),
         evaluate=in_average(
-            lambda rows, between: evaluate(core, feed, data, accelerator, rows, between, section)
+            reading(lambda rows, between: evaluate(core, feed, data, accelerator, rows, between, section))
         ),
-        sample=in_average(lambda step: _sample(core, data, job, step)),
+        sample=in_average(reading(lambda step: _sample(core, data, job, step))),
         stop=stop.asked,
         watch_speed=_speed_watcher(plan, accelerator.device),
         callbacks=callbacks,
@@ -144,6 +178,9 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         choose=lambda last: _choose(
             last, patience, saver, checkpoints, core, optimizer, accelerator, reporter
         ),
+        readers=plan.layout.readers,
+        together=plan.layout.is_sharded,
+        exchange=exchange,
     )
     start = f"from {saved.name}, " if saved else ""
     each = f"{plan.rows_per_step:,} rows" if job.rows else f"{plan.tokens_per_step:,} tokens"
@@ -153,7 +190,9 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         shards.close()
     if accelerator.is_main_process:
         reporter.phase("export", f"{job.folder}/model")
-        in_average(finish)(job, plan, core, data.tokenizer, state, figures, lambda: _some_rows(feed))
+    whole = in_average(_gathered)(core, job, plan, data, accelerator) if plan.layout.is_sharded else core
+    if accelerator.is_main_process:
+        in_average(finish)(job, plan, whole, data.tokenizer, state, figures, lambda: _some_rows(feed))
 
 
 def _build_core(job: Job, plan: Plan, data: Data | SampleData, reporter: Reporter) -> LossModule:
@@ -175,6 +214,21 @@ def _build_core(job: Job, plan: Plan, data: Data | SampleData, reporter: Reporte
         reporter.note(line)
     _tell_rounding(core, reporter)
     return core
+
+
+def _gathered(
+    core: LossModule, job: Job, plan: Plan, data: Data | SampleData, accelerator: Accelerator
+) -> LossModule:
+    """On the first process a sharded model, whole and on the host; every process takes part in gathering it."""
+    whole: LossModule | None = None
+    if accelerator.is_main_process:
+        whole = (
+            build_task_core(job, plan, data)[0]
+            if isinstance(data, SampleData)
+            else build_core(job, plan, data.tokenizer)
+        )
+    gather(core, whole)
+    return whole or core
 
 
 def _tell_rounding(core: LossModule, reporter: Reporter) -> None:
@@ -224,7 +278,7 @@ def _teach(
         return teacher
 
     batches = _feed(data, core, plan, section, accelerator).batches(make_order(job, data))
-    asking = Asking(store, core.objective, batches, plan.precision == "bf16", stop.asked)
+    asking = Asking(store, core.objective, batches, plan.precision != "fp32", stop.asked)
     teach(asking, load, accelerator, reporter, num_bytes=plan.teacher_cache["bytes"])
     return store
 
@@ -253,14 +307,15 @@ def _check_itself(
 ) -> None:
     """Prove model, data and saving to themselves, and say what was found."""
     # A sharded model is not whole on any one process, so it is not tried on disk here.
-    folder = Path(job.folder) if accelerator.is_main_process and not is_sharded(core.model) else None
+    folder = Path(job.folder) if accelerator.is_main_process and not plan.layout.is_sharded else None
     goal = goal_of(job.section().objective)
     if isinstance(data, SampleData):
         assert isinstance(feed, SampleFeed)
         micro = [examples for _, examples in feed.batches(order).of_step(0)]
         mine = sum(int(core.objective.collate(examples)["num_targets"]) for examples in micro)
         # The longest rows come first, and of these all that is learned may have been cut off.
-        learned = int(accelerator.reduce(torch.tensor(mine, device=accelerator.device), "sum"))
+        counted = torch.tensor(mine * feed.speaks, device=accelerator.device)
+        learned = int(accelerator.reduce(counted, "sum"))
         lines = check_task(core, micro[0], learned=learned, isolate=plan.packed, folder=folder)
     else:
         lines = self_check(
@@ -270,7 +325,7 @@ def _check_itself(
             data.tokenizer,
             goal=goal,
             isolate=_isolates(job.section(), plan),
-            compiled_rows=plan.micro_batch_size if plan.compile else None,
+            compiled_rows=plan.micro_batch_size if plan.compile and not plan.layout.is_sharded else None,
             folder=folder,
         )
     for line in lines:
@@ -282,7 +337,7 @@ def _saver(
     plan: Plan,
     schedule: Schedule,
     checkpoints: Checkpoints,
-    shards: ShardedWriter | None,
+    shards: ShardedWriter | OwnWriter | None,
     accelerator: Accelerator,
     callbacks: Sequence[Callback],
     resumed: int | None,
@@ -341,7 +396,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Figures on `rows` held-out rows (None: all), named `eval/...`; every process calls it."""
     found: dict[int, Any] = {}
-    sums = sum_over(core, feed.held_out(rows), lambda sums: accelerator.reduce(sums, "sum"), between, found)
+    reduce = adding_up(lambda sums: accelerator.reduce(sums, "sum"), feed.speaks)
+    spare = feed.largest() if isinstance(core, FSDPModule) else None
+    sums = sum_over(core, feed.held_out(rows), reduce, between, found, spare)
     if not sums["num_targets"]:
         return {}  # `held_out: 0`
     if isinstance(data, Data) and "bits_per_byte" in goal_of(section.objective).metrics:
@@ -384,7 +441,7 @@ def _with_length(plan: Plan, seconds_per_step: float, accelerator: Accelerator) 
         return plan
     seconds = _from_first(accelerator, lambda: seconds_per_step)
     num_steps = plan.num_steps or max(1, int((plan.length_seconds or 0) / seconds))
-    return plan.with_steps(num_steps, seconds_per_step=seconds)
+    return on_meetings(plan.with_steps(num_steps, seconds_per_step=seconds))
 
 
 def _try_largest_batch(
@@ -411,10 +468,8 @@ def _try_largest_batch(
 def _naming_out_of_memory(plan: Plan) -> Iterator[None]:
     try:
         yield
-    except (
-        RuntimeError
-    ) as error:  # torch.OutOfMemoryError is one; the processor's allocator has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         rows = plan.micro_batch_size
         fewer = f"machine.micro_batch={max(1, rows // 2)}, or " if rows > 1 else ""
@@ -477,7 +532,7 @@ def _sample(core: LossModule, data: Data | SampleData, job: Job, step: int) -> l
 
 def _speed_watcher(plan: Plan, device: torch.device) -> Callable[[float], Mapping[str, float]]:
     """Tokens per second -> model FLOPs utilisation of the measured peak, and memory."""
-    peak = measure_peak_flops(device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+    peak = measure_peak_flops(device, torch.float32 if plan.precision == "fp32" else torch.bfloat16)
 
     def watch(tokens_per_s: float) -> Mapping[str, float]:
         mfu = tokens_per_s * plan.flops_per_token / (peak * plan.world_size)

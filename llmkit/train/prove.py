@@ -33,7 +33,7 @@ from llmkit.models.attention import kernels_of
 from llmkit.models.build import align, check_loaded, max_length
 from llmkit.models.rounded import plain, roundings, set_rounding
 from llmkit.models.save import save_model
-from llmkit.objectives.base import NOT_LEARNED, Batch, Example, LossModule
+from llmkit.objectives.base import NOT_LEARNED, TARGETS, Batch, Example, LossModule
 from llmkit.registry import Goal
 from llmkit.train.checkpoint import Checkpoints, model_tensors
 from llmkit.train.state import TrainState
@@ -436,10 +436,12 @@ def _influence(module: nn.Module, batch: Batch, measured_BT: torch.Tensor) -> fl
     """
     totals = []
     for token in (0, 1):
+        targets_BT = batch["targets"].where(measured_BT, NOT_LEARNED)
         changed = {
             **batch,
             "input_ids": batch["input_ids"].where(measured_BT, token),
-            "targets": batch["targets"].where(measured_BT, NOT_LEARNED),
+            "targets": targets_BT,
+            TARGETS: (targets_BT != NOT_LEARNED).sum().cpu(),
         }
         torch.manual_seed(0)  # the same dropout both times
         totals.append(float(module(changed).total.detach()))

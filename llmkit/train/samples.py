@@ -28,6 +28,7 @@ from llmkit.recipe.schema import Finetune
 from llmkit.registry import goal_of
 from llmkit.train.job import Job
 from llmkit.train.loop import POSITIONS, MicroBatch
+from llmkit.train.sending import send
 
 _MOST_DESCRIBED, _DESCRIBED_LETTERS = 4, 80
 _SHOWN = ("text", "source", "question", "tokens", "messages", "prompt", "anchor")
@@ -127,8 +128,8 @@ class SampleFeed:
             rows_per_step=self._plan.rows_per_step,
             tokens=self._plan.micro_batch_tokens,
             packed=self._packed,
-            world_size=self._plan.world_size,
-            rank=self._accelerator.process_index,
+            world_size=self._plan.layout.data_size,
+            rank=self._plan.layout.data_rank(self._accelerator.process_index),
             encode=self._mixing or self._encode,
             draws=self._draws,
             partner=self._mixing.partner if self._mixing else None,
@@ -171,14 +172,19 @@ class SampleFeed:
             self._data.held_out,
             tokens=self._plan.micro_batch_tokens,
             max_rows=max_rows,
-            world_size=self._plan.world_size,
-            rank=self._accelerator.process_index,
+            world_size=self._plan.layout.data_size,
+            rank=self._plan.layout.data_rank(self._accelerator.process_index),
         ):
             yield None if rows is None else self._measured(rows)
 
     def _measured(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Batch:
         batch = self._batch([self._objective.encode(row) for _, row in rows])
         return {**batch, ROW_NUMBERS: torch.tensor([number for number, _ in rows])}
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process counts what it reads; see `Layout.speaks`."""
+        return self._plan.layout.speaks(self._accelerator.process_index)
 
     def largest(self) -> Batch:
         """A batch of the largest shape: the longest row, as often as a micro-batch holds it."""
@@ -198,13 +204,7 @@ class SampleFeed:
         return {**self._batch(examples), POSITIONS: torch.tensor(positions)}
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
-        batch = self._objective.collate(examples)
-        device = self._accelerator.device
-        # Counts stay on the host: they are added up there, without a device sync.
-        return {
-            name: tensor if name.startswith("num_") else tensor.to(device, non_blocking=True)
-            for name, tensor in batch.items()
-        }
+        return send(self._objective.collate(examples), self._accelerator.device)
 
 
 def _beginning(row: Mapping[str, Any]) -> str:

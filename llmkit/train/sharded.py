@@ -19,7 +19,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,12 +62,11 @@ from llmkit.train.checkpoint import (
 )
 from llmkit.train.devices import naming_lost_workers
 from llmkit.train.state import TrainState
+from llmkit.train.together import Together, check_seen
 
 T = TypeVar("T")
 _PARTS = ("model", "optimizer")
 _OFFSETS = "DCP_SHARDING_INFO"
-# Others wait here while the first process hashes everything. One that died is noticed at once, by its connection.
-_TIMEOUT = timedelta(hours=2)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -88,8 +86,8 @@ class ShardedWriter:
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
-        self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        self._rank = dist.get_rank()
+        self._all = Together()
+        self._group, self._rank = self._all.group, self._all.rank
         self._plan = SavePlan([])
         self._whole: Tensors = {}
 
@@ -141,10 +139,7 @@ class ShardedWriter:
 
     def close(self) -> None:
         """Wait for the others; before the process group is destroyed, and after the last `write`."""
-        meeting = dist.barrier(group=self._group, async_op=True)
-        assert meeting is not None
-        meeting.wait()
-        _MEETINGS.append(meeting)
+        self._all.close()
 
     def _begin(self, stack: ExitStack, path: Path, state: TrainState) -> Path | None:
         """The temporary folder, on the first process; None where the checkpoint is whole already."""
@@ -174,7 +169,7 @@ class ShardedWriter:
         if self._rank:
             return
         for rank, sizes in enumerate(written):
-            _check_seen(folder, rank, sizes)
+            check_seen(folder, rank, sizes)
         _check_complete(_PieceReader(folder).metadata.state_dict_metadata, self._whole, folder)
         write_json(folder / "state.json", self._checkpoints.record(state))
         before_publishing()
@@ -182,27 +177,7 @@ class ShardedWriter:
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """Do one's part, wait for all others, and return all results; raise everywhere what failed anywhere."""
-        result: T | None = None
-        error: Exception | None = None
-        try:
-            result = work()
-        except Exception as raised:  # raised below, when the others know
-            error = raised
-        # As text: not every exception can be pickled, and one that cannot would leave the others waiting.
-        told = (str(getattr(error, "message", error)), str(getattr(error, "hint", ""))) if error else None
-        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
-        with _naming_failures(f"saving to {self._checkpoints.folder}"):
-            dist.all_gather_object(outcomes, (result, told), group=self._group)
-        if error is not None:
-            raise error
-        for rank, (_, problem) in enumerate(outcomes):
-            if problem is not None:
-                raise RunError(f"process {rank} could not save: {problem[0]}", hint=problem[1])
-        return [outcome for outcome, _ in outcomes]
-
-
-_MEETINGS: list[Any] = []
-"""Keeps the last collective of each group alive until the process ends; see `devices.leave`."""
+        return self._all.do(work, f"saving to {self._checkpoints.folder}")
 
 
 def load_checkpoint(
@@ -453,17 +428,6 @@ def _check_complete(saved: Mapping[str, Any], wanted: Tensors, path: Path) -> No
         held = sum(math.prod(piece.sizes) for piece in entry.chunks)
         if held != place.numel():
             raise RunError(f"{path}: of the {place.numel():,} numbers of {key} the files hold {held:,}")
-
-
-def _check_seen(folder: Path, rank: int, sizes: Mapping[str, int]) -> None:
-    for name, size in sizes.items():
-        file = folder / name
-        found = file.stat().st_size if file.exists() else 0
-        if found != size:
-            raise RunError(
-                f"process {rank} wrote {size:,} bytes to {file}, the first process sees {found:,} there",
-                hint="The run folder must be on a file system that all machines share: choose it with --runs DIR.",
-            )
 
 
 @contextmanager

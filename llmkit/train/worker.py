@@ -3,10 +3,12 @@
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from llmkit.errors import LlmkitError, LostWorkerError, RunError, refused_by_system
 from llmkit.launch.crew import LOST_PEER
+from llmkit.launch.follower import DEADLINE
 from llmkit.report.console import make_reporter
 from llmkit.train.job import Job
 from llmkit.train.pretrain import pretrain
@@ -19,6 +21,8 @@ def main(path: str) -> int:
     process so late that its peers, who fail on the lost connection, would be blamed.
     """
     job = Job.load(Path(path))
+    if DEADLINE in os.environ:  # the clocks of two machines count from different moments
+        job = replace(job, deadline=float(os.environ[DEADLINE]))
     first = os.environ.get("RANK", "0") == "0"
     reporter = make_reporter(json=job.face["json"], quiet=job.face["quiet"] or not first)
     try:

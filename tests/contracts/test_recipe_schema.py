@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 
 from llmkit.errors import RecipeError
 from llmkit.plan import PRESETS
+from llmkit.plan.published import PUBLISHED
 from llmkit.recipe import fields, json_schema, load_recipe, render_template, schema_text, template_kinds
 from llmkit.recipe.positions import Text
 from llmkit.recipe.reading import read_yaml
@@ -139,6 +140,7 @@ MUTATIONS: list[tuple[str, Any, bool]] = [
     ("machine", None, False),
     ("machine", [], False),
     ("machine.device", "tpu", False),
+    ("machine.device", "npu", False),
     ("machine.device", "cpu", True),
     ("machine.processes", 2, True),
     ("machine.processes", 0, False),
@@ -544,7 +546,7 @@ def test_the_published_schema_is_up_to_date() -> None:
 
 
 def test_the_schema_names_the_presets_that_the_plan_has() -> None:
-    assert get_args(Preset) == tuple(PRESETS)
+    assert get_args(Preset) == (*PRESETS, *PUBLISHED)
 
 
 def test_every_property_is_described() -> None:

@@ -43,6 +43,7 @@ def probe(words: list[str], folder: Path, heavy: tuple[str, ...] = HEAVY) -> dic
         ["recipe", "schema"],
         ["recipe", "explain", "pretrain.train.length"],
         ["plan", "tiny.yaml"],
+        ["plan", "--model", "llama-3.1-70b", "--on", "64xH100,v5p-128"],
         ["run", "tiny.yaml", "--dry-run"],
         ["init", "gpt", "-"],
         ["doctor"],

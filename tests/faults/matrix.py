@@ -202,9 +202,10 @@ def is_whole(path: Path) -> bool:
 
 
 def content(checkpoint: Path) -> dict[str, bytes]:
-    """All that a checkpoint holds, by name, but for the seconds it took."""
+    """All that a checkpoint holds, by name, but for the seconds it took and the room it was to have."""
     state = json.loads((checkpoint / "state.json").read_bytes())
     del state["state"]["elapsed_s"]
+    del state["plan"]["disk_bytes"]  # `uninterrupted` keeps more of them
     found = {"state": json.dumps(state).encode()}
     for kind in ("model", "optimizer"):
         tensors = load_file(checkpoint / f"{kind}.safetensors")

@@ -168,8 +168,15 @@ def run_command(request: dict[str, Any]) -> int:
     return main(request["words"])
 
 
-def start_worker(rank: int, command: list[str], env: dict[str, str], logs: Path) -> Any:
-    """Do as `launch.local._start`, by a fork."""
+def start_worker(
+    rank: int,
+    command: list[str],
+    env: dict[str, str],
+    logs: Path,
+    folder: str | None = None,
+    handed: tuple[int, ...] = (),
+) -> Any:
+    """Do as `launch.local._start`, by a fork; `handed` are open here and stay so in it."""
     from llmkit.launch.crew import Worker
     from llmkit.train import worker
 
@@ -182,6 +189,8 @@ def start_worker(rank: int, command: list[str], env: dict[str, str], logs: Path)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(env)
+        if folder is not None:
+            os.chdir(folder)
         _here["rank"] = rank
         return worker.main(command[-1])
 

@@ -202,6 +202,32 @@ def test_passes_torchs_checks_of_custom_operations():
     inputs = (hidden, weight, targets, bias_V)
     torch.library.opcheck(
         torch.ops.llmkit.linear_cross_entropy.default,
-        (*inputs, [True, True, True], 0.1, 1e-3, 32, True, torch.float32),
+        (*inputs, [True, True, True], 0.1, 1e-3, 32, True, None, 128, torch.float32),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", [{}, {"label_smoothing": 0.1, "z_loss": 1e-2}])
+def test_a_head_that_is_filled_up_gives_the_same(gather, bias, form):
+    """301 entries become 384: what is added has no probability, no gradient and no share of the smoothing."""
+    found = []
+    for multiple in (1, 128):
+        hidden, weight, targets, bias_V = make_case(masked=0.4, bias=bias)
+        loss = linear_cross_entropy(
+            hidden, weight, targets, bias=bias_V, gather=gather, multiple=multiple, **form
+        )
+        found.append((loss, *gradients(loss, hidden, weight, bias_V)))
+    assert found[1][2].shape == (VOCAB, HIDDEN)
+    assert_near(found[1], found[0], 1e-6)
+
+
+def test_a_known_number_of_targets_gathers_the_same_rows():
+    found = []
+    for known in (False, True):
+        hidden, weight, targets, _ = make_case(masked=0.4)
+        count = (targets != -100).sum() if known else None
+        loss = linear_cross_entropy(hidden, weight, targets, gather=True, num_targets=count)
+        found.append((loss, *gradients(loss, hidden, weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -143,8 +143,13 @@ def test_gpu_without_bf16_takes_the_fp32_peak(tmp_path: Path) -> None:
 def test_unlike_and_unknown_gpus(tmp_path: Path) -> None:
     env = smi(tmp_path, [H100.format(i=0), T4.format(i=1)])
     both = detect_hardware(CUDA, root=cpu_tree(tmp_path), env=env, torch_has_cuda=True)
-    assert (both.bf16, both.memory_bytes, both.peak_flops) == (False, 15360 * 2**20, 8.1e12)
-    assert "unlike GPUs" in both.notes[0]
+    assert both.unlike == ("0: NVIDIA H100 80GB HBM3", "1: Tesla T4")
+    # A single process takes the first.
+    assert (both.bf16, both.memory_bytes, both.peak_flops) == (True, 81559 * 2**20, 989.4e12)
+    alike = detect_hardware(
+        CUDA, root=cpu_tree(tmp_path), env=env | {"CUDA_VISIBLE_DEVICES": "1"}, torch_has_cuda=True
+    )
+    assert (alike.unlike, alike.device_name) == ((), "Tesla T4")
     env = smi(tmp_path, ["0, GPU-cc, Some New GPU, [N/A], 12.0"])
     new = detect_hardware(CUDA, root=cpu_tree(tmp_path), env=env, torch_has_cuda=True)
     assert (new.bf16, new.peak_flops, new.memory_bytes) == (True, None, 16_000_000 * 1024)
@@ -204,6 +209,7 @@ def test_compiler_is_looked_for_on_path(tmp_path: Path) -> None:
         ("NVIDIA GB200", 2500),
         ("NVIDIA A100-SXM4-40GB", 312),
         ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
         ("NVIDIA L4", 121),
         ("NVIDIA L40S", 362),
         ("NVIDIA L40", 181),

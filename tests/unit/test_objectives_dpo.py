@@ -288,7 +288,7 @@ def test_a_run_prefers_what_is_chosen_and_leaves_the_reference_alone(tmp_path):
     assert margin[6] > 0.1
     plan = json.loads((run / "plan.json").read_text())
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model("llama")).parameters())
-    assert plan["memory"]["weights"] == 8 * parameters
+    assert (plan["memory"]["weights"], plan["memory"]["teacher"]) == (4 * parameters, 4 * parameters)
     # What is exported is the one model.
     tensors = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
     assert not any("reference" in name for name in tensors)

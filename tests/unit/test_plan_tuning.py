@@ -66,7 +66,9 @@ def test_what_does_not_learn_has_neither_gradient_nor_moments():
     assert some.memory.weights == full.memory.weights
     saved = full.memory.gradients + full.memory.optimizer - some.memory.gradients - some.memory.optimizer
     copies = full.memory.copy - some.memory.copy
-    assert full.memory.total - some.memory.total == saved + copies
+    # What hardly learns has no gradient of its output layer, and so less that is freed and kept.
+    heads = full.memory.logits - some.memory.logits + full.memory.heap - some.memory.heap
+    assert full.memory.total - some.memory.total == saved + copies + heads
     assert some.checkpoint_bytes == pytest.approx(full.checkpoint_bytes / 4, rel=1e-3)
 
 

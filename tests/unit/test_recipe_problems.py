@@ -74,7 +74,7 @@ def test_carets_stand_under_exactly_the_key_or_value() -> None:
         ("language: English", "5:11", "`language`: `English` does not fit"),
         ("machine: []", "5:10", "`machine`: a list stands where a section (keys and values) belongs"),
         ("machine: cpu", "5:10", "`machine`: `cpu` stands where a section (keys and values) belongs"),
-        ("machine: {compile: 1}", "5:20", "`compile`: `1` is not `true` or `false` or `auto`"),
+        ("machine: {compile: 1}", "5:20", "`compile`: `1` is not `true` or `false` or one of auto, graphs"),
         ("machine: {processes: atuo}", "5:22", "did you mean `auto`?"),
         ("machine: {micro_batch: 0}", "5:24", "`micro_batch`: `0` is below 1, the least that makes sense here"),
         ("eval: {metrics: [loss, perplexty]}", "5:24", "did you mean `perplexity`?"),

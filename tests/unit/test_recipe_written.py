@@ -148,7 +148,7 @@ def test_explain_tells_type_range_default_and_text() -> None:
     assert lr.text.startswith("The peak learning rate; by default 6e-4")
     length = explain("pretrain.train.length")
     assert (length.kind, length.required) == ("`50M tokens` or `3 epochs` or `20k steps` or `1h30m`", True)
-    assert explain("machine.precision").kind == "one of auto, fp32, bf16"
+    assert explain("machine.precision").kind == "one of auto, fp32, bf16, fp8"
     assert explain("pretrain.data.0.files").key == "pretrain.data.files"
     assert explain("min_delta").key == "finetune.stop_early.min_delta"
     assert explain("pretrain.checkpoint.every").default == "10%"
@@ -186,7 +186,7 @@ def test_every_setting_has_a_text_and_can_be_explained(key: str) -> None:
         (
             "every",
             "say which: pretrain.checkpoint.every, pretrain.eval.every, finetune.unfreeze.every, "
-            "finetune.checkpoint.every, finetune.eval.every",
+            "finetune.checkpoint.every, finetune.eval.every, machine.communication.local_steps.every",
         ),
     ],
 )

@@ -10,6 +10,7 @@ from loading import Memory, batches, stream_of
 from llmkit.data.order import RowOrder
 from llmkit.data.rows import Rows
 from llmkit.objectives.clm import CausalLM
+from llmkit.plan.parallel import Layout
 from llmkit.train.build import Data, Feed
 
 
@@ -25,7 +26,12 @@ def feed(world_size=1, rank=0, objective=None, streams=None, held_out=(), rows=1
     train = Rows(streams or batches().rows.streams, 7)
     data = Data(Letters(), train, Rows(list(held_out), 7, partial=True), 1.0)
     plan = SimpleNamespace(
-        context=7, vocab_size=900, rows_per_step=rows, micro_batch_size=size, world_size=world_size
+        context=7,
+        vocab_size=900,
+        rows_per_step=rows,
+        micro_batch_size=size,
+        world_size=world_size,
+        layout=Layout(replicate=world_size),
     )
     accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
     section = SimpleNamespace(isolate_documents=isolate, objective="clm", model=SimpleNamespace(context=7))

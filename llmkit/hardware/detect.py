@@ -14,14 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from llmkit.errors import MissingError
-
-Device = Literal["cpu", "cuda", "mps"]
+from llmkit.hardware.kinds import Hardware
+from llmkit.hardware.table import find_accelerator
 
 BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Processor flags of bf16 matrix products in hardware; `bf16` is the name on ARM."""
+
+FP8_CAPABILITY = 8.9
+"""The compute capability from which NVIDIA's GPUs multiply in 8-bit floats (Ada, Hopper, Blackwell)."""
 
 NVIDIA_SMI_TIMEOUT_S = 20.0
 """A first call on a machine without the persistence daemon takes several seconds."""
@@ -33,91 +36,6 @@ class WantedMachine(Protocol):
     @property
     def device(self) -> str:
         """`auto`, `cpu`, `cuda` or `mps`."""
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What there is to compute with.
-
-    Attributes:
-        device: The kind of device.
-        num_devices: GPUs this process may use; 1 on CPU and MPS.
-        device_name: The maker's name of the device.
-        memory_bytes: Memory of one device; on CPU and MPS the machine's, as far as this process may use it.
-        cores: Processor cores this process may use.
-        bf16: Whether the device multiplies bf16 matrices in hardware.
-        peak_flops: The maker's dense figure for one device, bf16 where `bf16` holds and fp32 otherwise; None
-            where it is unknown, which on CPU it is until measured.
-        compiler: Whether a C++ compiler is on PATH, which torch.compile needs.
-        notes: Remarks a person should see in the plan.
-    """
-
-    device: Device
-    num_devices: int
-    device_name: str
-    memory_bytes: int
-    cores: int
-    bf16: bool
-    peak_flops: float | None
-    compiler: bool = True
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """One row of the table of known GPUs.
-
-    Attributes:
-        pattern: Regular expression searched in the name that nvidia-smi gives.
-        bf16_flops: Dense bf16 peak in FLOP/s (tensor cores, fp32 accumulation); None where the
-            hardware has no bf16.
-        fp32_flops: fp32 peak in FLOP/s, without tensor cores.
-        memory_bytes: Memory of the usual variant.
-    """
-
-    pattern: str
-    bf16_flops: float | None
-    fp32_flops: float
-    memory_bytes: int
-
-
-T = 1e12
-GB = 10**9
-
-ACCELERATORS: tuple[Accelerator, ...] = (
-    Accelerator(r"\bGB200\b", 2500 * T, 80 * T, 186 * GB),
-    Accelerator(r"\bB200\b", 2250 * T, 75 * T, 180 * GB),
-    Accelerator(r"\bGH200\b|\bH200\b(?!.*NVL)", 989.4 * T, 66.9 * T, 141 * GB),
-    Accelerator(r"\bH200 NVL\b", 835 * T, 60 * T, 141 * GB),
-    Accelerator(r"\bH100 NVL\b", 835 * T, 60 * T, 94 * GB),
-    Accelerator(r"\bH100 PCIe\b", 756 * T, 51 * T, 80 * GB),
-    Accelerator(r"\bH[18]00\b", 989.4 * T, 66.9 * T, 80 * GB),
-    Accelerator(r"\bA[18]00\b", 312 * T, 19.5 * T, 80 * GB),
-    Accelerator(r"\bL40S\b", 362 * T, 91.6 * T, 48 * GB),
-    Accelerator(r"\bL40\b", 181 * T, 90.5 * T, 48 * GB),
-    Accelerator(r"\bL4\b", 121 * T, 30.3 * T, 24 * GB),
-    Accelerator(r"\bA40\b", 149.7 * T, 37.4 * T, 48 * GB),
-    Accelerator(r"\bA10G\b", 70 * T, 31.5 * T, 24 * GB),
-    Accelerator(r"\bA10\b", 125 * T, 31.2 * T, 24 * GB),
-    Accelerator(r"RTX 5090\b(?! Laptop)", 209.5 * T, 104.8 * T, 32 * GB),
-    Accelerator(r"RTX 4090\b(?! Laptop)", 165.2 * T, 82.6 * T, 24 * GB),
-    Accelerator(r"RTX 3090 Ti\b", 80 * T, 40 * T, 24 * GB),
-    Accelerator(r"RTX 3090\b", 71 * T, 35.6 * T, 24 * GB),
-    Accelerator(r"\bV100\b", None, 15.7 * T, 32 * GB),
-    Accelerator(r"\bT4\b", None, 8.1 * T, 16 * GB),
-)
-"""Dense peaks of known GPUs; the first pattern that matches counts.
-
-Source: NVIDIA's data sheets of these products; where they give only the figure with sparsity (H100, H200, L4,
-L40S) it is halved. RTX: the Ampere, Ada and Blackwell architecture white papers, tensor cores with fp32
-accumulation. A10G: AWS's figure for its own variant. The memory column only tells the usual variants apart in
-print; a plan takes what nvidia-smi reports.
-"""
-
-
-def find_accelerator(name: str) -> Accelerator | None:
-    """The table's row for a GPU name as nvidia-smi spells it, or None for one it does not know."""
-    return next((row for row in ACCELERATORS if re.search(row.pattern, name, re.IGNORECASE)), None)
 
 
 def detect_hardware(
@@ -253,30 +171,32 @@ def visible_gpus(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
 
 
 def _cuda_hardware(gpus: list[Gpu], *, root: Path, env: Mapping[str, str]) -> Hardware:
-    """Hardware for GPUs; unlike ones are taken at the smallest memory, as every rank does the same work."""
-    names = sorted({g.name for g in gpus})
-    bf16 = all(g.compute_capability >= 8.0 for g in gpus)
-    smallest = min(g.memory_bytes for g in gpus)
-    rows = [find_accelerator(name) for name in names]
-    peaks = [(row.bf16_flops if bf16 else row.fp32_flops) if row else None for row in rows]
-    known = [peak for peak in peaks if peak is not None]
+    """Hardware for GPUs; of unlike ones the first is told, which is what a single process takes."""
+    names = list(dict.fromkeys(g.name for g in gpus))
+    alike = gpus if len(names) == 1 else gpus[:1]
+    bf16 = alike[0].compute_capability >= 8.0
+    smallest = min(g.memory_bytes for g in alike)
+    row = find_accelerator(names[0])
+    peak = (row.bf16_flops if bf16 else row.fp32_flops) if row else None
     notes = []
-    if len(names) > 1:
-        notes.append(
-            f"unlike GPUs ({', '.join(names)}): the slowest sets the pace, the smallest the micro-batch"
-        )
     if smallest == 0:
         notes.append("nvidia-smi does not say how much memory the GPU has; the machine's memory is taken")
     return Hardware(
         device="cuda",
         num_devices=len(gpus),
-        device_name=" + ".join(names),
+        device_name=names[0],
         memory_bytes=smallest or usable_memory(root),
         cores=usable_cores(root),
         bf16=bf16,
-        peak_flops=min(known) if len(known) == len(names) else None,
+        peak_flops=peak,
         compiler=_has_compiler(env),
         notes=tuple(notes),
+        fp8=alike[0].compute_capability >= FP8_CAPABILITY,
+        memory_bandwidth=row.memory_bandwidth if row else None,
+        link=row.link if row else None,
+        network=row.network if row else None,
+        price=row.price if row else None,
+        unlike=tuple(f"{g.index}: {g.name}" for g in gpus) if len(names) > 1 else (),
     )
 
 
