@@ -27,14 +27,14 @@ endif
 TORCH_INDEX := $(if $(filter cpu cu130,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
 # A busy machine punishes threads inside of processes: tests take one each. The demo takes every core.
-test test-slow test-faults: export OMP_NUM_THREADS ?= 1
-test test-slow test-faults: export TOKENIZERS_PARALLELISM ?= false
+test test-slow test-faults test-slurm test-distributed: export OMP_NUM_THREADS ?= 1
+test test-slow test-faults test-slurm test-distributed: export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help install demo test test-slow test-faults check format lint imports types bench bench-tokenize bench-finetune bench-eval bench-compress bench-memory clean distclean
+.PHONY: help install demo test test-slow test-faults test-slurm test-distributed check format lint imports types bench bench-tokenize bench-finetune bench-eval bench-compress bench-memory clean distclean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  with TORCH=auto|cpu|cu130|keep to choose the torch build (now: $(TORCH))"
 
 install: $(STAMP)  ## Make .venv with everything in it (the other targets do this by themselves)
@@ -74,6 +74,22 @@ test-faults: $(STAMP)  ## Every fault that tests can make, and a table of the ru
 	$(BIN)/python -m pytest -m '' -n $(JOBS) --dist worksteal tests/faults || status=1; \
 	PYTHONPATH=tests $(BIN)/python tests/faults/matrix.py $(LLMKIT_TEST_FIGURES) || status=1; \
 	exit $$status
+
+test-distributed: $(STAMP)  ## Two and four processes against one, in every layout; resumed from each to each
+	$(BIN)/python -m pytest -m '' tests/distributed
+
+SLURM_NEEDS := slurmctld slurmd sbatch munged
+test-slurm: $(STAMP)  ## Jobs on a real Slurm of two virtual nodes; root and apt get it, else it says that it is skipped
+	@export PATH="$$PATH:/usr/sbin"; \
+	if ! command -v $(SLURM_NEEDS) >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge; } >/dev/null \
+	    || echo "test-slurm: apt-get could not install Slurm" >&2; \
+	fi; \
+	for name in $(SLURM_NEEDS); do \
+	  command -v $$name >/dev/null || { echo "test-slurm: SKIPPED, there is no $$name here: apt-get install slurm-wlm munge" >&2; exit 0; }; \
+	done; \
+	[ "$$(id -u)" = 0 ] || { echo "test-slurm: SKIPPED, virtual nodes of Slurm need root" >&2; exit 0; }; \
+	$(BIN)/python -m pytest -m '' tests/slurm
 
 check: lint imports types  ## All of `make test` but the tests
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from llmkit import __version__
-from llmkit.cli import commands, doctor, explain, recipe, report, runs, sweep, verify
+from llmkit.cli import commands, doctor, explain, recipe, report, runs, submit, sweep, verify
 from llmkit.cli.options import described
 from llmkit.cli.output import give, say
 from llmkit.errors import ExitCode
@@ -54,6 +54,7 @@ def start(
 commands.register(app)
 verify.register(app)
 sweep.register(app)
+submit.register(app)
 explain.register(app)
 runs.register(app)
 report.register(app)

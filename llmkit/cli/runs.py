@@ -48,9 +48,9 @@ def show_runs(
     if context.invoked_subcommand is not None:
         context.obj = runs
         return
-    from llmkit.run.runs import find_runs
+    from llmkit.run.runs import find_runs, with_states
 
-    found = find_runs(runs)
+    found = with_states(find_runs(runs))
     if as_json:
         give_json({"folder": str(runs), "runs": [run.to_dict() for run in found]})
         return
@@ -66,7 +66,7 @@ def show_runs(
 
 def table(runs: Sequence["Run"]) -> list[tuple[str, ...]]:
     """The runs as rows of text under a line of headings; what is inside a run stands below it, indented."""
-    head = ("run", "status", "did", "steps", "figure", "loss", "size", "written (UTC)", "took")
+    head = ("run", "status", "jobs", "did", "steps", "figure", "loss", "size", "written (UTC)", "took")
     rows = [_row(run, depth) for run, depth in _in_depth(runs)]
     used = [number for number in range(len(head)) if any(row[number] != _NOTHING for row in rows)]
     return [tuple(row[number] for number in used) for row in (head, *rows)]
@@ -89,6 +89,7 @@ def _row(run: "Run", depth: int) -> tuple[str, ...]:
     return (
         one_line(name),
         _status(run),
+        _jobs(run),
         ", ".join(_did(run)) or _NOTHING,
         _steps(run),
         figure,
@@ -103,8 +104,20 @@ def _status(run: "Run") -> str:
     """Its own, or how many of those inside it came how far."""
     if run.stages:
         return run.status
+    if run.jobs and not run.runs:
+        return "submitted"
     found = [inner.status for inner in run.runs]
     return ", ".join(f"{found.count(status)} {status}" for status in dict.fromkeys(found))
+
+
+def _jobs(run: "Run") -> str:
+    """What Slurm says of the jobs it knows: `12 pretrain RUNNING, 13 finetune PENDING (Dependency)`."""
+    known = [one for one in run.jobs if one.get("state")]
+    words = [f"{one['id']} {one['stage']} {one['state']}" for one in known]
+    words = [
+        f"{text} ({one['reason']})" if one["reason"] else text for text, one in zip(words, known, strict=True)
+    ]
+    return ", ".join(words) or _NOTHING
 
 
 def _did(run: "Run") -> list[str]:
@@ -129,8 +142,11 @@ def _steps(run: "Run") -> str:
 
 
 def next_command(runs: Sequence["Run"], folder: Path) -> str:
-    """What a person types next: the newest run goes on where it was interrupted; else runs are compared, or asked."""
+    """What a person types next: watch the newest run's job, or go on with it; else compare runs, or ask one."""
     first = runs[0]
+    queued = [one for one in first.jobs if one.get("state") in ("PENDING", "RUNNING")]
+    if queued:
+        return shlex.join(["tail", "-F", str(queued[0]["log"])])
     made = first.trained
     if first.status == "interrupted" and made is not None and str(made.report.get("command") or ""):
         return str(made.report["command"])

@@ -3,17 +3,19 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from llmkit.durable import lock_holder
-from llmkit.errors import MissingError
+from llmkit.errors import MissingError, RunError
+from llmkit.launch.slurm import states_of
 from llmkit.registry import TASKS, nearest
 from llmkit.report.page import inner
 from llmkit.report.run_log import METRICS
+from llmkit.run.submit import recorded
 
 _MARKS = ("report.json", METRICS, "plan.json", "recipe.yaml", ".lock")
 """A folder that holds one of these was written by a verb."""
@@ -126,12 +128,16 @@ class Run:
         folder: Where it is.
         stages: What the verbs left, in the order of a run's life.
         runs: Runs inside: variants of its recipe, trials of a sweep.
+        jobs: What Slurm says of the jobs that `llmkit submit` sent for it.
+        notes: What is wrong with the list of jobs.
     """
 
     name: str
     folder: Path
     stages: Sequence[Stage] = ()
     runs: Sequence["Run"] = field(default_factory=tuple)
+    jobs: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
 
     @property
     def told_by(self) -> Sequence[Stage]:
@@ -150,13 +156,14 @@ class Run:
     def when(self) -> datetime:
         """When anything of it was last written."""
         found = [*(stage.when for stage in self.stages), *(run.when for run in self.runs)]
+        found += [datetime.fromisoformat(one["submitted"]) for one in self.jobs]
         return max(found, default=datetime.fromtimestamp(0, UTC))
 
     @property
     def problems(self) -> list[str]:
         """What of it cannot be read."""
         own = [problem for stage in self.stages for problem in stage.problems]
-        return own + [problem for run in self.runs for problem in run.problems]
+        return [*own, *self.notes] + [problem for run in self.runs for problem in run.problems]
 
     @property
     def measured(self) -> Stage | None:
@@ -230,6 +237,7 @@ class Run:
             "when": self.when.isoformat(timespec="seconds"),
             "seconds": self.seconds,
             "damaged": self.problems,
+            "jobs": list(self.jobs),
             "runs": [run.to_dict() for run in self.runs],
         }
 
@@ -248,7 +256,9 @@ def find_runs(root: Path) -> list[Run]:
     if any(map(_is_stage, _folders(root))):
         own = read_run(root, root.name or str(root))
         return [own]
-    found = [run for place in _folders(root) if (run := read_run(place, place.name)).stages or run.runs]
+    found = [
+        run for place in _folders(root) if (run := read_run(place, place.name)).stages or run.runs or run.jobs
+    ]
     return sorted(found, key=lambda run: (run.when, run.name), reverse=True)
 
 
@@ -261,7 +271,31 @@ def read_run(folder: Path, name: str) -> Run:
         for place in places
         if not _is_stage(place) and any(map(_is_stage, _folders(place)))
     ]
-    return Run(name, folder, sorted(stages, key=_by_life), inside)
+    jobs, notes = _jobs(folder)
+    return Run(name, folder, sorted(stages, key=_by_life), inside, jobs, notes)
+
+
+def _jobs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The jobs that were sent for a run, and why their list cannot be read."""
+    try:
+        return recorded(folder), []
+    except RunError as error:
+        return [], [error.message]
+
+
+def with_states(runs: Sequence[Run]) -> list[Run]:
+    """The runs, each job with what Slurm says of it (`state`, `reason`).
+
+    Slurm is asked once, and only if there are jobs. One that nobody knows any more has no state.
+    """
+    names = {str(one["id"]): str(one["name"]) for run in runs for one in run.jobs}
+    states = states_of(names)
+
+    def told(job: Mapping[str, Any]) -> dict[str, Any]:
+        found = states.get(str(job["id"]))
+        return {**job, "state": found.name if found else None, "reason": found.reason if found else ""}
+
+    return [replace(run, jobs=[told(one) for one in run.jobs]) for run in runs]
 
 
 def find_run(word: str, runs: Path) -> Run:

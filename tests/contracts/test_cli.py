@@ -23,6 +23,7 @@ COMMANDS = [
     "merge",
     "explain",
     "sweep",
+    "submit",
     "demo",
     "init",
     "doctor",

@@ -1,0 +1,141 @@
+"""`llmkit submit` on a real Slurm of two virtual nodes: chains, interruptions of every kind, refusals.
+
+What an interrupted run ends with is compared, byte for byte, with what one gives that was left alone.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+STEP = "step_*"
+
+
+def submit(llmkit, cluster: Cluster, project: Path, *words: str) -> dict[str, str]:
+    """Submit the recipe; numbers of the jobs by stage."""
+    done = llmkit("submit", "my.yaml", *words, "--json", cwd=project, env=cluster.env, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return {one["stage"]: one["id"] for one in json.loads(done.stdout)["jobs"]}
+
+
+def weights(project: Path, name: str) -> bytes:
+    return (project / "runs" / name / "pretrain" / "model" / "model.safetensors").read_bytes()
+
+
+def log_of(project: Path, name: str, number: str) -> str:
+    return (project / "runs" / name / "submit" / f"pretrain-{number}.log").read_text()
+
+
+def wait_for_checkpoint(cluster: Cluster, project: Path, name: str, number: str) -> None:
+    """Wait until there is something to go on from, and more to do."""
+    end = time.monotonic() + 1800
+    while not list((project / "runs" / name / "pretrain" / "checkpoints").glob(STEP)):
+        assert time.monotonic() < end, log_of(project, name, number)
+        assert cluster.state(number) in ("PENDING", "RUNNING"), log_of(project, name, number)
+        time.sleep(0.1)
+
+
+def interrupt(how: str, cluster: Cluster, number: str) -> None:
+    """Take the nodes away from a job that runs."""
+    if how == "a preemption":
+        path = cluster.folder / "urgent.sh"
+        path.write_text("#!/bin/bash\nsleep 1\n")
+        cluster.call(
+            "sbatch", "--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", str(path)
+        )
+    elif how == "the signal before the limit":
+        cluster.call("scancel", "--batch", "--signal=USR1", number)
+    else:
+        cluster.call("scontrol", "requeue", number)
+
+
+@pytest.fixture(scope="module")
+def left_alone() -> dict[str, bytes]:
+    """Weights of the run that nobody interrupts; filled by the first test that needs them."""
+    return {}
+
+
+def hurry(cluster: Cluster, number: str) -> None:
+    """Once it is queued again, spare a job the two minutes that Slurm lets it wait."""
+    end = time.monotonic() + 600
+    while cluster.job(number)["Restarts"] == "0":
+        assert time.monotonic() < end, cluster.job(number)
+        time.sleep(0.2)
+    if cluster.wait(number, "PENDING", "RUNNING", "COMPLETED")["JobState"] == "PENDING":
+        cluster.call("scontrol", "update", f"JobId={number}", "StartTime=now")
+
+
+@pytest.mark.parametrize(
+    ("how", "tasks_per"),
+    [
+        ("a preemption", "node"),
+        ("a preemption", "rank"),
+        ("the signal before the limit", "node"),
+        ("scontrol requeue", "node"),
+    ],
+)
+def test_an_interrupted_job_ends_with_the_same_weights(how, tasks_per, llmkit, cluster, project, left_alone):
+    common = ("--nodes", "2", "--time", "2:00:00", "--tasks-per", tasks_per, "--command", "pretrain")
+    if not left_alone:
+        first = submit(llmkit, cluster, project, *common, "name=alone")["pretrain"]
+        found = cluster.wait(first, "COMPLETED", "FAILED", "CANCELLED", timeout=1800)
+        assert found["JobState"] == "COMPLETED", log_of(project, "alone", first)
+        left_alone["weights"] = weights(project, "alone")
+    number = submit(llmkit, cluster, project, *common)["pretrain"]
+    wait_for_checkpoint(cluster, project, "my", number)
+    interrupt(how, cluster, number)
+    hurry(cluster, number)
+    found = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", timeout=1800)
+    said = log_of(project, "my", number)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), said
+    assert said.count("step 0: held-out loss") == 1, said  # the second start began where the first had saved
+    assert weights(project, "my") == left_alone["weights"]
+
+
+def test_stages_follow_each_other_and_runs_shows_them(llmkit, cluster, project):
+    jobs = submit(llmkit, cluster, project, "--nodes", "2", "--time", "1:00:00", "--tasks-per", "rank")
+    assert list(jobs) == ["tokenize", "pretrain"]
+    assert cluster.job(jobs["pretrain"])["Dependency"].startswith(f"afterok:{jobs['tokenize']}")
+    listed = llmkit("runs", "--json", cwd=project, env=cluster.env)
+    states = {one["stage"]: one["state"] for one in json.loads(listed.stdout)["runs"][0]["jobs"]}
+    assert states["pretrain"] == "PENDING"
+    assert states["tokenize"] in ("PENDING", "RUNNING")
+    assert (
+        cluster.wait(jobs["pretrain"], "COMPLETED", "FAILED", "CANCELLED", timeout=1800)["JobState"]
+        == "COMPLETED"
+    )
+    listed = llmkit("runs", "--json", cwd=project, env=cluster.env)
+    (run,) = json.loads(listed.stdout)["runs"]
+    assert {one["state"] for one in run["jobs"]} == {"COMPLETED"}
+    assert run["status"] == "done"
+
+
+def test_a_stage_that_fails_takes_those_behind_it_along(llmkit, cluster, project):
+    recipe = (project / "my.yaml").read_text()
+    (project / "my.yaml").write_text(
+        recipe.replace("{files: text.txt, documents: line}", "{files: nothing.jsonl}")
+    )
+    (project / "nothing.jsonl").write_text("not json\n")
+    jobs = submit(llmkit, cluster, project, "--time", "1:00:00")
+    assert cluster.wait(jobs["tokenize"], "FAILED", "COMPLETED", timeout=600)["JobState"] == "FAILED"
+    assert cluster.wait(jobs["pretrain"], "CANCELLED", timeout=120)["Reason"] == "DependencyNeverSatisfied"
+
+
+def test_a_cancelled_job_is_not_queued_again(llmkit, cluster, project):
+    number = submit(llmkit, cluster, project, "--time", "1:00:00", "--command", "pretrain")["pretrain"]
+    wait_for_checkpoint(cluster, project, "my", number)
+    cluster.call("scancel", number)
+    found = cluster.wait(number, "CANCELLED", timeout=300)
+    time.sleep(5)
+    assert (cluster.state(number), found["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_what_slurm_refuses_is_told_in_its_own_words(llmkit, cluster, project):
+    done = llmkit(
+        "submit", "my.yaml", "--partition", "gpu", "--command", "pretrain", cwd=project, env=cluster.env
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "invalid partition specified: gpu" in done.stderr
