@@ -70,8 +70,8 @@ def test_pods_of_kubernetes_are_nodes_that_find_pod_0(name):
         assert (node.rank, node.most, str(node.meeting)) == (index, spec["completions"], f"{address}:29400")
     mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
     assert {one["name"] for one in spec["template"]["spec"]["volumes"]} == set(mounts.values())
-    assert str(given["runs"]).startswith("/work/")
-    assert "/work" in mounts
+    assert str(given["runs"]).startswith("/data/")
+    assert "/data" in mounts
 
 
 def test_a_job_of_kubernetes_knows_our_exit_codes():
