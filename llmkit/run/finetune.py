@@ -84,7 +84,8 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
     if section.task in OBJECTIVES:
         return pretrain(continued(loaded), options, reporter, verb=verb)
     if section.distil is not None:
-        check_teacher(section.distil.teacher, section.task, "finetune")  # before any row is read
+        student = str(section.model.name)
+        check_teacher(section.distil.teacher, section.task, "finetune", student)  # before any row is read
         check_cache(section.distil, "finetune")
     assert loaded.recipe.finetune is not None
     refuse_ahead(loaded.recipe.finetune, "finetune")

@@ -30,7 +30,7 @@ from llmkit.registry import MEASURED, TASKS, goal_of, lower_is_better, nearest
 from llmkit.report.console import Reporter
 from llmkit.report.run_log import read_metrics
 from llmkit.report.trials import as_table, write_trials
-from llmkit.report.trying import try_command
+from llmkit.report.trying import try_trained
 from llmkit.run.folders import Options, Result, anchored, base_of, locked, refuse_variants, report_of
 from llmkit.run.search import Trial, import_optuna, is_hopeless, ranked, suggest
 
@@ -458,7 +458,7 @@ class _Sweep:
                 "failed": sum(trial.state == "failed" for trial in order),
                 "report": str(folder / "report.html"),
             },
-            try_command(goal_of(section.objective).model, str(self.home / best.name), section.prompts),
+            try_trained(section.objective, str(self.home / best.name), section.prompts),
             table=as_table(rows, search.metric),
         )
 

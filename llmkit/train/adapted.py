@@ -81,7 +81,11 @@ def what_is_read(core: LossModule, batch: Batch) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _listening(sides: list[tuple[nn.Module, str]], found: dict[str, torch.Tensor]) -> Iterator[None]:
-    """While this lasts, the first call of each module leaves its arguments in `found`."""
+    """While this lasts, the first call of each module leaves its arguments in `found`.
+
+    Nothing of a later one does: a task that also writes calls the model again, with other places and other rows.
+    """
+    heard: set[str] = set()
     with ExitStack() as stack:
         for module, prefix in sides:
             signature = inspect.signature(module.forward)
@@ -93,12 +97,15 @@ def _listening(sides: list[tuple[nn.Module, str]], found: dict[str, torch.Tensor
                 signature: inspect.Signature = signature,
                 prefix: str = prefix,
             ) -> None:
+                if prefix in heard:
+                    return
+                heard.add(prefix)
                 arguments = signature.bind(*given, **named).arguments
                 names = _READ if not prefix else ("input_ids",)
                 for name in names:
                     value = arguments.get(name, arguments.get("kwargs", {}).get(name))
                     if isinstance(value, torch.Tensor):
-                        found.setdefault(prefix + name, value)
+                        found[prefix + name] = value
 
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         yield

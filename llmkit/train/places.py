@@ -34,10 +34,16 @@ def model_folder(name: str) -> str:
     return name
 
 
-def check_teacher(name: str, objective: str, section: str = "pretrain") -> None:
+def check_teacher(name: str, objective: str, section: str = "pretrain", student: str = "") -> None:
     """Say before any text is read that a teacher is not there, or is no model for the objective.
 
     A name on the Hub is left for later, when it is fetched.
+
+    Args:
+        name: The teacher's.
+        objective: What is learned: an objective or a task.
+        section: The recipe's that names it.
+        student: The model that learns; of a task that several kinds of model can do, both are of one kind.
 
     Raises:
         MissingError: It is a folder that holds no model.
@@ -52,13 +58,23 @@ def check_teacher(name: str, objective: str, section: str = "pretrain") -> None:
                 hint="give a run, its folder, or a folder with config.json and model.safetensors",
             )
         return
-    wanted, fields = goal_of(objective).model, json.loads(path.read_bytes())
-    found = kind_of_config(fields)
-    if found != wanted and not (wanted == "masked" and found == "pairs"):
+    goal, found = goal_of(objective), kind_of_config(json.loads(path.read_bytes()))
+    wanted = (goal.model, *goal.also)
+    if found not in wanted and not (goal.model == "masked" and found == "pairs"):
+        needed = " or ".join(map(in_words, wanted))
         raise UsageError(
-            f"{section}.distil.teacher: {name!r} is {in_words(found)}; {objective!r} needs {in_words(wanted)}",
+            f"{section}.distil.teacher: {name!r} is {in_words(found)}; {objective!r} needs {needed}",
             hint="give a model that learned the same objective",
         )
+    own = Path(model_folder(student)) / "config.json"
+    if goal.also and student and own.is_file():
+        learner = kind_of_config(json.loads(own.read_bytes()))
+        if learner != found:
+            raise UsageError(
+                f"{section}.distil.teacher: {name!r} is {in_words(found)}, and {student!r}, which learns from it, "
+                f"is {in_words(learner)}",
+                hint=f"give {in_words(learner)} as the teacher",
+            )
 
 
 def teacher_weights(name: str) -> str:

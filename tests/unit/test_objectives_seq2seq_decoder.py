@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from llmkit.errors import DataError, UsageError
 from llmkit.models.heads import choose_heads
-from llmkit.objectives.base import NOT_LEARNED, Material
+from llmkit.objectives.base import NOT_LEARNED, LossModule, Material
 from llmkit.objectives.seq2seq import Writing
 from llmkit.objectives.seq2seq_decoder import PROMPT, DecoderWriting
 from llmkit.recipe import load_recipe
@@ -19,7 +19,9 @@ from llmkit.recipe.tasks import Written
 from llmkit.report.console import make_reporter
 from llmkit.report.run_log import read_metrics
 from llmkit.run.evaluate import evaluate
+from llmkit.run.merge import How, merge
 from llmkit.run.tasks import predict, task_run
+from llmkit.train.adapted import what_is_read
 
 ROWS = [
     {"source": "the red cat lives in Oslo", "target": "cat red"},
@@ -189,3 +191,48 @@ def test_a_run_learns_to_write_and_is_used_as_it_was_trained(tmp_path):
     }
     found = evaluate([str(folder.parent)], load_recipe(section), options(tmp_path), make_reporter(quiet=True))
     assert found.summary["metrics"]["chrf"] == pytest.approx(measured["chrf"], abs=1e-6)
+
+
+def _short(tmp_path, **changes):
+    return tuning.finetune(
+        tmp_path,
+        "seq2seq",
+        finetune__model={"name": tuning.model("llama", dropout=0.0), "context": 96},
+        finetune__seq2seq={"prefix": "sort: ", "max_target": 6},
+        finetune__train__length="4 steps",
+        finetune__eval__every="4 steps",
+        finetune__checkpoint__every="never",
+        machine__micro_batch=16,
+        **changes,
+    )
+
+
+def test_a_merged_model_is_compared_on_the_rows_and_not_on_what_it_writes(tokenizer, model):
+    writing = task(tokenizer, max_target=4)
+    batch = writing.collate([writing.encode(row) for row in ROWS])
+    read = what_is_read(LossModule(model, writing, bf16=False), batch)
+    assert torch.equal(read["input_ids"], batch["input_ids"])
+    assert all(value.shape == batch["input_ids"].shape for value in read.values())
+
+
+def test_an_adapter_is_merged_and_writes_what_the_model_writes(tmp_path):
+    folder = _short(tmp_path, finetune__adapter={"method": "lora", "rank": 4})
+    told = json.loads((folder / "report.json").read_text())["adapter"]
+    assert told["merged_kl"] < 1e-6
+    row = [{"source": ROWS[0]["source"]}]
+    made = merge([str(folder / "adapter")], "one", How(), options(tmp_path), make_reporter(quiet=True))
+    said = [predict(str(place), row, runs=tmp_path / "runs") for place in (folder.parent, made.folder.parent)]
+    assert said[0] == said[1]
+
+
+def test_it_learns_from_a_teacher_of_its_own_kind_alone(tmp_path):
+    teacher = tuning.model("llama", dropout=0.0)
+    folder = _short(tmp_path, finetune__distil={"teacher": teacher, "weight": 1.0})
+    losses = [record["train/loss"] for record in read_metrics(folder) if "train/loss" in record]
+    assert losses[0] == pytest.approx(0, abs=1e-5)  # it starts as its teacher
+    assert losses[-1] > 1e-5
+    other = tuning.model("t5")
+    with pytest.raises(
+        UsageError, match=r"is an encoder-decoder, and '.*', which learns from it, is a causal"
+    ):
+        _short(tmp_path, name="other", finetune__distil={"teacher": other})
