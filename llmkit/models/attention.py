@@ -20,6 +20,7 @@ positions alone: see `documents_mask`.
 Shape suffixes: B rows, A attention heads, K key/value heads, T queries, S keys, D head size.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -188,11 +189,18 @@ def flex_documents_attention(
             f"machine.attention is flex, which cannot drop attention weights, and this model drops {dropout:.0%}",
             hint="machine.attention=sdpa, or dropout: 0",
         )
+    query, key, value = (_as_computed(states) for states in (query, key, value))
     attend: Any = _compiled_flex() if _compiles_flex(query) else flex_attention
     mixed = attend(
         query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def _as_computed(states: torch.Tensor) -> torch.Tensor:
+    """In autocast's type, where it is on, as SDPA takes them: norms of queries and keys leave these in fp32."""
+    device = states.device.type
+    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
 
 def _compiles_flex(query: torch.Tensor) -> bool:
@@ -337,6 +345,11 @@ def _weights(
     return torch.softmax(scores_BATS, dim=-1)
 
 
+_UNIT = 32
+"""Of documents one by one in half precision: lengths are rounded up to a multiple of it. For every other length oneDNN
+makes kernels of its own and keeps them, about 5 MB a length (torch 2.13), a gigabyte in all."""
+
+
 def document_sdpa_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -380,9 +393,13 @@ def document_sdpa_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     assert position_ids is not None
     pieces = []
+    unit = 1 if query.dtype == torch.float32 else _UNIT
     for row, start, stop in _documents(position_ids.expand(query.shape[0], -1)):
-        q, k, v = (states[row : row + 1, :, start:stop] for states in (query, key, value))
-        pieces.append(sdpa_attention_forward(module, q, k, v, None, **options)[0][0])
+        wide = start + unit * math.ceil(
+            (stop - start) / unit
+        )  # what comes later no position of the document sees
+        q, k, v = (states[row : row + 1, :, start:wide] for states in (query, key, value))
+        pieces.append(sdpa_attention_forward(module, q, k, v, None, **options)[0][0, : stop - start])
     return torch.cat(pieces).unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -439,6 +456,15 @@ for _name, _kernel in (("sdpa", document_sdpa_attention), ("compiled", matmul_so
     AttentionMaskInterface.register(f"{_name}_rows", _mask_of_rows)
 
 
+def drops_attention(config: Any) -> bool:
+    """Whether a model's configuration has it drop attention weights while it learns, however it names that."""
+    return any(
+        isinstance(value, int | float) and value > 0
+        for name, value in config.to_dict().items()
+        if "att" in name and ("dropout" in name or "pdrop" in name)
+    )
+
+
 def choose_attention(
     *,
     device: str,
@@ -450,6 +476,7 @@ def choose_attention(
     head_dim: int,
     compiled: bool,
     isolate: bool,
+    drops: bool = False,
 ) -> tuple[str, str, dict[str, float]]:
     """Time forward and backward of one layer's attention with each kernel that is in question; choose the fastest.
 
@@ -466,12 +493,15 @@ def choose_attention(
         head_dim: The size of a head.
         compiled: Whether the model will be compiled.
         isolate: Whether documents in a row are kept apart.
+        drops: Whether the model drops attention weights, which FlexAttention cannot.
 
     Returns:
         The name, the reason as text, and the seconds of each kernel that was measured.
     """
     if device not in _IN_QUESTION or (device == "cuda" and not isolate):
         return "sdpa", f"SDPA has fused kernels on {device}", {}
+    if device == "cuda" and drops:
+        return "sdpa", "the model drops attention weights, which FlexAttention cannot", {}
     score_bytes = 4 * batch * heads * seq_len**2
     if device == "cpu" and score_bytes > _MOST_SCORE_BYTES:
         return "sdpa", f"keeping the scores would take {score_bytes / 2**20:.0f} MiB a layer", {}
@@ -485,7 +515,7 @@ def choose_attention(
     for name, kernel in _IN_QUESTION[device]:
         try:
             seconds[name] = _seconds(name, kernel, (query, key, value), positions, compiled=compiled)
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, ValueError) as error:
             if device == "cpu" or name == "sdpa":
                 raise
             failed = f"; {name} does not work here ({str(error).splitlines()[0]})"

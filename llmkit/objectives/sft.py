@@ -6,6 +6,7 @@ Shape suffixes: B rows, T positions of a row, L lines, N positions of a line, or
 packing: Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,10 @@ if TYPE_CHECKING:  # loader workers import objectives, and this takes them secon
 LINE = 4096
 """Tokens of a line that rows are packed into: where rows in a line are kept apart by a mask, it is as large as the
 square of this. A processor has less at a time anyway."""
+
+_ROUNDEST = 64
+"""Lines are rounded up to a multiple of this, short ones to less of it: in half precision kernels are made, and kept,
+for every length there is. At most a 32nd of a line is filled up so."""
 
 
 def build(section: Finetune, material: Material) -> "Sft":
@@ -151,6 +156,8 @@ def in_lines(examples: Sequence[Example], pad_id: int, longest: int = LINE) -> d
     lengths = [len(example["input_ids"]) for example in examples]
     bins = micro_batches(lengths, budget=longest, world_size=1, packed=True)
     width = max(sum(lengths[number] for number in bin) for bin in bins)
+    unit = min(_ROUNDEST, 2 ** max(0, width.bit_length() - 6))
+    width = unit * math.ceil(width / unit)
     lines = [_line([examples[number] for number in sorted(bin)], width, pad_id) for bin in bins]
     return {name: torch.from_numpy(np.stack([line[name] for line in lines])) for name in lines[0]}
 

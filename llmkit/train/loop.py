@@ -102,6 +102,7 @@ class Training:
         readers: Processes that read the same rows; all others read different ones.
         together: Whether every process draws samples, for none has the whole model.
         exchange: How what processes learn comes together.
+        tidy: Called after each micro-batch; see `heap`.
     """
 
     accelerator: Accelerator
@@ -123,6 +124,7 @@ class Training:
     readers: int = 1
     together: bool = False
     exchange: Exchange = field(default_factory=EveryStep)
+    tidy: Callable[[], None] = lambda: None
 
     @property
     def speaks(self) -> bool:
@@ -286,6 +288,7 @@ def train_step(
             accelerator.backward((loss if shared is counts else found.mean(shared)) * scale)
         losses[index] = loss.detach()
         firsts.append(found.totals[TARGETS].detach() / counts[TARGETS])
+        run.tidy()
     hold_back(run.optimizer, step)
     grad_norm = whole(accelerator.clip_grad_norm_(run.core.trained.parameters(), run.schedule.grad_clip))
     grad_norm = run.exchange.norm(grad_norm)

@@ -62,6 +62,7 @@ from llmkit.train.communication import Communicator
 from llmkit.train.devices import leave, naming_lost_workers, peak_memory_bytes, start_accelerator
 from llmkit.train.early import Patience, best_metric
 from llmkit.train.finish import finish
+from llmkit.train.heap import Heap
 from llmkit.train.job import Job
 from llmkit.train.kernels import frozen_garbage, pull_levers
 from llmkit.train.loop import Schedule, Training, counts_of, train
@@ -181,6 +182,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         readers=plan.layout.readers,
         together=plan.layout.is_sharded,
         exchange=exchange,
+        tidy=Heap(plan.memory.total).tidy if plan.device == "cpu" else lambda: None,
     )
     start = f"from {saved.name}, " if saved else ""
     each = f"{plan.rows_per_step:,} rows" if job.rows else f"{plan.tokens_per_step:,} tokens"

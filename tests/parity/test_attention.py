@@ -3,9 +3,16 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmkit.errors import UsageError
-from llmkit.models.attention import IMPLEMENTATIONS, choose_attention, use_attention
+from llmkit.models import attention
+from llmkit.models.attention import (
+    IMPLEMENTATIONS,
+    choose_attention,
+    document_sdpa_attention,
+    use_attention,
+)
 
 VOCAB, LENGTH = 97, 300
 DOCUMENTS = [[70, 180, 50], [LENGTH]]
@@ -168,3 +175,29 @@ def test_the_probe_respects_memory_and_the_device():
     assert (name, seconds) == ("sdpa", {})
     assert "MiB a layer" in why
     assert choose_attention(device="cuda", compiled=True, isolate=False, seq_len=512, **shape)[0] == "sdpa"
+
+
+def test_in_half_precision_lengths_are_rounded_up_and_nothing_else_changes(monkeypatch):
+    """oneDNN keeps kernels for every length; what is read beyond a document is seen by none of it."""
+    seen = []
+
+    def watched(module, query, key, value, *more, **options):
+        seen.append(query.shape[2])
+        return sdpa_attention_forward(module, query, key, value, *more, **options)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
+    module = torch.nn.Module()
+    module.is_causal, module.training = True, False
+    torch.manual_seed(2)
+    _, positions = make_rows()
+    grads = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        states = [torch.randn(2, 4, LENGTH, 8).to(dtype).requires_grad_() for _ in range(3)]
+        mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)  # says only that rows are packed
+        found, _ = document_sdpa_attention(module, *states, mask, position_ids=positions)
+        (found.float() * torch.arange(LENGTH)[:, None, None] / LENGTH).sum().backward()
+        grads[dtype] = [found, *(state.grad for state in states)]
+    assert seen == [70, 180, 50, LENGTH, 96, 192, 50, LENGTH]  # the last of a row ends with it
+    for exact, half in zip(*grads.values(), strict=True):
+        assert (exact - half.float()).abs().max() < 0.05 * exact.abs().max()

@@ -85,12 +85,16 @@ def test_the_loss_and_its_gradient_are_those_of_transformers_row_by_row(family, 
         assert torch.allclose(mine[name], p.grad, atol=1e-5), name
 
 
-def test_a_packed_line_has_no_padding_and_positions_that_restart():
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_a_packed_line_is_next_to_full_and_positions_restart(count):
     objective = task()
-    examples = [objective.encode(row) for row in ROWS[:3]]
-    batch = objective.collate(examples)
-    assert batch["input_ids"].shape == (1, sum(len(example["input_ids"]) for example in examples))
-    assert (batch["position_ids"] == 0).sum() == 3
+    examples = [objective.encode(row) for row in ROWS[:count]]
+    batch, whole = objective.collate(examples), sum(len(example["input_ids"]) for example in examples)
+    lines, width = batch["input_ids"].shape
+    assert lines == 1
+    assert whole <= width <= whole * 33 / 32
+    assert (batch["position_ids"][0, :whole] == 0).sum() == count
+    assert (batch["targets"][0, whole:] == NOT_LEARNED).all()
     assert "attention_mask" not in batch
 
 
