@@ -219,6 +219,14 @@ def choose_background_save(
     return fits, copied if fits else memory
 
 
+def begin_draft(machine: Machine, hardware: Hardware, wanted: Section) -> Draft:
+    """A draft that has chosen nothing but the device."""
+    draft = Draft(machine, hardware, state_bytes_of(wanted), notes=list(hardware.notes))
+    if machine.device == "auto":
+        draft.choose("device", hardware.device, hardware.device_name)
+    return draft
+
+
 def intervals(
     wanted: Section, steps: int | None, rows: int, context: int, num_rows: int
 ) -> dict[str, tuple[int | None, Amount]]:

@@ -5,28 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmkit.hardware import Hardware
+from llmkit.plan.assemble import Decided, Duration, assemble, duration_of
 from llmkit.plan.batch import PlanError, Share, divisors, largest_divisor, rows_of_batch, share_rows
 from llmkit.plan.choices import (
     MEMORY_SHARE,
     Draft,
-    activations_by_policy,
     assumed_attention,
+    begin_draft,
     check_compile,
-    choose_background_save,
     choose_precision,
     choose_sharing,
     choose_world,
-    disk_of,
-    intervals,
-    likely_seconds,
     note_shortage,
-    state_bytes_of,
 )
 from llmkit.plan.communication import matrices_of, outer_bytes
-from llmkit.plan.cost import Step, cost_of, seconds_of_step, whole_step
 from llmkit.plan.describe import seconds_text
 from llmkit.plan.estimate import COMPILE_COST_S, compile_saves, flops_per_token
-from llmkit.plan.length import resolve_length
 from llmkit.plan.memory import CPU_PROCESS_BYTES, Memory, Recompute, held_parameters, training_memory
 from llmkit.plan.parallel import Layout
 from llmkit.plan.plan import DataFacts, Plan
@@ -83,101 +77,65 @@ def make_plan(
     layout = layout_of(wanted)
     _check_model(model, vocab_size, context, layout.decoder)
     num_rows = rows_of_data(data, layout, context)
-    draft = Draft(recipe.machine, hardware, state_bytes_of(wanted), notes=list(hardware.notes))
-    if recipe.machine.device == "auto":
-        draft.choose("device", hardware.device, hardware.device_name)
+    draft = begin_draft(recipe.machine, hardware, wanted)
     rows, note = rows_of_batch(wanted.train.batch, context)
     draft.notes += [note] if note else []
     world = choose_world(draft, rows, world_size)
     precision = choose_precision(draft)
-    attention = recipe.machine.attention
     parts = _Parts(
         wanted, model, generator, None if _asked_once(wanted) else teacher, layout.decoder, precision
     )
     sharing, share, memory = _choose_shares(draft, parts, rows, world)
-    steps = resolve_length(
-        wanted.train.length, tokens_per_step=rows * context, rows_per_step=rows, num_rows_per_epoch=num_rows
-    )
     flops = flops_per_token(model, context, layout.decoder)
     flops += flops_per_token(generator, context) if generator is not None else 0
-    step = Step(
+    decided = Decided(
+        wanted=wanted,
+        hardware=hardware,
+        draft=draft,
+        world=world,
+        sharing=sharing,
+        precision=precision,
         model=model,
+        vocab_size=vocab_size,
         num_trained=model.num_parameters,
-        flops=float(flops * rows * context),
-        recompute=sharing.recompute,
-        layout=sharing.layout,
+        rows=rows,
+        row_tokens=context,
+        num_rows=num_rows,
         accumulation=share.gradient_accumulation_steps,
         micro_tokens=share.micro_batch_size * context,
-        precision=precision,
-        state_bytes=draft.state_bytes,
-        communication=recipe.machine.communication,
-        shapes=matrices_of(model),
-    )
-    parts_s = seconds_of_step(step, hardware, world.nodes)
-    limit_s = float(wanted.train.length.value) if steps is None else None
-    low, high = likely_seconds(whole_step(parts_s), steps, limit_s)
-    compiled = _choose_compile(draft, model, precision, low, high) and not _reads_layers(draft, wanted)
-    saved = int((4 + draft.state_bytes) * model.num_parameters)
-    background, memory = choose_background_save(
-        draft, memory, saved // sharing.layout.shard // sharing.layout.tensor, world.local
-    )
-    epochs = steps * rows / num_rows if steps else None
-    draft.notes += _remarks(data, rows, num_rows, epochs, parts_s)
-    draft.notes += _prompts_without_gaps(wanted)
-    taught = plan_cache(
-        wanted,
-        outputs=vocab_size,
-        num_rows=num_rows,
-        lines_per_row=lines_of_text(wanted),
-        rows_per_step=rows,
-        num_steps=steps,
-    )
-    draft.notes += teacher_notes(wanted, taught, teacher)
-    timing = intervals(wanted, steps, rows, context, num_rows)
-    deferred = {key: amount for key, (resolved, amount) in timing.items() if resolved is None}
-    return Plan(
-        device=hardware.device,
-        world_size=world.size,
-        precision=precision,
-        compile=compiled,
-        attention=attention,
-        context=context,
-        rows_per_step=rows,
-        micro_batch_size=share.micro_batch_size,
-        gradient_accumulation_steps=share.gradient_accumulation_steps,
-        tokens_per_step=rows * context,
-        num_steps=steps,
-        length_seconds=limit_s,
-        warmup_steps=timing["warmup_steps"][0],
-        checkpoint_every=timing["checkpoint_every"][0],
-        keep_every=timing["keep_every"][0],
-        eval_every=timing["eval_every"][0],
-        background_save=background,
-        deferred=deferred,
-        num_rows_per_epoch=num_rows,
-        num_epochs=epochs,
-        vocab_size=vocab_size,
-        num_parameters=model.num_parameters,
         flops_per_token=flops,
         memory=memory,
-        seconds_low=low,
-        seconds_high=high,
-        checkpoint_bytes=saved,
-        choices=draft.choices,
-        notes=tuple(draft.notes),
+        memory_of=lambda how: parts.memory(draft, sharing.layout, how, share.micro_batch_size),
+        shapes=matrices_of(model),
+    )
+    return _whole(decided, data, share.micro_batch_size, teacher)
+
+
+def _whole(decided: Decided, data: DataFacts, micro_batch: int, teacher: ModelShape | None) -> Plan:
+    """The plan of pre-training out of its parts."""
+    draft, wanted, duration = decided.draft, decided.wanted, duration_of(decided)
+    assert isinstance(wanted, Pretrain)
+    compiled = _choose_compile(draft, decided.model, decided.precision, duration.low, duration.high)
+    compiled = compiled and not _reads_layers(draft, wanted)
+    taught = plan_cache(
+        wanted,
+        outputs=decided.vocab_size,
+        num_rows=decided.num_rows,
+        lines_per_row=lines_of_text(wanted),
+        rows_per_step=decided.rows,
+        num_steps=decided.steps,
+    )
+    draft.notes += _remarks(data, decided, duration)
+    draft.notes += _prompts_without_gaps(wanted)
+    draft.notes += teacher_notes(wanted, taught, teacher)
+    return assemble(
+        decided,
+        duration,
+        compile=compiled,
+        attention=draft.machine.attention,
+        micro_batch_size=micro_batch,
         teacher_cache=taught,
-        nodes=world.nodes,
-        parallel=sharing.layout.to_dict(),
-        recompute=sharing.recompute,
-        offload=recipe.machine.offload,
-        step_seconds=parts_s,
-        cost=cost_of((low, high), world.size, hardware) if low is not None and high is not None else None,
-        disk_bytes=disk_of(wanted, saved, 4 * model.num_parameters),
         data={**_facts(data), "targets_per_row": lines_of_text(wanted)},
-        activations=activations_by_policy(
-            model, lambda how: parts.memory(draft, sharing.layout, how, share.micro_batch_size)
-        ),
-        price=hardware.price,
     )
 
 
@@ -374,24 +332,23 @@ def _prompts_without_gaps(wanted: Pretrain) -> list[str]:
     ]
 
 
-def _remarks(
-    data: DataFacts, rows: int, num_rows: int, epochs: float | None, known: Mapping[str, Any]
-) -> list[str]:
+def _remarks(data: DataFacts, decided: Decided, duration: Duration) -> list[str]:
     """What a person should know before spending the time."""
     remarks = []
+    epochs, rows, num_rows = decided.epochs, decided.rows, decided.num_rows
     if not data.exact:
         remarks.append("token counts are estimated from file sizes; the run counts exactly")
     if epochs is not None and epochs > MANY_EPOCHS:
         remarks.append(
             f"every row is read {epochs:.1f} times; beyond about {MANY_EPOCHS} there is little to gain"
         )
-    if epochs is not None and epochs * num_rows / rows < FEW_STEPS:
+    if decided.steps is not None and decided.steps < FEW_STEPS:
         remarks.append(
             f"under {FEW_STEPS} steps teach a model next to nothing: a smaller train.batch or a longer train.length "
             "gives more"
         )
     if rows > num_rows:
         remarks.append(f"one step holds {rows} rows, but the data only {num_rows}: rows repeat within a step")
-    if not known:
+    if not duration.parts:
         remarks.append("this device's speed is not known, so the duration is not estimated")
     return remarks

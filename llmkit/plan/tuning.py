@@ -7,26 +7,20 @@ from importlib.util import find_spec
 from typing import Any
 
 from llmkit.hardware import Hardware
+from llmkit.plan.assemble import Decided, assemble, duration_of
 from llmkit.plan.batch import PlanError
 from llmkit.plan.choices import (
     MEMORY_SHARE,
     Draft,
-    activations_by_policy,
+    begin_draft,
     check_compile,
-    choose_background_save,
     choose_precision,
     choose_sharing,
     choose_world,
-    disk_of,
-    intervals,
-    likely_seconds,
     note_shortage,
-    state_bytes_of,
 )
 from llmkit.plan.communication import outer_bytes
-from llmkit.plan.cost import Step, cost_of, seconds_of_step, whole_step
 from llmkit.plan.estimate import flops_per_token
-from llmkit.plan.length import resolve_length
 from llmkit.plan.make import teacher_notes
 from llmkit.plan.memory import CPU_PROCESS_BYTES, Memory, Recompute, held_parameters, training_memory
 from llmkit.plan.parallel import Layout
@@ -78,30 +72,13 @@ def plan_tuning(
     assert wanted is not None
     train = rows["train"]
     _check_model(model, vocab_size, wanted.model.context)
-    draft = Draft(recipe.machine, hardware, state_bytes_of(wanted), notes=list(hardware.notes))
-    if wanted.task == "seq2seq" and wanted.seq2seq.write and find_spec("sacrebleu") is None:
-        draft.notes.append(
-            "BLEU and chrF are not measured: they need sacrebleu (pip install 'llmkit[metrics]')"
-        )
-    if recipe.machine.device == "auto":
-        draft.choose("device", hardware.device, hardware.device_name)
-    if wanted.distil is not None:
-        check_compile(draft, wanted)
+    draft = begin_draft(recipe.machine, hardware, wanted)
+    _choose_kernels(draft, wanted)
     per_step = rows_of_step(wanted, int(train["num_rows"]), draft)
     world = choose_world(draft, per_step, world_size)
     precision = choose_precision(draft)
-    if recipe.machine.attention == "auto":
-        draft.choose("attention", "sdpa", "rows have many lengths")
-    if recipe.machine.compile == "auto":
-        draft.choose("compile", False, "rows have many lengths, and each would be compiled anew")
     mean = max(1, math.ceil(train["num_tokens"] / train["num_rows"]))
-    frozen = [model] if _keeps_reference(wanted) else []
-    if teacher is not None and wanted.distil is not None and wanted.distil.cache is None:
-        frozen.append(teacher)
-    # A head for a task gives a few numbers, not one for each entry of the vocabulary.
-    writes = TASKS[wanted.task].model in ("causal", "seq2seq")
-    outputs = model if writes else replace(model, vocab_size=1)
-    parts = _Parts(outputs, frozen, mean, precision, num_trained, wanted.train.keep_zeros)
+    parts = _parts_of(wanted, model, teacher, mean, precision, num_trained)
     sharing, available = choose_sharing(
         draft,
         world,
@@ -111,96 +88,83 @@ def plan_tuning(
     )
     tokens, memory = _choose_micro_batch(draft, parts, wanted.model.context, sharing, available)
     note_shortage(draft, memory, available, world)
-    tokens_per_step = per_step * mean
-    steps = resolve_length(
-        wanted.train.length,
-        tokens_per_step=tokens_per_step,
-        rows_per_step=per_step,
-        num_rows_per_epoch=train["num_rows"],
+    decided = Decided(
+        wanted=wanted,
+        hardware=hardware,
+        draft=draft,
+        world=world,
+        sharing=sharing,
+        precision=precision,
+        model=model,
+        vocab_size=vocab_size,
+        num_trained=num_trained,
+        rows=per_step,
+        row_tokens=mean,
+        num_rows=int(train["num_rows"]),
+        accumulation=max(1, math.ceil(per_step * mean / tokens / sharing.layout.data_size)),
+        micro_tokens=tokens,
+        flops_per_token=_flops_per_token(wanted, model, mean),
+        memory=memory,
+        memory_of=lambda how: parts.memory(draft, sharing.layout, how, tokens),
+        shapes=shapes,
     )
+    return _whole(decided, rows, packed, teacher)
+
+
+def _whole(decided: Decided, rows: Mapping[str, Any], packed: bool, teacher: ModelShape | None) -> Plan:
+    """The plan of fine-tuning out of its parts."""
+    draft, wanted, train = decided.draft, decided.wanted, rows["train"]
+    assert isinstance(wanted, Finetune)
     taught = plan_cache(
         wanted,
-        outputs=outputs_of(wanted, vocab_size, len(rows.get("labels", ()))),
+        outputs=outputs_of(wanted, decided.vocab_size, len(rows.get("labels", ()))),
         num_rows=train["num_rows"],
         lines_per_row=train["num_targets"] / train["num_rows"],
-        rows_per_step=per_step,
-        num_steps=steps,
+        rows_per_step=decided.rows,
+        num_steps=decided.steps,
     )
     draft.notes += teacher_notes(wanted, taught, teacher)
+    machine, tokens = draft.machine, decided.micro_tokens
+    made = assemble(
+        decided,
+        duration_of(decided),
+        compile=machine.compile not in (False, "auto"),
+        attention="sdpa" if machine.attention == "auto" else machine.attention,
+        micro_batch_size=max(1, min(decided.rows, tokens // decided.row_tokens)),
+        micro_batch_tokens=tokens,
+        packed=packed,
+        num_trained=decided.num_trained,
+        rows=rows,
+        teacher_cache=taught,
+    )
+    _check_stopping(wanted, int(rows["held_out"]["num_rows"]), made.eval_every, decided.steps)
+    return made
+
+
+def _choose_kernels(draft: Draft, wanted: Finetune) -> None:
+    """Attention and compiling, which for rows of many lengths are always the same; and what is not there to measure.
+
+    Raises:
+        PlanError: The recipe pins compiling, and layers are compared with a teacher's.
+    """
+    if wanted.task == "seq2seq" and wanted.seq2seq.write and find_spec("sacrebleu") is None:
+        draft.notes.append(
+            "BLEU and chrF are not measured: they need sacrebleu (pip install 'llmkit[metrics]')"
+        )
+    if wanted.distil is not None:
+        check_compile(draft, wanted)
+    if draft.machine.attention == "auto":
+        draft.choose("attention", "sdpa", "rows have many lengths")
+    if draft.machine.compile == "auto":
+        draft.choose("compile", False, "rows have many lengths, and each would be compiled anew")
+
+
+def _flops_per_token(wanted: Finetune, model: ModelShape, mean: int) -> int:
     flops = flops_per_token(model, mean, mean if model.num_encoder_layers else 0)
     if wanted.task == "dpo" and wanted.dpo.needs_reference:
         # A forward pass more; of KTO also one of each model over answers to other prompts.
         flops = flops * (6 if wanted.dpo.loss == "kto" else 4) // 3
-    accumulation = max(1, math.ceil(tokens_per_step / tokens / sharing.layout.data_size))
-    step = Step(
-        model=model,
-        num_trained=num_trained,
-        flops=float(flops * tokens_per_step),
-        recompute=sharing.recompute,
-        layout=sharing.layout,
-        accumulation=accumulation,
-        micro_tokens=tokens,
-        precision=precision,
-        state_bytes=draft.state_bytes,
-        communication=recipe.machine.communication,
-        shapes=shapes,
-    )
-    parts_s = seconds_of_step(step, hardware, world.nodes)
-    limit_s = float(wanted.train.length.value) if steps is None else None
-    low, high = likely_seconds(whole_step(parts_s), steps, limit_s)
-    saved = int((4 + draft.state_bytes) * num_trained)
-    mine = saved // sharing.layout.shard // sharing.layout.tensor
-    background, memory = choose_background_save(draft, memory, mine, world.local)
-    timing = intervals(wanted, steps, per_step, mean, train["num_rows"])
-    _check_stopping(wanted, int(rows["held_out"]["num_rows"]), timing["eval_every"][0], steps)
-    pinned = recipe.machine
-    return Plan(
-        device=hardware.device,
-        world_size=world.size,
-        precision=precision,
-        compile=pinned.compile not in (False, "auto"),
-        attention="sdpa" if pinned.attention == "auto" else pinned.attention,
-        context=wanted.model.context,
-        rows_per_step=per_step,
-        micro_batch_size=max(1, min(per_step, tokens // mean)),
-        gradient_accumulation_steps=accumulation,
-        tokens_per_step=tokens_per_step,
-        num_steps=steps,
-        length_seconds=limit_s,
-        warmup_steps=timing["warmup_steps"][0],
-        checkpoint_every=timing["checkpoint_every"][0],
-        keep_every=timing["keep_every"][0],
-        eval_every=timing["eval_every"][0],
-        background_save=background,
-        deferred={key: amount for key, (resolved, amount) in timing.items() if resolved is None},
-        num_rows_per_epoch=train["num_rows"],
-        num_epochs=steps * per_step / train["num_rows"] if steps else None,
-        vocab_size=vocab_size,
-        num_parameters=model.num_parameters,
-        flops_per_token=flops,
-        memory=memory,
-        seconds_low=low,
-        seconds_high=high,
-        checkpoint_bytes=saved,
-        choices=draft.choices,
-        notes=tuple(draft.notes),
-        micro_batch_tokens=tokens,
-        packed=packed,
-        num_trained=num_trained,
-        rows=rows,
-        teacher_cache=taught,
-        nodes=world.nodes,
-        parallel=sharing.layout.to_dict(),
-        recompute=sharing.recompute,
-        offload=pinned.offload,
-        step_seconds=parts_s,
-        cost=cost_of((low, high), world.size, hardware) if low is not None and high is not None else None,
-        disk_bytes=disk_of(wanted, saved, 4 * model.num_parameters),
-        activations=activations_by_policy(
-            model, lambda how: parts.memory(draft, sharing.layout, how, tokens)
-        ),
-        price=hardware.price,
-    )
+    return flops
 
 
 @dataclass(frozen=True)
@@ -246,6 +210,24 @@ class _Parts:
             teacher=sum(4 * held_parameters(each, layout) for each in self.frozen),
             buffers=outer_bytes(draft.machine.communication, self.num_trained, layout),
         )
+
+
+def _parts_of(
+    wanted: Finetune,
+    model: ModelShape,
+    teacher: ModelShape | None,
+    mean: int,
+    precision: str,
+    num_trained: int,
+) -> _Parts:
+    """What is held: the model, with a head for the task, and those that do not learn."""
+    frozen = [model] if _keeps_reference(wanted) else []
+    if teacher is not None and wanted.distil is not None and wanted.distil.cache is None:
+        frozen.append(teacher)
+    # A head for a task gives a few numbers, not one for each entry of the vocabulary.
+    writes = TASKS[wanted.task].model in ("causal", "seq2seq")
+    outputs = model if writes else replace(model, vocab_size=1)
+    return _Parts(outputs, frozen, mean, precision, num_trained, wanted.train.keep_zeros)
 
 
 def _keeps_reference(wanted: Finetune) -> bool:
