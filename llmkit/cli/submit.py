@@ -88,8 +88,9 @@ def submit(
 ) -> None:
     """`llmkit submit`."""
     from llmkit.launch.slurm import parse_limit
-    from llmkit.run.submit import Wanted, prepare
+    from llmkit.run.submit import prepare
     from llmkit.run.submit import submit as carry_out
+    from llmkit.run.submit_plan import Wanted
 
     if tasks_per == "rank" and restarts:
         raise UsageError("--restarts needs an agent that starts again", hint="leave --tasks-per rank out")

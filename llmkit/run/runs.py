@@ -146,10 +146,11 @@ class Run:
 
     @property
     def status(self) -> str:
-        """`running` while anything is; else the worst of what it is told by."""
-        if any(stage.status == "running" for stage in self.stages):
+        """`running` while anything is; else the worst of what it is told by; of an array that of its runs."""
+        found = [stage.status for stage in self.stages] or [run.status for run in self.runs]
+        if "running" in found:
             return "running"
-        told = [stage.status for stage in self.told_by]
+        told = [stage.status for stage in self.told_by] or found
         return next((status for status in _WORST_FIRST if status in told), "unknown")
 
     @property

@@ -6,28 +6,23 @@ What is decided here stands in the scripts in the run's folder, `submit/`, besid
 
 import itertools
 import json
-import math
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import llmkit
 from llmkit.durable import make_folders, one_at_a_time, write_file, write_json
 from llmkit.errors import RunError, UsageError
-from llmkit.hardware import Hardware, detect_hardware, named_hardware
 from llmkit.launch import slurm
 from llmkit.launch.local import finding_our_code
-from llmkit.plan import Plan
 from llmkit.recipe import Loaded, load_recipe
 from llmkit.recipe.space import Axis, parse_axes
-from llmkit.report.formatting import format_bytes
-from llmkit.run.folders import Options
-from llmkit.run.planning import plan as plan_ahead
+from llmkit.run.submit_plan import ASSUMED, Wanted, lead_of, plans_of, refuse_short
 
 FOLDER = "submit"
 JOBS = "jobs.json"
@@ -35,60 +30,8 @@ STAGES = ("tokenize", "pretrain", "finetune", "eval", "compress")
 """The sections of a recipe that are jobs, in order."""
 TIMED = ("pretrain", "finetune", "run")
 """The commands that train: they take nodes, processes and `--max-time`."""
-ASSUMED = "H100"
-"""The GPU that is planned for where none is named."""
-START_S, REACT_S, SAVE_BYTES_PER_S = 60, 30, 200e6
-"""Seconds to start and to agree on a stop; bytes a second that a slow shared file system takes."""
 CORES_PER_GPU = 4
 MOST_TASKS = 1000
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What `llmkit submit` was told.
-
-    Attributes:
-        recipe: As typed.
-        words: Settings to change, as typed.
-        command: The one command to submit; None: a job for each stage of the recipe.
-        nodes: Machines of a job that trains.
-        gpus: Of a machine.
-        processes: Worker processes of a machine; None: one a GPU, or one.
-        cores: Of a machine; None: four for each GPU, or one for each process.
-        limit_s: The time limit of a job.
-        lead_s: How long before that it is told to save; None: computed.
-        device: The kind of GPU; None: unknown.
-        start: Who starts the workers.
-        restarts: How often workers are started again after a crash.
-        partition: Where jobs run; empty: as the recipe says, else Slurm's default.
-        settings: Further settings of sbatch.
-        runs: The folder of runs.
-        smoke: Whether the recipe is shrunk.
-        typed: The whole command.
-    """
-
-    recipe: str
-    words: tuple[str, ...] = ()
-    command: str | None = None
-    nodes: int = 1
-    gpus: int = 0
-    processes: int | None = None
-    cores: int | None = None
-    limit_s: int = 24 * 3600
-    lead_s: int | None = None
-    device: str | None = None
-    start: Literal["node", "rank"] = "node"
-    restarts: int = 0
-    partition: str = ""
-    settings: tuple[tuple[str, str], ...] = ()
-    runs: Path = Path("runs")
-    smoke: bool = False
-    typed: str = "llmkit submit"
-
-    @property
-    def per_node(self) -> int:
-        """Worker processes of a machine."""
-        return self.processes or max(1, self.gpus)
 
 
 @dataclass(frozen=True)
@@ -127,14 +70,18 @@ def prepare(wanted: Wanted) -> Submission:
     )
     folder = wanted.runs.absolute() / loaded.recipe.name
     stages = _stages(loaded, wanted, is_array=bool(axes or loaded.variants))
-    found = [_planned(one, wanted) for one in loaded.variants.values() or (loaded,)]
+    found = [plan for one in loaded.variants.values() or (loaded,) for plan in plans_of(one, wanted)]
     notes: list[str] = []
-    if wanted.gpus and wanted.device is None and any(plan is not None for plan in found):
+    if wanted.gpus and wanted.device is None and found:
         notes.append(f"planned as if the GPUs were {ASSUMED}; --on NAME says which they are")
     if any(_is_alone(place) for place in (folder, Path.cwd())):
         notes.append(f"{folder} seems to be on this machine alone; all nodes must see it at this path")
-    lead_s = wanted.lead_s if wanted.lead_s is not None else max(map(lead_of, found))
-    _refuse_short(wanted, lead_s, found)
+    lead_s = (
+        wanted.lead_s
+        if wanted.lead_s is not None
+        else max((lead_of(plan) for plan in found), default=lead_of(None))
+    )
+    refuse_short(wanted, lead_s, found)
     tasks = _tasks(loaded, axes, folder)
     jobs = {stage: _job(stage, wanted, loaded, words, tasks, lead_s) for stage in stages}
     return Submission(folder, jobs, tuple(notes))
@@ -180,46 +127,6 @@ def _stages(loaded: Loaded, wanted: Wanted, *, is_array: bool) -> list[str]:
             hint=f"it has {', '.join(held)}; without --command each is a job",
         )
     return [str(wanted.command)]
-
-
-def _planned(loaded: Loaded, wanted: Wanted) -> Plan | None:
-    """The plan of pre-training on the machines that are asked for; None where there is nothing to pre-train."""
-    if loaded.recipe.pretrain is None or wanted.command in ("tokenize", "eval", "compress"):
-        return None
-    options = Options(runs=wanted.runs, processes=wanted.nodes * wanted.per_node)
-    return plan_ahead(loaded, options, _hardware(loaded, wanted))
-
-
-def _hardware(loaded: Loaded, wanted: Wanted) -> Hardware:
-    if wanted.gpus:
-        return named_hardware(f"{wanted.nodes}x{wanted.gpus}x{wanted.device or ASSUMED}")
-    if wanted.device:
-        raise UsageError("--on names a GPU, and no GPUs are asked for", hint="--gpus-per-node 8")
-    machine = loaded.recipe.machine.model_copy(update={"device": "cpu"})
-    return replace(detect_hardware(machine), nodes=wanted.nodes)
-
-
-def lead_of(plan: Plan | None) -> int:
-    """Seconds from the signal to a saved run: agreeing on a stop, the longest step, writing a checkpoint."""
-    seconds: float = REACT_S
-    if plan is not None:
-        seconds += sum(high for _, high in plan.step_seconds.values())
-        seconds += plan.checkpoint_bytes / SAVE_BYTES_PER_S
-    return 10 * math.ceil(seconds / 10)
-
-
-def _refuse_short(wanted: Wanted, lead_s: int, plans: Sequence[Plan | None]) -> None:
-    """Refuse a time limit in which nothing could be trained and saved."""
-    if wanted.limit_s > lead_s + START_S:
-        return
-    size = max((plan.checkpoint_bytes for plan in plans if plan is not None), default=0)
-    least = slurm.shown_limit(60 * math.ceil((lead_s + 2 * START_S) / 60))
-    how = f", of which a checkpoint of {format_bytes(size)} at {format_bytes(int(SAVE_BYTES_PER_S))} a second is a part"
-    raise UsageError(
-        f"--time {slurm.shown_limit(wanted.limit_s)} is too short: a job needs about {START_S} s to start and "
-        f"{lead_s} s to save{how if size and wanted.lead_s is None else ''}",
-        hint=f"--time {least} or more; --lead says how long saving takes, if you know it",
-    )
 
 
 def _is_alone(place: Path) -> bool:

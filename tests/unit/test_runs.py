@@ -204,6 +204,14 @@ def test_variants_and_trials_stand_indented_below_their_run(
     assert find_run("search/trial-001", runs).stages[0].figures == {"accuracy": 0.5}
 
 
+def test_an_array_is_as_its_runs_are(runs: Path) -> None:
+    for number, status in ((1, "done"), (2, "interrupted")):
+        stage(runs / "grid" / f"grid-{number}" / "pretrain", status=status)
+    assert find_run("grid", runs).status == "interrupted"
+    with RunLock(runs / "grid" / "grid-1" / "pretrain"):
+        assert find_run("grid", runs).status == "running"
+
+
 def test_the_list_as_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "--runs", str(runs), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

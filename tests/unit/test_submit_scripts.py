@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tuning
 
 from llmkit.cli import main
 from llmkit.errors import UsageError
@@ -18,7 +19,8 @@ from llmkit.launch import slurm
 from llmkit.recipe import load_recipe
 from llmkit.run.folders import Options
 from llmkit.run.planning import plan
-from llmkit.run.submit import Wanted, lead_of, prepare
+from llmkit.run.submit import prepare
+from llmkit.run.submit_plan import Wanted, lead_of, plans_of
 
 RECIPE = """\
 llmkit: 1
@@ -349,6 +351,46 @@ def test_the_lead_is_the_longest_step_and_the_checkpoint_at_200_mb_a_second(proj
     assert lead_of(None) == lead_of(made) == 30
     assert lead_of(replace(made, checkpoint_bytes=24 * 10**9)) == 150
     assert lead_of(replace(made, step_seconds={"compute": (5.0, 11.0), "optimizer": (1.0, 1.0)})) == 50
+
+
+def tuned(project, **more):
+    """A recipe that fine-tunes a model that is here already."""
+    section = {
+        "task": "cls",
+        "model": {"name": tuning.model("bert"), "context": 32},
+        "data": {"files": str(tuning.rows_file(project, "cls"))},
+        "train": {"length": "4 steps", "batch": "16 samples"},
+        **more,
+    }
+    (project / "tuned.yaml").write_text(json.dumps({"llmkit": 1, "name": "tuned", "finetune": section}))
+    return "tuned.yaml"
+
+
+def test_fine_tuning_is_planned_before_it_is_sent(project, fake, capsys):
+    [one] = plans_of(load_recipe(tuned(project)), Wanted("tuned.yaml"))
+    assert one.checkpoint_bytes == 12 * one.num_parameters  # weights and AdamW's moments
+    assert one.rows_per_step == 16
+    assert main(["submit", "tuned.yaml", "--processes-per-node", "3"]) == 2
+    assert "cannot be shared" in capsys.readouterr().err
+    tuned(project, data={"files": "-"})
+    assert main(["submit", "tuned.yaml"]) == 2
+    assert "finetune.data.files: a job cannot read stdin" in capsys.readouterr().err
+    tuned(project, model={"name": "./nowhere", "context": 32})
+    assert main(["submit", "tuned.yaml"]) == 3
+    assert "nowhere" in capsys.readouterr().err
+    assert calls(fake, "sbatch") == []
+
+
+def test_a_model_that_an_earlier_job_makes_is_planned_as_that_job_is(project):
+    (project / "both.yaml").write_text(
+        RECIPE.replace("name: tiny", "name: both")
+        + f"finetune: {{task: cls, data: {{files: {tuning.rows_file(project, 'cls')}}}}}\n"
+    )
+    loaded = load_recipe("both.yaml")
+    [one] = plans_of(loaded, Wanted("both.yaml"))
+    assert [one] == plans_of(loaded, Wanted("both.yaml", command="pretrain"))
+    assert plans_of(loaded, Wanted("both.yaml", command="eval")) == []
+    assert list(prepare(Wanted("both.yaml")).jobs) == ["tokenize", "pretrain", "finetune", "eval"]
 
 
 def test_settings_with_several_values_are_an_array_of_runs(project):
