@@ -123,8 +123,13 @@ def documents_mask(model: PreTrainedModel, position_ids_BT: torch.Tensor) -> tor
     name = str(getattr(model.config, "_attn_implementation", ""))
     if not name.endswith("_documents") or position_ids_BT.device.type == "cpu" or _sees_windows(model):
         return None
+    return packed_mask(position_ids_BT, in_blocks=name.startswith("flex"))
+
+
+def packed_mask(position_ids_BT: torch.Tensor, *, in_blocks: bool) -> torch.Tensor | BlockMask:
+    """The mask of `documents_mask` [B, 1, T, T] by positions alone, or FlexAttention's form of it."""
     documents_BT = (position_ids_BT.diff(dim=1, prepend=position_ids_BT[:, :1] - 1) != 1).cumsum(1)
-    if name.startswith("flex"):
+    if in_blocks:
         return block_mask(documents_BT)
     return (documents_BT[:, None, :, None] == documents_BT[:, None, None, :]).tril()
 
@@ -138,7 +143,7 @@ def _sees_windows(model: PreTrainedModel) -> bool:
 
 
 def block_mask(documents_BT: torch.Tensor) -> BlockMask:
-    """The mask of `documents_mask` for FlexAttention: which blocks of positions meet, and what is seen within them."""
+    """The mask of `packed_mask` for FlexAttention: which blocks of positions meet, and what is seen within them."""
     num_rows, length = documents_BT.shape
 
     def sees(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -44,10 +44,13 @@ def compile_module(module: nn.Module, *, graphs: bool = False) -> list[nn.Module
     **Source**: the regional compilation of torch's tutorials and of torchtitan, `torchtitan/models/llama3`.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_FORMS)
-    blocks = [] if graphs else blocks_of(module)
+    if graphs:
+        _replace_forward(module, _forward_recorded)
+        return []
+    blocks = blocks_of(module)
     if len(blocks) < 2:
-        blocks = []
-        module.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+        module.compile(dynamic=False)
+        return []
     for block in blocks:
         compile_block(block)
     return blocks
@@ -59,10 +62,14 @@ def compile_block(block: nn.Module) -> None:
     Args:
         block: Of any class; a deep copy of it is compiled too.
     """
-    own: Any = block.forward
+    _replace_forward(block, _forward)
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     # What is compiled is the function of the class: blocks of one class share what is made of it.
-    block._plain_forward = own
-    block.forward = MethodType(_forward, block)
+    own: Any = module.forward
+    module._plain_forward = own
+    module.forward = MethodType(forward, module)
 
 
 def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,9 +79,30 @@ def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     return _compiled(own.__func__)(block, *args, **kwargs)
 
 
+def _forward_recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """As `_forward`, by CUDA graphs, which write what they give to the same places each time.
+
+    So gradients are added up in tensors that were there before: the first micro-batch's would otherwise be a graph's
+    own, and the next would overwrite them.
+    """
+    own = module._plain_forward
+    if not (module.training and torch.is_grad_enabled()):
+        return own(*args, **kwargs)
+    for p in module.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    torch.compiler.cudagraph_mark_step_begin()  # nobody reads what the last call gave any more
+    return _recorded(own.__func__)(module, *args, **kwargs)
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
+
+
+@cache
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, mode="reduce-overhead")
 
 
 # --- 8-bit matrix products -------------------------------------------------------------------------------------------
@@ -84,7 +112,8 @@ def use_float8(model: PreTrainedModel, *, emulate: bool = False) -> int:
     """Have the linear layers of the model's blocks multiply in 8-bit floats, with a scale for each tensor.
 
     Weights stay what they are; they, what is read and the gradients are rounded for each product. Layers are left
-    alone that an 8-bit product has no room for (sides that are no multiple of 16), and those of other classes.
+    alone that an 8-bit product has no room for (sides that are no multiple of 16), those of other classes, and
+    adapters, whose products are too small to win by it.
 
     Args:
         model: On its device, and with its adapters.
@@ -106,7 +135,7 @@ def use_float8(model: PreTrainedModel, *, emulate: bool = False) -> int:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     from torchao.float8.float8_linear import Float8Linear
 
-    inside = {id(layer) for block in blocks_of(model) for layer in block.modules()}
+    inside = {id(layer) for block in blocks_of(model) for layer in block.modules()} - _adapters(model)
     chosen = {
         id(layer)
         for layer in model.modules()
@@ -139,11 +168,28 @@ def _in_training(kind: type[nn.Linear]) -> type[nn.Linear]:
 
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             """[..., inputs] -> [..., outputs]."""
-            return (
-                super().forward(input) if self.training else functional.linear(input, self.weight, self.bias)
-            )
+            if not self.training:
+                return functional.linear(input, self.weight, self.bias)
+            rows = input.reshape(-1, input.shape[-1])
+            missing = -len(rows) % _MULTIPLE
+            # The weight's gradient is a sum over rows: such of zeros change neither it nor a scale.
+            if missing:
+                rows = functional.pad(rows, (0, 0, 0, missing))
+            outputs: torch.Tensor = super().forward(rows)
+            return outputs[: len(rows) - missing].reshape(*input.shape[:-1], -1)
 
     return TrainedInFloat8
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    """The layers that adapters consist of, as PEFT names them."""
+    owned = [
+        getattr(layer, name)
+        for layer in model.modules()
+        for name in getattr(layer, "adapter_layer_names", ())
+        if isinstance(getattr(layer, name, None), nn.Module)
+    ]
+    return {id(part) for one in owned for part in one.modules()}
 
 
 def _fits(layer: nn.Linear) -> bool:

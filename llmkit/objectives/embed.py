@@ -331,10 +331,11 @@ def _same(
     """[B, M]: documents that are no wrong answers to an anchor: its own text, or right for it in any row."""
     mine_B1 = one["anchor_keys"].unsqueeze(1)
     anchors_N, documents_N = right
-    found_BM = keys_M == mine_B1
-    for number, is_equal_N in enumerate(mine_B1 == anchors_N):
-        found_BM[number] |= torch.isin(keys_M, documents_N[is_equal_N])
-    return found_BM
+    # In the place of documents of other anchors its own key, which is found anyway: so no GPU is asked for numbers.
+    right_BN = documents_N.where(anchors_N == mine_B1, mine_B1).sort(1).values
+    keys_BM = keys_M.expand(len(mine_B1), -1).contiguous()
+    place_BM = torch.searchsorted(right_BN, keys_BM).clamp_(max=len(documents_N) - 1)
+    return (keys_M == mine_B1) | (right_BN.gather(1, place_BM) == keys_M)
 
 
 def _with_scores(seen: Sequence[Mapping[str, torch.Tensor]], kind: str) -> list[torch.Tensor]:

@@ -62,7 +62,7 @@ def quantize(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch
     flat_N = values.flatten().float()
     blocks_KS = functional.pad(flat_N, (0, -len(flat_N) % BLOCK)).view(-1, BLOCK)
     scale_K = blocks_KS.abs().amax(1).clamp_(min=_TINY)
-    levels = torch.tensor(code_values(signed), device=values.device)
+    levels = _levels(signed, values.device)
     between = (levels[1:] + levels[:-1]) / 2
     codes_KS = torch.bucketize(blocks_KS / scale_K.unsqueeze(1), between, right=True, out_int32=True)
     return codes_KS.to(torch.uint8).flatten()[: len(flat_N)], scale_K
@@ -70,7 +70,7 @@ def quantize(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch
 
 def dequantize(codes_N: torch.Tensor, scale_K: torch.Tensor, *, signed: bool) -> torch.Tensor:
     """The N numbers, in float32, that codes and scales stand for."""
-    levels = torch.tensor(code_values(signed), device=codes_N.device)
+    levels = _levels(signed, codes_N.device)
     padded_N = functional.pad(codes_N, (0, -len(codes_N) % BLOCK))
     values_KS = levels[padded_N.int()].view(-1, BLOCK) * scale_K.float().unsqueeze(1)
     return values_KS.flatten()[: len(codes_N)]
@@ -90,3 +90,9 @@ def code_values(signed: bool) -> tuple[float, ...]:
         middles = (10.0 ** (power - _DIGITS + 1) * ((edges[1:] + edges[:-1]) / 2)).tolist()
         values += [*middles, *(-value for value in middles)] if signed else middles
     return tuple(sorted(values))
+
+
+@cache
+def _levels(signed: bool, device: torch.device) -> torch.Tensor:
+    """`code_values` on a device, sent there once: a GPU would be waited for each time."""
+    return torch.tensor(code_values(signed), device=device)

@@ -196,11 +196,34 @@ def loss_bytes(model: ModelShape, positions: int, *, precision: str, device: str
     the gradient after in 2 bytes each. The gradient of the layer is fp32; under bf16 there is a copy of the layer and
     a chunk's share of its gradient beside it, in 2 bytes each.
     """
-    budget = LOSS_CHUNK_BYTES.get(device, LOSS_CHUNK_BYTES_ELSEWHERE)
-    chunk = min(positions, max(FEWEST_LOSS_ROWS, budget // (4 * model.vocab_size)))
     half = precision != "fp32"
     layer = (4 * learns + (2 + 2 * learns) * half) * _head(model)
-    return chunk * model.vocab_size * (8 if half else 4) + int(layer)
+    return _chunk_bytes(model.vocab_size, positions, precision, device) + int(layer)
+
+
+def _chunk_bytes(vocab_size: int, positions: int, precision: str, device: str) -> int:
+    budget = LOSS_CHUNK_BYTES.get(device, LOSS_CHUNK_BYTES_ELSEWHERE)
+    rows = min(positions, max(FEWEST_LOSS_ROWS, budget // (4 * max(1, vocab_size))))
+    return rows * vocab_size * (4 if precision == "fp32" else 8)
+
+
+def at_positions(
+    memory: Memory, before: int, after: int, *, vocab_size: int, precision: str, device: str
+) -> Memory:
+    """Memory that was counted for so many positions at a time, for another number of them.
+
+    Args:
+        memory: For `before` positions.
+        before: Positions of a micro-batch.
+        after: Those of another.
+        vocab_size: Entries of the output layer.
+        precision: `fp32`, `bf16` or `fp8`.
+        device: Where the loss is computed.
+    """
+    rows = memory.activations * after // before - memory.activations
+    old, new = (_chunk_bytes(vocab_size, positions, precision, device) for positions in (before, after))
+    heap = int(HEAP_SHARE * (rows + new - old)) if memory.heap else 0
+    return memory.plus(activations=rows, logits=new - old, heap=heap)
 
 
 def buffer_bytes(model: ModelShape, layout: Layout, trained: int, precision: str) -> int:

@@ -187,6 +187,7 @@ def as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
     What the recipe pins wins. The number of processes may change.
     """
     from llmkit.train.checkpoint import saved_record
+    from llmkit.train.trial import rows_of, with_rows
 
     saved = saved_record(folder).get("plan")
     if not saved:
@@ -217,25 +218,24 @@ def as_begun(plan: Plan, folder: Path, loaded: Loaded) -> Plan:
                 "deferred",
             )
         }
-    share = plan.world_size * begun.micro_batch_size
-    if (
-        plan.micro_batch_tokens
-    ):  # rows of many lengths: how many are computed at a time follows from their tokens
-        if machine.micro_batch == "auto" and begun.micro_batch_tokens:
-            kept["micro_batch_tokens"] = begun.micro_batch_tokens
-    elif machine.micro_batch == "auto" and plan.rows_per_step % share == 0:
-        kept["micro_batch_size"] = begun.micro_batch_size
-        kept["gradient_accumulation_steps"] = plan.rows_per_step // share
-    elif plan.micro_batch_size != begun.micro_batch_size:
+    share = plan.layout.data_size * begun.micro_batch_size
+    # Of rows of many lengths, how many are computed at a time follows from their tokens.
+    divides = begun.micro_batch_tokens if plan.micro_batch_tokens else plan.rows_per_step % share == 0
+    settings = set(kept)
+    if machine.micro_batch == "auto" and divides:
+        rows = rows_of(begun)
+        choices = {**plan.choices, "machine.micro_batch": (rows, "as this run began")}
+        plan = replace(with_rows(plan, rows), choices=choices)
+        settings.add("micro_batch")
+    elif not plan.micro_batch_tokens and plan.micro_batch_size != begun.micro_batch_size:
         kept["notes"] = (*plan.notes, _other_micro_batches(begun, plan))
     other_words = told_change(begun, plan)
     if other_words:
         kept["notes"] = (*kept.get("notes", plan.notes), other_words)
-    choices = {
-        key: begun.choices.get(key, choice) if key.removeprefix("machine.") in kept else choice
-        for key, choice in {**plan.choices, **begun.choices}.items()
+    begun_with = {
+        key: choice for key, choice in begun.choices.items() if key.removeprefix("machine.") in settings
     }
-    return replace(plan, **kept, choices=choices)
+    return replace(plan, **kept, choices={**plan.choices, **begun_with})
 
 
 def _other_micro_batches(begun: Plan, plan: Plan) -> str:

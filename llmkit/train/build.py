@@ -21,7 +21,7 @@ from llmkit.data.taught import TaughtBatches, TaughtStore, made_up, store_of
 from llmkit.data.tokenizers import load_tokenizer, special_ids
 from llmkit.data.tokenizers.vocabulary import Vocabulary
 from llmkit.errors import UsageError
-from llmkit.models.attention import choose_attention, kernels_of
+from llmkit.models.attention import choose_attention, drops_attention, kernels_of
 from llmkit.models.build import build_model
 from llmkit.models.growing import check_new_tokens, grow_vocabulary
 from llmkit.models.heads import choose_heads
@@ -294,6 +294,7 @@ def pick_attention(plan: Plan, core: LossModule, *, isolate: bool) -> tuple[str,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         compiled=plan.compile,
         isolate=isolate,
+        drops=drops_attention(config),
     )
     return name, why
 

@@ -62,6 +62,12 @@ def pull_levers(core: LossModule, plan: Plan, machine: Machine, note: Callable[[
 
 def _compiled(core: LossModule, plan: Plan, graphs: bool) -> Plan:
     """Compile what is to be compiled, and the plan that says how."""
+    if graphs and plan.layout.is_sharded:
+        raise UsageError(
+            "machine.compile is graphs: CUDA graphs cannot be recorded of a model that processes share, for they meet "
+            "within it",
+            hint="machine.compile=true, or machine.parallel=ddp",
+        )
     if graphs and core.model.num_parameters() > LARGEST_GRAPHED:
         raise UsageError(
             f"machine.compile is graphs: a model of {core.model.num_parameters():,} weights keeps a GPU busy with each "

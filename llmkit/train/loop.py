@@ -196,7 +196,7 @@ def advance(run: Training, state: TrainState, clock: "Clock") -> TrainState:
     if counts[TARGETS] == 0:
         raise RunError("a step without a single target: nothing to learn from", hint="look at the data")
     outcome = train_step(run, step, micro_batches, counts)
-    if schedule.logs(step + 1) or schedule.saves(step + 1):
+    if schedule.logs(step + 1) or schedule.saves(step + 1) or schedule.evaluates(step + 1):
         run.numbers.look()  # a sync, where the device works on its own
     # After the sync, if there was one: before it, a GPU has only been given the work.
     tokens = counts.get(POSITIONS, schedule.tokens_per_step)

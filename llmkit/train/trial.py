@@ -19,6 +19,7 @@ from llmkit.hardware import usable_memory
 from llmkit.objectives.base import Batch, LossModule
 from llmkit.plan import Plan
 from llmkit.plan.batch import divisors
+from llmkit.plan.memory import at_positions
 from llmkit.recipe.machine import Machine
 
 SLACK = 0.04
@@ -47,7 +48,7 @@ def sizes_of(plan: Plan) -> list[int]:
         plan: Of rows of one length: what divides a process's rows. Of rows of many lengths: powers of two, and what is
             planned, in rows of full length, of which a process has as many at most.
     """
-    mine, planned = max(1, plan.rows_per_step // plan.layout.data_size), _rows_of(plan)
+    mine, planned = max(1, plan.rows_per_step // plan.layout.data_size), rows_of(plan)
     if plan.micro_batch_tokens:
         sizes = sorted({planned, *(1 << power for power in range(mine.bit_length()))})
     else:
@@ -84,7 +85,18 @@ def largest_that_fits(
 
 
 def with_rows(plan: Plan, rows: int) -> Plan:
-    """The plan with so many rows (of full length) at a time."""
+    """The plan with so many rows (of full length) at a time, and the memory that they take by its count."""
+    plan = replace(
+        plan,
+        memory=at_positions(
+            plan.memory,
+            rows_of(plan) * plan.context,
+            rows * plan.context,
+            vocab_size=plan.vocab_size,
+            precision=plan.precision,
+            device=plan.device,
+        ),
+    )
     if plan.micro_batch_tokens:
         tokens = rows * plan.context
         mean = max(1, plan.tokens_per_step // plan.rows_per_step)
@@ -131,7 +143,7 @@ def try_sizes(
     core.to(device)
     limit = int(_memory_of(device) * (1 - SLACK)) if limit_bytes is None else limit_bytes
     sizes = sizes_of(plan)
-    planned = _rows_of(plan)
+    planned = rows_of(plan)
 
     def attempt(rows: int) -> Try:
         mine = _attempt(
@@ -146,14 +158,15 @@ def try_sizes(
     return _told(with_rows(plan, rows), _describe(rows, found, tried, limit))
 
 
-def _rows_of(plan: Plan) -> int:
+def rows_of(plan: Plan) -> int:
+    """The rows (of full length) at a time of a plan."""
     return (
         max(1, plan.micro_batch_tokens // plan.context) if plan.micro_batch_tokens else plan.micro_batch_size
     )
 
 
 def _told(plan: Plan, why: str) -> Plan:
-    choice = (_rows_of(plan), why)
+    choice = (rows_of(plan), why)
     return replace(plan, choices={**plan.choices, "machine.micro_batch": choice})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import CONTENDERS, JOBS, main, parse, summarise, toy
+from benchmarks.gpu import CONTENDERS, JOBS, main, parse, print_table, summarise, toy
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,10 +51,21 @@ def test_an_unknown_job_is_refused():
         parse(["--jobs", "7b"])
 
 
-def test_without_a_gpu_only_toys_run(monkeypatch):
+def test_without_a_gpu_only_toys_run(monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.gpu.find_machine", lambda: {"device": "cpu", "name": "a processor"})
-    with pytest.raises(SystemExit, match="no GPU here"):
-        main(["--jobs", "124m"])
+    assert main(["--jobs", "124m"]) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "there is no GPU here (a processor): --toy shows that all of it runs\n"
+
+
+def test_without_a_known_peak_there_is_no_mfu(monkeypatch, capsys):
+    machine = {"device": "cpu", "name": "a processor", "peak_flops": None}
+    monkeypatch.setattr("benchmarks.gpu.find_machine", lambda: machine)
+    table = summarise([{name: result(2.0) for name in CONTENDERS}])
+    assert table["llmkit"]["mfu"] is None
+    print_table({"machine": machine, "rounds": 1, "steps": 2, "toy": True, "jobs": {"124m": table}})
+    assert "1.00 x trainer (goal 1.4)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -80,3 +91,4 @@ def test_all_of_it_runs_at_toy_size(tmp_path):
         assert set(table) == set(CONTENDERS)
         assert table["llmkit"]["speed_vs_trainer"]["median"] > 0
         assert table["llmkit"]["peak_vs_plan"] > 0
+        assert table["llmkit"]["mfu"] is None

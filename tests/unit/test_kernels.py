@@ -20,8 +20,13 @@ from transformers import (
 
 from llmkit.errors import MissingError, UsageError
 from llmkit.hardware import detect_cpu
-from llmkit.models import kernels
-from llmkit.models.attention import block_mask, flex_documents_attention, matmul_softmax_attention
+from llmkit.models import attention, kernels
+from llmkit.models.attention import (
+    block_mask,
+    flex_documents_attention,
+    matmul_softmax_attention,
+    use_attention,
+)
 from llmkit.models.recompute import recompute_activations
 from llmkit.plan import PlanError
 from llmkit.plan.levers import check_levers
@@ -30,6 +35,9 @@ from llmkit.train.kernels import frozen_garbage, pull_levers
 from llmkit.train.sending import narrow, send
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 90}
+
+
+torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 
 
 def llama(layers=4):
@@ -116,7 +124,8 @@ def test_a_network_without_blocks_is_compiled_whole():
 
 
 def plan(**changes):
-    facts = {"device": "cpu", "precision": "fp32", "compile": True, "choices": {}}
+    layout = SimpleNamespace(is_sharded=False)
+    facts = {"device": "cpu", "precision": "fp32", "compile": True, "choices": {}, "layout": layout}
     return SimpleNamespace(**{**facts, **changes})
 
 
@@ -132,6 +141,89 @@ def test_the_plan_says_how_is_compiled(monkeypatch):
         True,
         "it saves 9 s; block by block (4 x LlamaDecoderLayer): equal blocks are compiled once",
     )
+
+
+class SamePlaces(torch.autograd.Function):
+    """A product whose gradients are always written to the same memory, as CUDA graphs do."""
+
+    memory = torch.zeros(3)
+
+    @staticmethod
+    def forward(ctx, weight, x):
+        ctx.save_for_backward(x)
+        return (weight * x).sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        SamePlaces.memory.copy_(ctx.saved_tensors[0] * gradient)
+        return SamePlaces.memory.detach(), None
+
+
+def test_gradients_of_graphs_are_added_up_in_tensors_of_their_own(monkeypatch):
+    class Product(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3))
+            self.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+        def forward(self, x):
+            return (self.weight * x).sum()
+
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    monkeypatch.setattr(kernels, "_recorded", lambda _: lambda net, x: SamePlaces.apply(net.weight, x))
+    module = Product().train()
+    assert kernels.compile_module(module, graphs=True) == []
+    for step in range(2):
+        for x in ([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]):
+            module(torch.tensor(x)).backward()
+        assert module.weight.grad.tolist() == [11.0, 22.0, 33.0]
+        assert module.frozen.grad is None
+        assert len(begun) == 2 * (step + 1)
+        module.zero_grad()
+    with torch.no_grad():
+        module(torch.ones(3))
+    module.eval()(torch.ones(3))
+    assert len(begun) == 4
+    assert module.weight.grad is None
+
+
+def test_what_is_recorded_learns_the_same(monkeypatch):
+    torch._dynamo.reset()
+    found = CompileCounterWithBackend("aot_eager")
+    recorded = cache(lambda function: torch.compile(function, dynamic=False, backend=found))
+    monkeypatch.setattr(kernels, "_recorded", recorded)
+    plain, model = llama(2).train(), llama(2).train()
+    kernels.compile_module(model, graphs=True)
+    for _ in range(2):
+        learnt = learn(model)
+    for ours, expected in zip(learnt, learn(plain), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-7)
+    assert found.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_graphs_are_refused_for_a_model_that_is_shared():
+    shared = plan(layout=SimpleNamespace(is_sharded=True))
+    with pytest.raises(UsageError, match="cannot be recorded of a model that processes share"):
+        pull_levers(SimpleNamespace(model=llama()), shared, Machine(compile="graphs"), print)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", "high"), ("fp8", "high"), ("fp32", "highest")])
+def test_what_stays_in_fp32_is_exact_only_where_fp32_is_asked_for(precision, expected, monkeypatch):
+    monkeypatch.setattr("llmkit.train.kernels.use_float8", lambda _: 7)
+    told = []
+    try:
+        pull_levers(
+            SimpleNamespace(model=None),
+            plan(device="cuda", precision=precision, compile=False),
+            Machine(),
+            told.append,
+        )
+        assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert any("TF32" in line for line in told) == (expected == "high")
 
 
 def test_graphs_are_for_small_models(monkeypatch):
@@ -164,7 +256,59 @@ def test_a_missing_package_is_named_with_its_command(use, package, monkeypatch):
     assert caught.value.hint == f'pip install "llmkit[{package}]"'
 
 
-@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+@torchao
+@pytest.mark.parametrize("length", [16, 13])
+def test_8_bit_products_have_the_sides_that_a_gpu_asks_for(length, monkeypatch):
+    """cuBLAS: inner sides and columns in multiples of 16, one factor by rows and the other by columns."""
+    multiply, seen = torch._scaled_mm, []
+
+    def strict(a, b, **options):
+        assert a.shape[1] % 16 == b.shape[1] % 16 == 0
+        assert a.stride(1) == b.stride(0) == 1
+        seen.append(a.shape[0])
+        return multiply(a, b, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    plain, model = llama(1).train(), llama(1).train()
+    kernels.use_float8(model)
+    found, expected = learn(model, length), learn(plain, length)
+    assert len(seen) == 3 * 7
+    for ours, wanted in zip(found, expected, strict=True):
+        assert ours.shape == wanted.shape
+        assert float((ours - wanted).norm() / wanted.norm()) < 0.1
+
+
+@torchao
+def test_rows_that_fill_up_change_no_8_bit_number():
+    torch.manual_seed(0)
+    model = llama(1).train()
+    kernels.use_float8(model, emulate=True)
+    layer = model.model.layers[0].self_attn.q_proj
+    x, outer = torch.randn(2, 13, 32), torch.randn(2, 13, 32)
+    filled = [torch.cat([one.flatten(0, 1), torch.zeros(6, 32)]) for one in (x, outer)]
+    gradients = []
+    for given, chosen in ((x, outer), filled):
+        output = layer(given)
+        (output * chosen).sum().backward()
+        gradients.append((output.flatten(0, -2)[:26], layer.weight.grad.clone()))
+        layer.weight.grad = None
+    for ours, expected in zip(*gradients, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@torchao
+def test_adapters_stay_as_they_are():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=16, target_modules=["q_proj", "up_proj"])
+    model = llama(2)
+    peft.inject_adapter_in_model(config, model)
+    assert kernels.use_float8(model) == 2 * 7
+    layer = model.model.layers[0].self_attn.q_proj
+    assert type(layer.lora_A["default"]) is type(layer.lora_B["default"]) is torch.nn.Linear
+    assert type(layer.base_layer) is not torch.nn.Linear
+
+
+@torchao
 def test_8_bit_products_are_near_in_training_and_absent_elsewhere():
     plain, model = llama().eval(), llama().eval()
     names = list(model.state_dict())
@@ -196,6 +340,70 @@ def test_flex_sees_what_a_mask_allows():
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["sdpa", "compiled", "flex"])
+def test_the_mask_of_a_gpu_says_of_packed_rows_what_transformers_finds(kernel):
+    """On a GPU it is made of positions, and given; on a processor each kernel finds the documents by itself."""
+    positions = torch.tensor([[*range(7), *range(20), 0, 0, *range(11)], [*range(40)]])
+    ids = torch.arange(80).view(2, 40)
+    model = llama(2).eval()
+    use_attention(model, "sdpa" if kernel == "flex" else kernel, isolate=True)
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    use_attention(model, kernel, isolate=True)
+    mask = attention.packed_mask(positions, in_blocks=kernel == "flex")
+    ours = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    through = model(input_ids=ids, position_ids=positions[1:].expand(2, -1), use_cache=False).logits
+    assert float((ours - through)[0].abs().max()) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["sdpa", "compiled", "flex"])
+def test_the_mask_of_whole_rows_says_nothing_and_makes_none(kernel, monkeypatch):
+    seen = []
+    model, ids = llama(2).eval(), torch.arange(80).view(2, 40)
+    use_attention(model, kernel, isolate=False)
+    expected = model(input_ids=ids, use_cache=False).logits
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, __, given: seen.append(given["attention_mask"]), with_kwargs=True
+        )
+    mask = torch.ones((1, 1), dtype=torch.bool).expand_as(ids)
+    ours = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(ours, expected)
+    assert seen == [None, None]
+
+
+@torch.no_grad()
+def test_flex_takes_autocasts_type_as_sdpa_does(monkeypatch):
+    """Norms of queries and keys leave these in fp32, and not every torch casts them for FlexAttention."""
+    seen = []
+
+    def attend(query, key, value, **_):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return query
+
+    monkeypatch.setattr(attention, "flex_attention", attend)
+    query, key, value = torch.randn(1, 2, 8, 4), torch.randn(1, 2, 8, 4), torch.randn(1, 2, 8, 4).bfloat16()
+    blocks, module = block_mask(torch.zeros(1, 8).long()), torch.nn.Module()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        flex_documents_attention(module, query, key, value, blocks)
+    flex_documents_attention(module, query, key, value.float(), blocks)
+    assert seen == [{torch.bfloat16}, {torch.float32}]
+
+
+def test_flex_is_no_choice_for_a_model_that_drops_attention_weights():
+    facts = {"batch": 1, "heads": 1, "kv_heads": 1, "seq_len": 8, "head_dim": 8, "compiled": False}
+    assert attention.choose_attention(
+        device="cuda", dtype=torch.float32, isolate=True, drops=True, **facts
+    ) == ("sdpa", "the model drops attention weights, which FlexAttention cannot", {})
+    assert attention.drops_attention(GPT2Config())
+    assert attention.drops_attention(BertConfig())
+    assert attention.drops_attention(LlamaConfig(attention_dropout=0.1))
+    assert not attention.drops_attention(LlamaConfig())
+    assert not attention.drops_attention(GPT2Config(attn_pdrop=0.0))
+
+
 def test_flex_refuses_dropout():
     states = torch.randn(1, 1, 8, 8)
     with pytest.raises(UsageError, match="cannot drop attention weights"):
@@ -220,6 +428,25 @@ def test_garbage_is_looked_for_at_chosen_steps_and_as_before_afterwards(monkeypa
     assert looked == [1, 4, 7]
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_step_leaves_no_tensor_to_the_collector(recompute):
+    """So nothing that is large waits for it meanwhile."""
+    model = llama(2).train()
+    recompute_activations(model, recompute)
+    learn(model)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        learn(model)
+        gc.collect()
+        assert not [type(left) for left in gc.garbage if isinstance(left, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def test_garbage_is_left_alone_by_a_run_of_one_step():

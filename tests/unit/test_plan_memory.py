@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmkit.hardware import named_hardware
+from llmkit.hardware import detect_cpu, named_hardware
 from llmkit.models import cross_entropy
 from llmkit.plan import DataFacts, make_plan, preset_fields, shape_of_config, shape_of_preset, training_memory
 from llmkit.plan.communication import bytes_per_step, matrices_of
@@ -17,6 +17,7 @@ from llmkit.recipe.machine import Communication
 from llmkit.recipe.objectives import Distil
 from llmkit.recipe.schema import Recipe
 from llmkit.run.planning import teacher_shape
+from llmkit.train.trial import with_rows
 
 LLAMA = shape_of_config(preset_fields("llama-3.1-8b"))
 assert LLAMA is not None
@@ -225,3 +226,26 @@ def test_electras_generator_is_counted_as_it_is_built():
     assert beside.memory.optimizer - alone.memory.optimizer == 8 * found.num_parameters
     assert beside.memory.activations > alone.memory.activations
     assert beside.flops_per_token > alone.flops_per_token
+
+
+@pytest.mark.parametrize("hardware", [detect_cpu(), named_hardware("1xH100")], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_memory_of_other_rows_is_that_of_a_plan_for_them(hardware, rows):
+    """A chunk of the loss has 1,048 positions on one device and 8,388 on the other: here 8 rows, there no 64."""
+
+    def of(micro_batch):
+        section = {
+            "model": {"preset": "gpt-tiny", "context": 128},
+            "train": {"length": "9 steps", "batch": "64 samples"},
+        }
+        machine = {"micro_batch": micro_batch, "processes": 1, "precision": "bf16"}
+        recipe = Recipe.model_validate({"llmkit": 1, "pretrain": section, "machine": machine})
+        data = DataFacts(1_000_000, 1, 4_000_000, exact=True)
+        return make_plan(
+            recipe, hardware, data, vocab_size=8000, model=shape_of_preset("gpt-tiny", 8000, 128)
+        )
+
+    found, wanted = with_rows(of(4), rows).memory, of(rows).memory
+    assert found.terms() == pytest.approx(wanted.terms(), abs=2)
+    assert found.total == pytest.approx(wanted.total, abs=4)
+    assert (found.total > of(4).memory.total) == (rows > 4)

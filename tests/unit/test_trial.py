@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 import objectives
 import pytest
 import torch
+import training
+import tuning
 from accelerate import Accelerator
 
 from llmkit.models.build import build_model
@@ -22,7 +25,7 @@ from llmkit.plan.batch import divisors
 from llmkit.plan.memory import Memory
 from llmkit.recipe.machine import Machine
 from llmkit.recipe.schema import Model
-from llmkit.train import trial
+from llmkit.train import pretrain, trial
 from llmkit.train.trial import Try, largest_that_fits, sizes_of, try_sizes, wants_trial, with_rows
 
 
@@ -153,6 +156,48 @@ def test_a_shared_model_is_not_tried():
     found = try_sizes(shared, core_that_holds(1), SimpleNamespace(), batch_of, state_bytes=8)
     assert found.micro_batch_size == 8
     assert "meet in every layer" in found.choices["machine.micro_batch"][1]
+
+
+@pytest.mark.parametrize("task", ["", pytest.param("cls", marks=pytest.mark.slow)])
+def test_a_run_tells_what_fits_and_keeps_it_when_it_goes_on(task, tmp_path, monkeypatch):
+    """Two rows of full length fit: the result is that of a run whose recipe says so."""
+    context = tuning.CONTEXT if task else objectives.CONTEXT
+
+    def attempt(core, device, make, held_bytes, limit):
+        return Try(make()["input_ids"].numel() <= 2 * context)
+
+    def run(name, **changes):
+        if task:
+            return tuning.finetune(tmp_path, task, name, **changes)
+        return training.pretrain(tmp_path, name, **changes)
+
+    pinned = run("pinned", machine__micro_batch=2)
+    monkeypatch.setattr(trial, "_attempt", attempt)
+    monkeypatch.setattr(
+        pretrain,
+        "wants_trial",
+        lambda plan, machine, *, resumes: machine.micro_batch == "auto" and not resumes,
+    )
+    folder = run("tried", machine__micro_batch="auto")
+    if not task:
+        assert training.same_bits(training.weights(folder), training.weights(pinned))
+    told = (folder / "resolved.yaml").read_text()
+    assert "micro_batch: 2  # tried: 2 rows fit, 4 do not" in told
+    plans = [json.loads((folder / "plan.json").read_text())]
+    name, size = ("micro_batch_tokens", 2 * context) if task else ("micro_batch_size", 2)
+    assert plans[0][name] == size
+    before = training.weights(folder)
+    shutil.rmtree(folder / "model")
+    (folder / "report.json").unlink()
+    shutil.rmtree(sorted((folder / "checkpoints").glob("step_*"))[-1])
+    monkeypatch.setattr(trial, "_attempt", lambda *_: pytest.fail("tried again"))
+    assert run("tried", machine__micro_batch="auto") == folder
+    plans.append(json.loads((folder / "plan.json").read_text()))
+    for key in ("micro_batch_size", "micro_batch_tokens", "gradient_accumulation_steps"):
+        assert plans[1][key] == plans[0][key]
+    assert plans[1]["choices"]["machine.micro_batch"] == plans[0]["choices"]["machine.micro_batch"]
+    assert (folder / "resolved.yaml").read_text() == told
+    assert training.same_bits(training.weights(folder), before)
 
 
 WORKER = textwrap.dedent("""
