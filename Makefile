@@ -31,7 +31,7 @@ test test-slow test-faults test-slurm test-distributed: export OMP_NUM_THREADS ?
 test test-slow test-faults test-slurm test-distributed: export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help install demo test test-slow test-faults test-slurm test-distributed check format lint imports types bench bench-tokenize bench-finetune bench-eval bench-compress bench-memory clean distclean
+.PHONY: help install demo test test-slow test-faults slurm test-slurm test-distributed check format lint imports types bench bench-tokenize bench-finetune bench-eval bench-compress bench-memory clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,17 +79,19 @@ test-distributed: $(STAMP)  ## Two and four processes against one, in every layo
 	$(BIN)/python -m pytest -m '' tests/distributed
 
 SLURM_NEEDS := slurmctld slurmd sbatch munged
-test-slurm: $(STAMP)  ## Jobs on a real Slurm of two virtual nodes; root and apt get it, else it says that it is skipped
+slurm:  ## Slurm's programs, by apt where there are root and a registry; says so where there are none
 	@export PATH="$$PATH:/usr/sbin"; \
-	if ! command -v $(SLURM_NEEDS) >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge; } >/dev/null \
-	    || echo "test-slurm: apt-get could not install Slurm" >&2; \
+	lacking() { for name in $(SLURM_NEEDS); do command -v $$name >/dev/null || return 0; done; return 1; }; \
+	if lacking && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge; } >/dev/null 2>&1 \
+	    || echo "slurm: apt-get could not install it" >&2; \
 	fi; \
-	for name in $(SLURM_NEEDS); do \
-	  command -v $$name >/dev/null || { echo "test-slurm: SKIPPED, there is no $$name here: apt-get install slurm-wlm munge" >&2; exit 0; }; \
-	done; \
-	[ "$$(id -u)" = 0 ] || { echo "test-slurm: SKIPPED, virtual nodes of Slurm need root" >&2; exit 0; }; \
-	$(BIN)/python -m pytest -m '' tests/slurm
+	if lacking || [ "$$(id -u)" != 0 ]; then \
+	  echo "slurm: SKIPPED, tests on a real Slurm need root and: apt-get install slurm-wlm munge" >&2; \
+	fi
+
+test-slurm: $(STAMP) slurm  ## Jobs on a real Slurm of two virtual nodes
+	$(BIN)/python -m pytest -m '' -rs tests/slurm
 
 check: lint imports types  ## All of `make test` but the tests
 

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+from llmkit.report.run_log import read_metrics
+
+pytestmark = [pytest.mark.timeout(3600)]
+slow = pytest.mark.slow
+"""Of every test but one: `make test-slurm` runs all of them, `make test` that one where there is a Slurm."""
 STEP = "step_*"
 
 
@@ -65,6 +69,7 @@ def hurry(cluster: Cluster, number: str) -> None:
         assert time.monotonic() < end, cluster.job(number)
         time.sleep(0.2)
     if cluster.wait(number, "PENDING", "RUNNING", "COMPLETED")["JobState"] == "PENDING":
+        time.sleep(3)  # a node refuses a job that begins again in the second in which it ended
         cluster.call("scontrol", "update", f"JobId={number}", "StartTime=now")
 
 
@@ -72,9 +77,9 @@ def hurry(cluster: Cluster, number: str) -> None:
     ("how", "tasks_per"),
     [
         ("a preemption", "node"),
-        ("a preemption", "rank"),
-        ("the signal before the limit", "node"),
-        ("scontrol requeue", "node"),
+        pytest.param("a preemption", "rank", marks=slow),
+        pytest.param("the signal before the limit", "node", marks=slow),
+        pytest.param("scontrol requeue", "node", marks=slow),
     ],
 )
 def test_an_interrupted_job_ends_with_the_same_weights(how, tasks_per, llmkit, cluster, project, left_alone):
@@ -95,6 +100,7 @@ def test_an_interrupted_job_ends_with_the_same_weights(how, tasks_per, llmkit, c
     assert weights(project, "my") == left_alone["weights"]
 
 
+@slow
 def test_stages_follow_each_other_and_runs_shows_them(llmkit, cluster, project):
     jobs = submit(llmkit, cluster, project, "--nodes", "2", "--time", "1:00:00", "--tasks-per", "rank")
     assert list(jobs) == ["tokenize", "pretrain"]
@@ -113,6 +119,7 @@ def test_stages_follow_each_other_and_runs_shows_them(llmkit, cluster, project):
     assert run["status"] == "done"
 
 
+@slow
 def test_a_stage_that_fails_takes_those_behind_it_along(llmkit, cluster, project):
     recipe = (project / "my.yaml").read_text()
     (project / "my.yaml").write_text(
@@ -124,6 +131,7 @@ def test_a_stage_that_fails_takes_those_behind_it_along(llmkit, cluster, project
     assert cluster.wait(jobs["pretrain"], "CANCELLED", timeout=120)["Reason"] == "DependencyNeverSatisfied"
 
 
+@slow
 def test_a_cancelled_job_is_not_queued_again(llmkit, cluster, project):
     number = submit(llmkit, cluster, project, "--time", "1:00:00", "--command", "pretrain")["pretrain"]
     wait_for_checkpoint(cluster, project, "my", number)
@@ -133,9 +141,63 @@ def test_a_cancelled_job_is_not_queued_again(llmkit, cluster, project):
     assert (cluster.state(number), found["Restarts"]) == ("CANCELLED", "0")
 
 
+@slow
 def test_what_slurm_refuses_is_told_in_its_own_words(llmkit, cluster, project):
     done = llmkit(
         "submit", "my.yaml", "--partition", "gpu", "--command", "pretrain", cwd=project, env=cluster.env
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert "invalid partition specified: gpu" in done.stderr
+
+
+@slow
+def test_at_its_time_limit_a_job_has_saved_and_is_queued_again(llmkit, cluster, project):
+    """A limit of two minutes, and training that takes longer: by its own clock, not by a signal of the test."""
+    words = ("--time", "2m", "--command", "pretrain", "pretrain.train.length=1000000 steps")
+    number = submit(llmkit, cluster, project, *words)["pretrain"]
+    end = time.monotonic() + 600
+    while cluster.job(number)["Restarts"] == "0":
+        assert cluster.state(number) in ("PENDING", "RUNNING", "COMPLETING"), log_of(project, "my", number)
+        assert time.monotonic() < end, log_of(project, "my", number)
+        time.sleep(0.2)
+    saved = sorted((project / "runs" / "my" / "pretrain" / "checkpoints").glob(STEP))[-1]
+    assert "DUE TO TIME LIMIT" not in log_of(project, "my", number)
+    hurry(cluster, number)
+    cluster.wait(number, "RUNNING", timeout=120)
+    end = time.monotonic() + 600
+    while sorted(saved.parent.glob(STEP))[-1] == saved:
+        assert time.monotonic() < end, log_of(project, "my", number)
+        time.sleep(0.2)
+    cluster.call("scancel", number)
+    cluster.wait(number, "CANCELLED", "COMPLETED", timeout=300)
+    said = log_of(project, "my", number)
+    assert f"pretrain: from {saved.name}, " in said, said
+    records = read_metrics(project / "runs" / "my" / "pretrain")
+    assert [one["step"] for one in records] == list(range(0, 60 * len(records), 60))  # none lost, none twice
+
+
+@slow
+def test_settings_with_several_values_are_an_array_of_runs(llmkit, cluster, project):
+    words = ("--time", "1:00:00", "pretrain.train.length=6 steps", "seed=1|2")
+    number = submit(llmkit, cluster, project, *words)["run"]
+    end = time.monotonic() + 1200
+    while cluster.call("squeue", "--noheader", "--jobs", number, "--states", "PENDING,RUNNING,COMPLETING"):
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    listed = llmkit("runs", "--json", cwd=project, env=cluster.env)
+    (run,) = json.loads(listed.stdout)["runs"]
+    assert run["status"] == "done"
+    assert {one["name"]: one["status"] for one in run["runs"]} == {"my/grid-1": "done", "my/grid-2": "done"}
+    here = llmkit(
+        "pretrain",
+        "my.yaml",
+        "pretrain.train.length=6 steps",
+        "seed=2",
+        "name=here",
+        cwd=project,
+        timeout=900,
+    )
+    assert here.returncode == 0, here.stderr
+    first, second = (weights(project, f"my/grid-{place}") for place in (1, 2))
+    assert second == weights(project, "here")
+    assert first != second
