@@ -13,6 +13,7 @@ from llmkit.hardware.detect import (
     usable_memory,
     visible_gpus,
 )
+from llmkit.hardware.elsewhere import detect_elsewhere
 from llmkit.hardware.kinds import Device, Hardware
 from llmkit.hardware.named import known_names, named_hardware, split_names
 from llmkit.hardware.table import ACCELERATORS, GB, Accelerator, find_accelerator
@@ -28,6 +29,7 @@ __all__ = [
     "Hardware",
     "WantedMachine",
     "detect_cpu",
+    "detect_elsewhere",
     "detect_hardware",
     "find_accelerator",
     "installed_torch_has_cuda",

@@ -1,4 +1,4 @@
-"""What this machine has, asked without torch: processors, memory and GPUs as this process may use them.
+"""What this machine has, asked without torch: processors, memory, GPUs and TPUs as this process may use them.
 
 Container limits (cgroups), processor affinity and `CUDA_VISIBLE_DEVICES` count; what the box has beyond them
 does not. Importing torch takes seconds, so `/proc`, `/sys` and `nvidia-smi` are read instead.
@@ -19,6 +19,7 @@ from typing import Protocol
 from llmkit.errors import MissingError
 from llmkit.hardware.kinds import Hardware
 from llmkit.hardware.table import find_accelerator
+from llmkit.hardware.tpu import no_tpu, notes_of, query_tpus, tpu_hardware, why_unusable
 
 BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Processor flags of bf16 matrix products in hardware; `bf16` is the name on ARM."""
@@ -35,7 +36,7 @@ class WantedMachine(Protocol):
 
     @property
     def device(self) -> str:
-        """`auto`, `cpu`, `cuda` or `mps`."""
+        """`auto`, `cpu`, `cuda`, `mps` or `tpu`."""
 
 
 def detect_hardware(
@@ -45,12 +46,12 @@ def detect_hardware(
     env: Mapping[str, str] = os.environ,
     torch_has_cuda: bool | None = None,
 ) -> Hardware:
-    """Find what to compute on: the pinned device, else GPUs, else Apple's, else the processor.
+    """Find what to compute on: the pinned device, else GPUs, else TPUs, else Apple's, else the processor.
 
     Args:
         machine: A recipe's `machine` section.
-        root: Where `proc` and `sys` are; tests put a made-up tree here.
-        env: The environment; `PATH` and `CUDA_VISIBLE_DEVICES` are read.
+        root: Where `proc`, `sys` and `dev` are; tests put a made-up tree here.
+        env: The environment; `PATH`, `CUDA_VISIBLE_DEVICES` and what names a TPU are read.
         torch_has_cuda: Whether the installed torch can use GPUs; by default read from its version file.
 
     Raises:
@@ -60,16 +61,29 @@ def detect_hardware(
         return detect_cpu(root=root, env=env)
     if machine.device == "mps":
         return _detect_mps(root=root, env=env, pinned=True)
+    if machine.device == "tpu":
+        return _detect_tpu(root=root, env=env)
     gpus = query_gpus(env)
     usable = installed_torch_has_cuda() if torch_has_cuda is None else torch_has_cuda
     if gpus and usable:
         return _cuda_hardware(gpus, root=root, env=env)
     if machine.device == "cuda":
         raise _no_cuda(gpus)
+    chips = query_tpus(root)
+    if chips is not None and not why_unusable(chips)[0]:
+        return tpu_hardware(chips, cores=usable_cores(root))
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return _detect_mps(root=root, env=env, pinned=False)
     notes = (_cpu_build_note(gpus),) if gpus else ()
-    return detect_cpu(root=root, env=env, notes=notes)
+    return detect_cpu(root=root, env=env, notes=(*notes, *notes_of(chips, env)))
+
+
+def _detect_tpu(*, root: Path, env: Mapping[str, str]) -> Hardware:
+    """The TPU chips of this machine, which are pinned."""
+    chips = query_tpus(root)
+    if chips is None or why_unusable(chips)[0]:
+        raise no_tpu(chips, env)
+    return tpu_hardware(chips, cores=usable_cores(root))
 
 
 def _no_cuda(gpus: list["Gpu"]) -> MissingError:

@@ -32,4 +32,6 @@ def _timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
     torch.matmul(a, b)
     if a.device.type == "cuda":
         torch.cuda.synchronize(a.device)
+    elif a.device.type == "tpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - start

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from llmkit.durable import foreign_write, write_folder
+from llmkit.models.host import on_host_or_here
 
 
 def save_model(
@@ -25,6 +26,7 @@ def save_model(
         facts: Entries of the manifest.
         companions: Each writes its files, such as the tokenizer's, into the folder it is given.
     """
+    model = on_host_or_here(model)  # which tensors share memory is only known of those on the host
     config = model.config
     model.config = copy.deepcopy(config)
     model.config.use_cache = True

@@ -69,13 +69,16 @@ class Loss:
         """All sums together."""
         return sum(self.totals.values(), torch.zeros((), device=self.totals[TARGETS].device))
 
-    def mean(self, counts: Mapping[str, int]) -> torch.Tensor:
+    def mean(self, counts: Mapping[str, int | torch.Tensor]) -> torch.Tensor:
         """Each sum over its count, added up.
 
         Args:
-            counts: Terms of each sum, over whatever is meant by the mean.
+            counts: Terms of each sum, over whatever is meant by the mean; those on a device are one at least.
         """
-        means = [total / max(1, int(counts[name])) for name, total in self.totals.items()]
+        means = [
+            total / (count if isinstance(count := counts[name], torch.Tensor) else max(1, int(count)))
+            for name, total in self.totals.items()
+        ]
         return sum(means[1:], means[0])
 
 

@@ -28,6 +28,7 @@ from llmkit.plan.rows import layout_of
 from llmkit.plan.shape import ModelShape
 from llmkit.plan.sharing import Sharing, World
 from llmkit.plan.taught import cache_note, lines_of_text, plan_cache
+from llmkit.plan.tpu import check_tpu
 from llmkit.recipe.objectives import RowLayout
 from llmkit.recipe.schema import Pretrain, Recipe, Section
 from llmkit.registry import goal_of
@@ -77,6 +78,7 @@ def make_plan(
     layout = layout_of(wanted)
     _check_model(model, vocab_size, context, layout.decoder)
     num_rows = rows_of_data(data, layout, context)
+    check_tpu(recipe.machine, hardware, wanted, model)
     draft = begin_draft(recipe.machine, hardware, wanted)
     rows, note = rows_of_batch(wanted.train.batch, context)
     draft.notes += [note] if note else []

@@ -28,6 +28,7 @@ from llmkit.plan.plan import Plan
 from llmkit.plan.shape import ModelShape
 from llmkit.plan.sharing import Sharing
 from llmkit.plan.taught import outputs_of, plan_cache
+from llmkit.plan.tpu import check_tpu
 from llmkit.recipe.schema import Finetune, Recipe
 from llmkit.registry import TASKS
 
@@ -72,6 +73,7 @@ def plan_tuning(
     assert wanted is not None
     train = rows["train"]
     _check_model(model, vocab_size, wanted.model.context)
+    check_tpu(recipe.machine, hardware, wanted, model)
     draft = begin_draft(recipe.machine, hardware, wanted)
     _choose_kernels(draft, wanted)
     per_step = rows_of_step(wanted, int(train["num_rows"]), draft)

@@ -69,8 +69,8 @@ class Communication(Block):
 class Machine(Block):
     """How the work is done here. No shipped recipe needs it: `auto` is chosen for the machine at hand."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute."""
+    device: Literal["auto", "cpu", "cuda", "mps", "tpu"] = "auto"
+    """Where to compute. `tpu` trains in `pretrain` only, and nobody has run it on a chip yet (docs/tpu.md)."""
     nodes: Count = 1
     """Machines that work together; each runs the same command (`--nodes`, or `llmkit submit`)."""
     processes: Annotated[Whole, Field(ge=1)] | Literal["auto"] = "auto"

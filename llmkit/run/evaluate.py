@@ -15,7 +15,7 @@ from llmkit.errors import UsageError
 from llmkit.evaluate.measurement import Measurement
 from llmkit.evaluate.sharing import ALONE, Share, gather_everywhere
 from llmkit.evaluate.verdict import check_gates, check_names, differences, few_items, intervals_of
-from llmkit.hardware import detect_hardware
+from llmkit.hardware import detect_elsewhere
 from llmkit.launch.world import World, detect_world
 from llmkit.recipe import Loaded, load_recipe
 from llmkit.recipe.schema import Eval, Recipe
@@ -226,7 +226,7 @@ def _measure(
         base=base_of(about) if about is not None else Path.cwd(),
         language=recipe.language,
         seed=recipe.seed,
-        device=detect_hardware(recipe.machine).device,
+        device=detect_elsewhere(recipe.machine, "eval", reporter.note).device,
         options=options,
         reporter=reporter,
         share=share,

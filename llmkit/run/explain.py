@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import UsageError
-from llmkit.hardware import detect_hardware
+from llmkit.hardware import detect_elsewhere
 from llmkit.recipe.schema import Machine
 from llmkit.registry import ModelKind, kind_for
 from llmkit.report.console import Reporter
@@ -124,7 +124,7 @@ def _explained(
     trusted = run is not None and run.section.model.trust_remote_code
     model, tokenizer = load_model(place, kind=kind, trusted=trusted), load_tokenizer(str(place))
     model.requires_grad_(False)  # of the weights; those of the text are what is asked for
-    model.to(detect_hardware(run.loaded.recipe.machine if run else Machine()).device)
+    model.to(detect_elsewhere(run.loaded.recipe.machine if run else Machine(), "explain").device)
     longest = run.section.model.context if run else max_length(model.config)
     if kind == "causal":
         return [

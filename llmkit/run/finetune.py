@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.durable import write_file, write_json
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.hardware import Hardware, detect_hardware
+from llmkit.hardware import Hardware, detect_elsewhere
 from llmkit.launch.world import World, check_world, detect_world
 from llmkit.plan import Plan
 from llmkit.plan.communication import identity_of, with_communication
@@ -280,7 +280,7 @@ def _plan(
     assert recipe.finetune is not None
     section = recipe.finetune
     goal = TASKS[section.task]
-    hardware = hardware or detect_hardware(recipe.machine)
+    hardware = hardware or detect_elsewhere(recipe.machine, "finetune")
     check_device(section.adapter, hardware.device)
     folder = model_folder(str(section.model.name))
     model = empty_task_model(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import UsageError
-from llmkit.hardware import detect_hardware
+from llmkit.hardware import detect_elsewhere
 from llmkit.recipe import Loaded, load_recipe
 from llmkit.recipe.schema import Finetune
 from llmkit.run.folders import find_model
@@ -123,7 +123,8 @@ def load_core(run: TaskRun) -> "tuple[LossModule, str]":
     from llmkit.objectives.base import Refers
     from llmkit.train.places import model_folder
 
-    device, section, material = detect_hardware(run.loaded.recipe.machine).device, run.section, run.material()
+    device = detect_elsewhere(run.loaded.recipe.machine, "a task").device
+    section, material = run.section, run.material()
     base = model_folder(str(section.model.name))
     core = load_task(run.place, section, material, base=base, device=device, bf16=run.precision == "bf16")
     if run.plan and runtime_of(run.place) is None:

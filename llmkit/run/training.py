@@ -20,8 +20,10 @@ from llmkit.errors import (
     UsageError,
 )
 from llmkit.hardware import usable_cores
+from llmkit.hardware.tpu import query_tpus
 from llmkit.launch.hub import Hub, Work
 from llmkit.launch.local import WORKER, run_local_workers
+from llmkit.launch.tpu import launch_environment
 from llmkit.launch.world import World, check_world
 from llmkit.plan import Plan
 from llmkit.plan.communication import told_change
@@ -77,10 +79,12 @@ def train_job(
             f"--restarts is for processes that llmkit starts, and these were started by {world.source}",
             hint="let that start them again; the same command goes on from the newest checkpoint",
         )
+    placed = _environment_of_chips(job, world, options)
     if options.hub is not None:
         _train_on_nodes(job, reporter, options, options.hub, planned_for)
         return
     if world is not None or (world_size == 1 and not restarts):
+        os.environ.update(placed)
         from llmkit.train.pretrain import pretrain as train_here
 
         if world is not None:
@@ -105,11 +109,30 @@ def train_job(
         [str(path)],
         logs=Path(job.folder) / "logs",
         program=WORKER,
+        env={**os.environ, **placed},
         on_line=tell,
         restarts=restarts,
         progress=lambda: _newest_step(Path(job.folder)),
     )
     _raise_for(code, job.folder, [line for line in said if line.startswith("worker ")])
+
+
+def _environment_of_chips(job: "Job", world: World | None, options: Options) -> dict[str, str]:
+    """What processes on TPU chips must find; nothing on other devices, or where another launcher has said it.
+
+    Raises:
+        UsageError: There are several machines, whose chips are told by Google's own environment.
+    """
+    if job.plan["device"] != "tpu" or world is not None:
+        return {}
+    if options.hub is not None:
+        raise UsageError(
+            "--nodes: which chips a machine of a TPU slice has is not told to workers by llmkit",
+            hint="on each machine put what `python -m torch.tpu.distributed` prints into the environment, and start "
+            "this command under torchrun",
+        )
+    chips = query_tpus()
+    return launch_environment(chips.kind if chips is not None else "", job.plan["world_size"], os.environ)
 
 
 def _train_on_nodes(

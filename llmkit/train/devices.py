@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from llmkit.errors import LostWorkerError, RunError
 from llmkit.launch.local import LISTENING
 from llmkit.launch.workplace import MEETING
 from llmkit.plan import Plan
+from llmkit.train.accelerators import backend_of, open_device, placed
 
 _TIMEOUT = timedelta(minutes=30)
 """The others wait so long while the first process exports or proves a large model. One that died is noticed at once,
@@ -30,17 +30,20 @@ def start_accelerator(plan: Plan) -> Accelerator:
     network; under another launcher through the address it gives.
 
     Raises:
+        MissingError: A package is not installed that torch needs for the device.
         RunError: Fewer processes joined than the plan counts on. accelerate, left alone on CPU, would let each
             train by itself.
     """
+    open_device(plan.device, plan.world_size)
     if plan.world_size > 1:
         join_others(plan.device)
-    accelerator = Accelerator(
-        cpu=plan.device == "cpu",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=plan.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-    )
+    with placed(plan.device) as cpu:
+        accelerator = Accelerator(
+            cpu=cpu,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=plan.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+        )
     if accelerator.num_processes != plan.world_size:
         raise RunError(f"{accelerator.num_processes} processes joined, the plan counts on {plan.world_size}")
     if accelerator.device.type != plan.device:
@@ -62,7 +65,7 @@ def join_others(device: str) -> None:
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         torch.distributed.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            backend=backend_of(device),
             rank=int(os.environ["RANK"]),
             world_size=world_size,
             timeout=_TIMEOUT,
@@ -139,10 +142,3 @@ def leave() -> None:
         # thread holds that lock and waits for this very thread in the group's destructor: for ever.
         _LAST_MEETING.append(meeting)
         torch.distributed.destroy_process_group()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: of the GPU, or resident memory of this process on CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

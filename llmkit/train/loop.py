@@ -22,6 +22,7 @@ from llmkit.errors import CtrlCError, InterruptedRunError, LostWorkerError, RunE
 from llmkit.launch.signals import STOP_SIGNALS, TIME_IS_UP, describe_stop
 from llmkit.objectives.base import TARGETS, Batch, LossModule
 from llmkit.optim import add_noise, hold_back, set_lr
+from llmkit.train.accelerators import as_inputs, end_step
 from llmkit.train.ahead import look_ahead
 from llmkit.train.callbacks import Callback
 from llmkit.train.communication import EveryStep, Exchange
@@ -276,6 +277,7 @@ def train_step(
     # accelerate divides by the micro-batches, DDP and FSDP by the processes that read different rows: they take means,
     # the loss here is a sum.
     scale = len(micro_batches) * run.exchange.shares(accelerator.num_processes // run.readers)
+    counts = as_inputs(counts, accelerator.device)
     shared = run.exchange.counts(counts_of(micro_batches), counts)
     # Every process has as many, and gradients meet at the last of them.
     accelerator.gradient_accumulation_steps, accelerator.step = len(micro_batches), 0
@@ -299,6 +301,7 @@ def train_step(
         run.optimizer.step()
     run.exchange.updated(step + 1, good=good)
     run.optimizer.zero_grad()
+    end_step(accelerator.device)
     loss = torch.stack(list(losses.values())).sum()
     return Outcome(loss, torch.stack(firsts).sum(), grad_norm, not good)
 

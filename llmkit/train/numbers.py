@@ -67,7 +67,9 @@ class Numbers:
         """
         if not self._at_once:
             bad = ~torch.isfinite(torch.stack([*losses.values(), grad_norm.detach()])).all()
-            self._first_bad = torch.where((self._first_bad < 0) & bad, step, self._first_bad)
+            # A number in the program of a TPU would make another program of each step.
+            at = torch.tensor(step).to(bad.device) if bad.device.type == "tpu" else step
+            self._first_bad = torch.where((self._first_bad < 0) & bad, at, self._first_bad)
             return True
         loss = float(self._accelerator.reduce(sum(losses.values(), torch.zeros_like(grad_norm)), "sum"))
         if math.isfinite(loss) and math.isfinite(float(grad_norm)):

@@ -27,6 +27,7 @@ from llmkit.launch.crew import RESTART
 from llmkit.launch.signals import StopSignal
 from llmkit.models.attention import tap_attention, use_attention
 from llmkit.models.build import left_out
+from llmkit.models.host import on_host_or_here
 from llmkit.models.peak import measure_peak_flops
 from llmkit.models.recompute import recompute_activations
 from llmkit.models.rounded import roundings
@@ -42,6 +43,7 @@ from llmkit.registry import goal_of
 from llmkit.report.console import Reporter
 from llmkit.report.run_log import RunLog, read_metrics
 from llmkit.report.spikes import SpikeWatch
+from llmkit.train.accelerators import peak_memory_bytes, settle
 from llmkit.train.alike import check_processes
 from llmkit.train.build import (
     Data,
@@ -59,7 +61,7 @@ from llmkit.train.build import (
 from llmkit.train.callbacks import Callback, ConsoleCallback, KillAt, LogCallback
 from llmkit.train.checkpoint import Checkpoints
 from llmkit.train.communication import Communicator
-from llmkit.train.devices import leave, naming_lost_workers, peak_memory_bytes, start_accelerator
+from llmkit.train.devices import leave, naming_lost_workers, start_accelerator
 from llmkit.train.early import Patience, best_metric
 from llmkit.train.finish import finish
 from llmkit.train.heap import Heap
@@ -127,6 +129,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         distribute(core, plan, accelerator.device)
         module, optimizer = core, accelerator.prepare(build_optimizer(core, section, plan, reporter.note))
     else:
+        settle(core, accelerator.device)
         module, optimizer = communicator.prepare(core, build_optimizer(core, section, plan, reporter.note))
     feed, order = _feed(data, core, plan, section, accelerator, taught), make_order(job, data)
     state = load_checkpoint(checkpoints, saved, core.trained, optimizer) if saved else TrainState()
@@ -529,7 +532,8 @@ def _sample(core: LossModule, data: Data | SampleData, job: Job, step: int) -> l
             for prompt, one in zip(section.prompts, said, strict=False)
         ]
     chat = goal_of(section.objective).chats and bool(data.tokenizer.chat_template)
-    return complete(core.model, kind, data.tokenizer, section.prompts, section.sampling, seed=seed, chat=chat)
+    model = on_host_or_here(core.model)  # a text grows token by token
+    return complete(model, kind, data.tokenizer, section.prompts, section.sampling, seed=seed, chat=chat)
 
 
 def _speed_watcher(plan: Plan, device: torch.device) -> Callable[[float], Mapping[str, float]]:
@@ -538,7 +542,8 @@ def _speed_watcher(plan: Plan, device: torch.device) -> Callable[[float], Mappin
 
     def watch(tokens_per_s: float) -> Mapping[str, float]:
         mfu = tokens_per_s * plan.flops_per_token / (peak * plan.world_size)
-        return {"mfu": round(mfu, 4), "memory_bytes": peak_memory_bytes(device)}
+        memory = peak_memory_bytes(device)
+        return {"mfu": round(mfu, 4), **({} if memory is None else {"memory_bytes": memory})}
 
     return watch
 

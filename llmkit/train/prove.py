@@ -31,6 +31,7 @@ from llmkit.models.adapter_files import adapter_tensors, fill_adapter, save_adap
 from llmkit.models.adapters import adapter_names
 from llmkit.models.attention import kernels_of
 from llmkit.models.build import align, check_loaded, max_length
+from llmkit.models.host import on_host_or_here
 from llmkit.models.rounded import plain, roundings, set_rounding
 from llmkit.models.save import save_model
 from llmkit.objectives.base import NOT_LEARNED, TARGETS, Batch, Example, LossModule
@@ -297,7 +298,7 @@ def prove_saving(core: LossModule, folder: Path) -> str:
         RunError: A tensor or the logits differ; names the first.
         UsageError: Tensors are missing in the export, or left over.
     """
-    model = core.model
+    model = on_host_or_here(core.model)
     with _as_stored(model):
         wanted = _Looks.of(model)
         export = (

@@ -158,7 +158,8 @@ class HostCopy:
         for name in self._buffers.keys() - tensors.keys():
             del self._buffers[name]
         for name, tensor in tensors.items():
-            self._buffers[name].copy_(tensor, non_blocking=True)
+            # Other devices than these have nothing here that says when a copy is complete.
+            self._buffers[name].copy_(tensor, non_blocking=tensor.is_cuda)
         # On a GPU the copies are queued behind the step, and the next step behind them: the host need not wait.
         if any(tensor.is_cuda for tensor in tensors.values()):
             self._copied = torch.cuda.Event()

@@ -139,7 +139,7 @@ MUTATIONS: list[tuple[str, Any, bool]] = [
     ("extends", None, True),
     ("machine", None, False),
     ("machine", [], False),
-    ("machine.device", "tpu", False),
+    ("machine.device", "xpu", False),
     ("machine.device", "npu", False),
     ("machine.device", "cpu", True),
     ("machine.processes", 2, True),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import DataError, MissingError, UsageError
 from llmkit.evaluate.sharing import ALONE
-from llmkit.hardware import detect_hardware
+from llmkit.hardware import detect_elsewhere
 from llmkit.recipe.compression import Step
 from llmkit.recipe.labelled import Labelled
 from llmkit.recipe.schema import Compress, Eval, Pretrain, Recipe
@@ -244,7 +244,7 @@ def material_of(
         base=base,
         language=recipe.language,
         seed=recipe.seed,
-        device=detect_hardware(recipe.machine).device,
+        device=detect_elsewhere(recipe.machine, "compress", reporter.note).device,
         options=options,
         reporter=reporter,
         share=ALONE,
