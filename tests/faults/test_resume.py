@@ -19,7 +19,7 @@ SLOW = {
 }
 CELLS = [
     pytest.param({"machine__micro_batch": 8}, id="whole"),
-    pytest.param({"machine__micro_batch": 2}, id="accumulated"),
+    pytest.param({"machine__micro_batch": 2}, id="accumulated", marks=pytest.mark.slow),
 ]
 
 
@@ -64,7 +64,8 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(tmp_path, changes):
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+    ("signum", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow), (signal.SIGINT, 130)],
 )
 def test_a_signal_saves_and_leaves_with_its_code_and_the_same_command_goes_on(tmp_path, signum, code):
     never = {**SLOW, "pretrain__checkpoint__every": "never"}  # so what is there, the signal saved

@@ -222,7 +222,7 @@ def tokenize(path, runs, *words, **options):
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_full_disk_is_named_and_when_there_is_room_the_work_goes_on(tmp_path, small_disk, workers):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {number} of a text that fills the disk\n" for number in range(400_000)))

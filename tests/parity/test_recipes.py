@@ -44,7 +44,8 @@ def smoke(name, folder, *words):
     return loaded.recipe, result
 
 
-SLOW = ("life",)
+SLOW = ("life", "electra", "roberta", "bart", "glm", "fim")
+"""Half a minute each; what they train is trained smaller elsewhere."""
 SHIPPED = sorted(set(packaged_names()) - set(ELSEWHERE) - set(TUNES))
 
 

@@ -69,7 +69,7 @@ def test_sixteen_rows_at_once_equal_four_times_four(tmp_path):
     assert losses(once) != losses(accumulated), "the same to the last bit: was anything accumulated?"
 
 
-@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("isolate", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_equal_one(tmp_path, isolate):
     """With dropout, and with rows of unequal numbers of targets when documents are isolated."""
     changes = {"machine__micro_batch": 2, "pretrain__isolate_documents": isolate}
