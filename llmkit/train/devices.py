@@ -3,14 +3,14 @@
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 
 from llmkit.errors import LostWorkerError, RunError
 from llmkit.launch.local import LISTENING
@@ -18,6 +18,7 @@ from llmkit.launch.workplace import MEETING
 from llmkit.plan import Plan
 from llmkit.train.accelerators import backend_of, open_device, placed
 
+T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)
 """The others wait so long while the first process exports or proves a large model. One that died is noticed at once,
 by its connection; one that was stopped, by our launcher."""
@@ -142,3 +143,11 @@ def leave() -> None:
         # thread holds that lock and waits for this very thread in the group's destructor: for ever.
         _LAST_MEETING.append(meeting)
         torch.distributed.destroy_process_group()
+
+
+def from_first(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """Let the first process decide, and all others take its decision."""
+    decision = [decide() if accelerator.is_main_process else None]
+    broadcast_object_list(decision)
+    result: T = decision[0]  # type: ignore[assignment]
+    return result

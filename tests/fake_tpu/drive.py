@@ -15,12 +15,11 @@ import llmkit.hardware.detect
 import llmkit.run.training
 from llmkit.errors import LlmkitError
 from llmkit.hardware.tpu import Chips
-from llmkit.train import loop
-from llmkit.train import pretrain as worker
+from llmkit.train import loop, watching
 
 CHIPS = Chips("v5e", 1)
 llmkit.hardware.detect.query_tpus = llmkit.run.training.query_tpus = lambda *_: CHIPS
-worker.measure_peak_flops = lambda *_: 1e12  # its matrices would keep a processor busy for a minute
+watching.measure_peak_flops = lambda *_: 1e12  # its matrices would keep a processor busy for a minute
 _advance = loop.advance
 
 

@@ -147,13 +147,13 @@ def prepare() -> None:
 
     import llmkit.cli
     import llmkit.run
-    import llmkit.train.pretrain
+    import llmkit.train.watching
     import llmkit.train.worker
     from llmkit.launch import local
 
     torch.set_num_threads(1)
     masked.register(masked.NAME, masked.BREAKABLE)
-    llmkit.train.pretrain.measure_peak_flops = lambda *_: 1e12  # a third of a second, for a figure of speed
+    llmkit.train.watching.measure_peak_flops = lambda *_: 1e12  # a third of a second, for a figure of speed
     local._start = start_worker
     record_order()
 

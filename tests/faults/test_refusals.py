@@ -12,7 +12,7 @@ from training import command, losses, pretrain, same_bits, start, weights
 
 from llmkit.durable import verify_folder
 from llmkit.errors import RunError, UsageError
-from llmkit.train.pretrain import _naming_out_of_memory
+from llmkit.train.first_step import naming_out_of_memory
 
 LONG = {"pretrain__train__length": "4000 steps", "pretrain__checkpoint__every": "100 steps"}
 
@@ -85,11 +85,11 @@ def test_out_of_memory_says_what_was_tried_and_what_to_lower(error):
     )
     with (
         pytest.raises(RunError, match=r"with 8 rows of 512 tokens.*12\.0 GB") as caught,
-        _naming_out_of_memory(plan),
+        naming_out_of_memory(plan),
     ):
         raise error
     assert "machine.micro_batch=4" in caught.value.hint
-    with pytest.raises(RuntimeError, match="something else"), _naming_out_of_memory(plan):
+    with pytest.raises(RuntimeError, match="something else"), naming_out_of_memory(plan):
         raise RuntimeError("something else")
 
 
