@@ -84,9 +84,11 @@ def resolve_sharing(
     Raises:
         PlanError: What is pinned cannot be; the message says what could.
     """
-    candidates = [pair for pair in layouts(machine, world, model) if rows % pair[0].data_size == 0]
-    if not candidates:
-        raise _unshared(rows, [layout for layout, _ in layouts(machine, world, model)])
+    every = layouts(machine, world, model)
+    candidates = [pair for pair in every if rows % pair[0].data_size == 0]
+    # Layers are split to save memory; that fewer then read rows of their own is no reason to split them.
+    if not candidates or (machine.parallel == "auto" and every[0] not in candidates):
+        raise _unshared(rows, [layout for layout, _ in every])
     for layout, _ in candidates:
         check_layout(layout, world, model)
     pinned = machine.recompute

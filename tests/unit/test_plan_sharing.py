@@ -161,7 +161,7 @@ def test_the_product_is_the_world_and_the_rows_add_up(nodes, local, tensor, rows
             resolve_sharing(machine, world, SHAPE, **given)
         assert caught.value.hint
         return
-    if all(rows % layout.data_size for layout, _ in layouts(machine, world, SHAPE)):
+    if rows % world.size and parallel == "auto":  # layers are split for memory, not to share few rows
         with pytest.raises(PlanError, match="cannot be shared equally"):
             resolve_sharing(machine, world, SHAPE, **given)
         return
