@@ -15,6 +15,7 @@ from llmkit.recipe.schema import Finetune, Section
 
 STATIC = ("clm",)
 """Objectives whose shapes were seen not to change (tests/parity/test_tpu_training.py)."""
+_ELSEWHERE = "machine.device=cpu, or a GPU (`--on` another name)"
 
 
 def check_tpu(machine: Machine, hardware: Hardware, wanted: Section, model: ModelShape) -> None:
@@ -31,28 +32,39 @@ def check_tpu(machine: Machine, hardware: Hardware, wanted: Section, model: Mode
     """
     if hardware.device != "tpu":
         return
+    if isinstance(wanted, Finetune):
+        refuse_tuning(hardware)
     for what, why, hint in (*_changing(wanted, model), *_unknown(machine, wanted)):
         raise PlanError(f"{what} on a TPU: {why}", hint=hint)
 
 
+def refuse_tuning(hardware: Hardware) -> None:
+    """See that labelled rows are not to be learned from on a TPU; needs no model.
+
+    Raises:
+        PlanError: They are.
+    """
+    if hardware.device == "tpu":
+        raise PlanError(
+            "finetune on a TPU: rows have many lengths, and each would be compiled anew", hint=_ELSEWHERE
+        )
+
+
 def _changing(wanted: Section, model: ModelShape) -> Iterator[tuple[str, str, str]]:
     """Shapes that follow from the data."""
-    elsewhere = "machine.device=cpu, or a GPU"
-    if isinstance(wanted, Finetune):
-        yield "finetune", "rows have many lengths, and each would be compiled anew", elsewhere
-    elif wanted.objective not in STATIC:
+    if wanted.objective not in STATIC:
         known = ", ".join(STATIC)
         yield (
             f"pretrain.objective is {wanted.objective}",
             f"how many positions are learned, or how long rows are, changes from step to step ({known} does not)",
-            elsewhere,
+            _ELSEWHERE,
         )
     if wanted.distil is not None:
-        yield "distil", "what a teacher says is gathered at positions whose number changes", elsewhere
+        yield "distil", "what a teacher says is gathered at positions whose number changes", _ELSEWHERE
     if not model.compiles:
-        yield "a recurrent model", "its cells go through documents piece by piece", elsewhere
+        yield "a recurrent model", "its cells go through documents piece by piece", _ELSEWHERE
     if model.num_experts:
-        yield "a mixture of experts", "how many tokens an expert reads changes at every step", elsewhere
+        yield "a mixture of experts", "how many tokens an expert reads changes at every step", _ELSEWHERE
 
 
 def _unknown(machine: Machine, wanted: Section) -> Iterator[tuple[str, str, str]]:

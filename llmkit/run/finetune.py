@@ -12,6 +12,7 @@ from llmkit.hardware import Hardware, detect_elsewhere
 from llmkit.launch.world import World, check_world, detect_world
 from llmkit.plan import Plan
 from llmkit.plan.communication import identity_of, with_communication
+from llmkit.plan.tpu import refuse_tuning
 from llmkit.recipe import Loaded, resolved_yaml
 from llmkit.recipe.resolved import without_secrets
 from llmkit.recipe.schema import Finetune, Pretrain, Recipe, Source, Train
@@ -148,6 +149,8 @@ def plan_finetune(
     assert loaded.recipe.finetune is not None
     if loaded.recipe.finetune.task in OBJECTIVES:
         return plan_ahead(continued(loaded), options, hardware)
+    if hardware is not None:
+        refuse_tuning(hardware)
     for step in loaded.recipe.finetune.augment:
         translators(step, options.runs)
     rows = read_and_measure(loaded, options, reporter.note)

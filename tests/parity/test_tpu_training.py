@@ -90,6 +90,7 @@ def test_in_bf16_with_isolated_documents_it_is_so_too(tmp_path):
     assert near(training.losses(there), training.losses(here)) < 0.02
 
 
+@pytest.mark.slow
 def test_a_run_of_a_tpu_goes_on_on_a_processor(tmp_path):
     """Checkpoints are host copies in the common form: what one device saved, the other goes on from."""
     changes = {**NO_DROPOUT, "pretrain__train__length": "8 steps"}

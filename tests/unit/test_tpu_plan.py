@@ -13,7 +13,10 @@ from llmkit.errors import RunError
 from llmkit.hardware import detect_hardware, named_hardware, tpu
 from llmkit.plan import PlanError, shape_of_preset
 from llmkit.plan.tpu import check_tpu
+from llmkit.recipe import load_recipe
 from llmkit.recipe.schema import Recipe
+from llmkit.report.console import make_reporter
+from llmkit.run import Options, plan_finetune
 from llmkit.train import accelerators
 
 MODEL = {"preset": "gpt-tiny", "context": 128}
@@ -77,3 +80,13 @@ def test_a_processor_is_left_as_it_is():
 def test_nobody_says_what_memory_a_tpu_used():
     assert accelerators.peak_memory_bytes(SimpleNamespace(type="tpu")) is None
     assert accelerators.peak_memory_bytes(HOST) > 2**20
+
+
+def test_fine_tuning_on_a_tpu_is_refused_before_anything_is_read(tmp_path):
+    """The model is no folder, and would be asked of the Hub."""
+    section = {"task": "cls", "model": {"name": "no/such"}, "data": {"files": str(tmp_path / "none.csv")}}
+    loaded = load_recipe({"llmkit": 1, "finetune": section})
+    options = Options(runs=tmp_path / "runs", quiet=True)
+    with pytest.raises(PlanError, match="finetune on a TPU: rows have many lengths") as told:
+        plan_finetune(loaded, options, make_reporter(quiet=True), named_hardware("v5e-8"))
+    assert "--on" in told.value.hint
