@@ -19,6 +19,7 @@ to wrap. Sums of rows are those of a single process; the order in which they are
 2019, section 3.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -63,6 +64,8 @@ def distribute(core: LossModule, plan: Plan, device: torch.device) -> None:
         UsageError: The model cannot be split so.
     """
     layout = plan.layout
+    # It says on every process that two sums are not one; they are of single numbers, or of what is gathered to export.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     check_alike(core)
     sizes = (layout.replicate, layout.shard, layout.expert, layout.tensor)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=_AXES)
