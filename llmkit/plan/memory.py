@@ -31,6 +31,12 @@ Pieces under 32 MiB come from a heap whose holes are not given back, and the bac
 than the forward pass took them. One number for all models, from the runs of `benchmarks.plan_memory`: with a heap that
 gives everything back (MALLOC_MMAP_THRESHOLD_=65536) the same runs hold what the other terms say, but take longer."""
 
+HEAP_SHARE_OF_MANY_LENGTHS = 1.15
+"""The same where rows have many lengths: what was freed fits less often (from the `tuned-*` runs of the benchmark)."""
+
+KERNELS_BYTES = 250_000_000
+"""What oneDNN keeps on CPU of products in half precision, a kernel for each length (from the same runs)."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -105,6 +111,7 @@ def training_memory(
     recompute: Recompute = "none",
     offload: bool = False,
     zeros: bool = False,
+    many_lengths: bool = False,
     device: str = "cpu",
 ) -> Memory:
     """Memory of training at this micro-batch.
@@ -126,6 +133,7 @@ def training_memory(
         recompute: What the backward pass computes again.
         offload: Whether shards wait on the host.
         zeros: Whether a mark of a byte says of each number of a matrix whether it learns (`train.keep_zeros`).
+        many_lengths: Whether each micro-batch has rows of another length.
         device: Where the loss is computed.
     """
     learns = 1.0 if num_trained is None else num_trained / model.num_parameters
@@ -147,9 +155,10 @@ def training_memory(
         **here,
         activations=rows,
         logits=logits,
-        heap=int(HEAP_SHARE * (rows + logits)) if process else 0,
+        heap=int((HEAP_SHARE_OF_MANY_LENGTHS if many_lengths else HEAP_SHARE) * (rows + logits))
+        * bool(process),
         buffers=buffer_bytes(model, layout, trained, precision),
-        process=process,
+        process=process + KERNELS_BYTES * (process > 0 and many_lengths and precision != "fp32"),
         host=sum(kept.values()) if offload else 0,
     )
 
@@ -222,7 +231,7 @@ def at_positions(
     """
     rows = memory.activations * after // before - memory.activations
     old, new = (_chunk_bytes(vocab_size, positions, precision, device) for positions in (before, after))
-    heap = int(HEAP_SHARE * (rows + new - old)) if memory.heap else 0
+    heap = memory.heap * (rows + new - old) // max(1, memory.activations + memory.logits)
     return memory.plus(activations=rows, logits=new - old, heap=heap)
 
 

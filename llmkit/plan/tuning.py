@@ -206,6 +206,7 @@ class _Parts:
             recompute=recompute,
             offload=draft.machine.offload,
             zeros=self.zeros,
+            many_lengths=True,
             device=device,
         )
         return memory.plus(

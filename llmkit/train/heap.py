@@ -9,8 +9,12 @@ from collections.abc import Callable
 
 import psutil
 
+from llmkit.plan import Plan
+
 _AGAIN = 1.25
 """Where much stays in use, as much more is let grow before anything is tried again."""
+_ROOM = 0.5
+"""Share of a micro-batch's memory that must find no hole: what is free is given back before that is too little."""
 
 
 class Heap:
@@ -36,3 +40,12 @@ class Heap:
             return
         self._trim(0)
         self._limit = max(self._planned, _AGAIN * self._process.memory_info().rss)
+
+
+def held_between(plan: Plan) -> float:
+    """Bytes that a process may hold between two micro-batches, so that with the next one it holds what is planned.
+
+    Where rows have one length, what is free is used again as it is, and nothing need be given back below the plan.
+    """
+    needed = plan.memory.activations + plan.memory.logits
+    return plan.memory.total - (_ROOM * needed if plan.micro_batch_tokens else 0)

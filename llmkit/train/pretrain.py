@@ -42,7 +42,7 @@ from llmkit.train.devices import from_first, leave, naming_lost_workers, start_a
 from llmkit.train.early import Patience, best_metric
 from llmkit.train.finish import finish
 from llmkit.train.first_step import try_largest_batch, with_attention, with_length
-from llmkit.train.heap import Heap
+from llmkit.train.heap import Heap, held_between
 from llmkit.train.job import Job
 from llmkit.train.kernels import frozen_garbage, pull_levers
 from llmkit.train.loop import Schedule, Training, train
@@ -158,7 +158,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
         readers=plan.layout.readers,
         together=plan.layout.is_sharded,
         exchange=exchange,
-        tidy=Heap(plan.memory.total).tidy if plan.device == "cpu" else lambda: None,
+        tidy=Heap(held_between(plan)).tidy if plan.device == "cpu" else lambda: None,
     )
     start = f"from {saved.name}, " if saved else ""
     each = f"{plan.rows_per_step:,} rows" if job.rows else f"{plan.tokens_per_step:,} tokens"

@@ -7,11 +7,6 @@ import pytest
 
 from benchmarks import memory, plan_memory
 
-NOT_MEASURED = (
-    "tuned-cls-bf16", "tuned-sft", "tuned-sft-packed", "tuned-sft-packed-bf16", "tuned-lora", "tuned-lora-bf16",
-)  # fmt: skip
-"""Cells that nobody has run yet: they belong here until someone has, see docs/plan.md."""
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
@@ -33,7 +28,7 @@ def test_the_check_can_fail(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator's share is that of glibc")
-@pytest.mark.parametrize("cell", [name for name in plan_memory.CELLS if name not in NOT_MEASURED])
+@pytest.mark.parametrize("cell", list(plan_memory.CELLS))
 def test_a_run_holds_what_its_plan_says(cell, tmp_path):
     row = plan_memory.measure(cell, plan_memory.CELLS[cell], tmp_path)
     assert plan_memory.is_as_planned(row), row

@@ -1,12 +1,14 @@
 """Memory that was freed goes back to the system when more is held than was planned, and only then."""
 
 import ctypes
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from llmkit.train.heap import Heap
+from llmkit.plan import Memory
+from llmkit.train.heap import Heap, held_between
 
 MB = 2**20
 pytestmark = pytest.mark.skipif(
@@ -47,3 +49,9 @@ def test_where_all_is_in_use_nothing_is_tried_again_soon(monkeypatch):
     heap.tidy()
     assert calls == [0, 0]
     assert more[0] == 1
+
+
+def test_rows_of_many_lengths_leave_room_for_the_next_micro_batch():
+    memory = Memory.of(weights=100, activations=60, logits=20, heap=90)
+    assert held_between(SimpleNamespace(memory=memory, micro_batch_tokens=0)) == 270
+    assert held_between(SimpleNamespace(memory=memory, micro_batch_tokens=512)) == 230

@@ -249,3 +249,14 @@ def test_memory_of_other_rows_is_that_of_a_plan_for_them(hardware, rows):
     assert found.terms() == pytest.approx(wanted.terms(), abs=2)
     assert found.total == pytest.approx(wanted.total, abs=4)
     assert (found.total > of(4).memory.total) == (rows > 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_of_many_lengths_take_more_of_the_heap(precision):
+    given = {"device": "cpu", "process": 430_000_000, "precision": precision}
+    even, many = memory(**given), memory(**given, many_lengths=True)
+    needed = even.activations + even.logits
+    assert (even.heap, many.heap) == (int(0.85 * needed), int(1.15 * needed))
+    assert many.process - even.process == (0 if precision == "fp32" else 250_000_000)
+    without = memory(precision=precision, many_lengths=True)  # on a GPU, whose allocator is another
+    assert without == memory(precision=precision)
