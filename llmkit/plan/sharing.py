@@ -19,6 +19,8 @@ POLICIES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 SHARDS_BY_ITSELF = ("cuda", "tpu")
 """Devices where `auto` shares a model; on CPU that is only done where it is asked for."""
+SPLITS_BY_ITSELF = ("cuda",)
+"""Devices where it splits layers too; on a TPU nobody has seen that, and `plan/tpu.py` refuses it."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ def _by_itself(world: World, model: ModelShape) -> Iterator[tuple[Layout, str]]:
             "the model does not fit on one device: those of a machine share it, machines hold copies",
         )
     yield Layout(shard=world.size), "the model fits only where all devices share it"
+    if world.device not in SPLITS_BY_ITSELF:
+        return
     for tensor in splits(model, min(world.local, world.size)):
         if tensor > 1 and world.size % tensor == 0 and world.local % tensor == 0:
             why = f"the model fits only where layers are split over {tensor} devices of a machine too"

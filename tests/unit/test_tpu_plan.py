@@ -12,8 +12,10 @@ from torch import nn
 from llmkit.errors import RunError
 from llmkit.hardware import detect_hardware, named_hardware, tpu
 from llmkit.plan import PlanError, shape_of_preset
+from llmkit.plan.sharing import World, layouts
 from llmkit.plan.tpu import check_tpu
 from llmkit.recipe import load_recipe
+from llmkit.recipe.machine import Machine
 from llmkit.recipe.schema import Recipe
 from llmkit.report.console import make_reporter
 from llmkit.run import Options, plan_finetune
@@ -90,3 +92,18 @@ def test_fine_tuning_on_a_tpu_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(PlanError, match="finetune on a TPU: rows have many lengths") as told:
         plan_finetune(loaded, options, make_reporter(quiet=True), named_hardware("v5e-8"))
     assert "--on" in told.value.hint
+
+
+def test_layers_are_not_split_on_a_tpu_by_themselves():
+    """What would be refused where it is pinned is not chosen either."""
+    wanted = {
+        device: [
+            layout.tensor
+            for layout, _ in layouts(
+                Machine(), World(8, 8, 1, device), shape_of_preset("gpt-base", 8000, 128)
+            )
+        ]
+        for device in ("cuda", "tpu")
+    }
+    assert max(wanted["cuda"]) > 1
+    assert wanted["tpu"] == [1, 1]
