@@ -38,6 +38,7 @@ class SampleBatches:
         encode: What is made of each row.
         draws: Whether chance decides what is made of a row; where not, it is made once and kept.
         partner: The seed of a row -> the number of another that `encode` mixes into it, so that both need room.
+        even: Whether each row takes the room of the longest, so that micro-batches have as many rows.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class SampleBatches:
         draws: bool = False,
         groups: Sequence[Ints] | None = None,
         partner: Callable[[int], int] | None = None,
+        even: bool = False,
     ) -> None:
         self.rows = rows
         self.order = order
@@ -65,6 +67,7 @@ class SampleBatches:
         self.encode = encode
         self.groups = groups
         self.partner = partner
+        self.even = even
         self._keeps = not draws and int(rows.lengths.sum()) <= _MOST_KEPT
         self._made: dict[int, Mapping[str, Ints]] = {}
 
@@ -96,6 +99,8 @@ class SampleBatches:
         lengths = self.rows.lengths[numbers]
         if others is not None:
             lengths = np.maximum(lengths, self.rows.lengths[others])
+        if self.even:
+            lengths = np.full_like(lengths, self.rows.lengths.max())
         return micro_batches(lengths, budget=self.tokens, world_size=self.world_size, packed=self.packed)
 
     def places(self, step: int, micro: Sequence[int] | None = None) -> list[tuple[int, int]]:
@@ -110,7 +115,7 @@ class SampleBatches:
 
     def _examples(self, step: int, numbers: Ints, group: Sequence[int]) -> list[Mapping[str, Ints]]:
         if not group:  # there are fewer rows than ranks
-            return [_unlearned(self._example(step, int(numbers[0]), 0))]
+            return [unlearned(self._example(step, int(numbers[0]), 0))]
         return [self._example(step, int(numbers[place]), place) for place in group]
 
     def _example(self, step: int, number: int, place: int) -> Mapping[str, Ints]:
@@ -125,7 +130,7 @@ class SampleBatches:
         return row_seed(self.order.seed, step * self.rows_per_step + place)
 
 
-def _unlearned(example: Mapping[str, Ints]) -> Mapping[str, Ints]:
+def unlearned(example: Mapping[str, Ints]) -> Mapping[str, Ints]:
     """The example with nothing to learn from it."""
     return {
         name: np.full_like(value, _UNLEARNED) if name.startswith("targets") else value

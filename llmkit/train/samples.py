@@ -26,6 +26,7 @@ from llmkit.objectives.base import Batch, Example, Material, Objective, size_of
 from llmkit.plan import Plan
 from llmkit.recipe.schema import Finetune
 from llmkit.registry import goal_of
+from llmkit.train.even import Even, is_even
 from llmkit.train.job import Job
 from llmkit.train.loop import POSITIONS, MicroBatch
 from llmkit.train.sending import send
@@ -112,6 +113,8 @@ class SampleFeed:
         self._mixing: Mixing | None = None
         if section.loss.mixup:
             self._mixing = Mixing(self._encode, data.train, section.loss.mixup, data.groups)
+        alike = is_even(objective, plan, packed=self._packed) and taught is None and self._mixing is None
+        self._even = Even.of(objective, data.train, plan.micro_batch_tokens) if alike else None
         self._batches: SampleBatches | None = None
 
     def steps(self, order: RowOrder, start: int, stop: int, *, workers: int = 0) -> Prefetcher:
@@ -126,7 +129,7 @@ class SampleFeed:
             self._data.train,
             order,
             rows_per_step=self._plan.rows_per_step,
-            tokens=self._plan.micro_batch_tokens,
+            tokens=self._even.budget if self._even else self._plan.micro_batch_tokens,
             packed=self._packed,
             world_size=self._plan.layout.data_size,
             rank=self._plan.layout.data_rank(self._accelerator.process_index),
@@ -134,6 +137,7 @@ class SampleFeed:
             draws=self._draws,
             partner=self._mixing.partner if self._mixing else None,
             groups=self._data.groups.rows if self._data.groups else None,
+            even=self._even is not None,
         )
 
     def in_order(self, steps: Prefetcher) -> Callable[[int], list[MicroBatch]]:
@@ -196,11 +200,15 @@ class SampleFeed:
             example = mixed(example, example, 0.5)
         if self._taught is not None:
             example = made_up(example, self._taught.top_k, self._taught.outputs)
+        if self._even is not None:
+            return self._batch(self._even.filled([example] * self._even.rows))
         return self._batch([example] * min(times, self._plan.rows_per_step))
 
     def _counted(self, examples: Sequence[Example]) -> Batch:
         """A batch with the number of its positions, for the speed."""
         positions = sum(size_of(self._objective, example) for example in examples)
+        if self._even is not None:
+            examples = self._even.filled(examples)
         return {**self._batch(examples), POSITIONS: torch.tensor(positions)}
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
