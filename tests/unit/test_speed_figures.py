@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmkit.models import peak
-from llmkit.train import loop, pretrain
+from llmkit.train import loop, watching
 
 
 def test_speed_counts_steps_and_leaves_out_what_lies_between(monkeypatch):
@@ -25,9 +25,9 @@ def test_speed_counts_steps_and_leaves_out_what_lies_between(monkeypatch):
 
 
 def test_mfu_is_flops_done_over_flops_possible(monkeypatch):
-    monkeypatch.setattr(pretrain, "measure_peak_flops", lambda device, dtype: 2e12)
+    monkeypatch.setattr(watching, "measure_peak_flops", lambda device, dtype: 2e12)
     plan = SimpleNamespace(precision="fp32", flops_per_token=6_000_000, world_size=2)
-    figures = pretrain._speed_watcher(plan, torch.device("cpu"))(100_000.0)
+    figures = watching.speed_watcher(plan, torch.device("cpu"))(100_000.0)
     assert figures["mfu"] == pytest.approx(100_000 * 6e6 / (2 * 2e12))  # 0.15
     assert figures["memory_bytes"] > 50e6
 
