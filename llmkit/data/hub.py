@@ -1,7 +1,6 @@
 """Data sets by name, streamed with `datasets`; we check each row, for `datasets` lets anything pass."""
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from llmkit.data.places import Fault, Faults, FileFault
 from llmkit.data.remote import without_secrets
 from llmkit.data.tables import checked_text, pick
 from llmkit.errors import DataError, MissingError
+from llmkit.hub import network_errors
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,6 @@ def _commit(name: str) -> str:
     except network_errors() as error:
         raise _out_of_reach(name, error) from error
     return str(commit)
-
-
-def network_errors() -> tuple[type[Exception], ...]:
-    """What asking the Hub can raise; its HTTP client has changed before, so whichever is loaded counts."""
-    clients = [sys.modules[name] for name in ("httpx", "httpx2", "requests") if name in sys.modules]
-    return (OSError, *(client.HTTPError for client in clients if hasattr(client, "HTTPError")))
 
 
 def _name_and_config(dataset: str) -> tuple[str, str]:

@@ -29,9 +29,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedModel
 
-from llmkit.data import hub
 from llmkit.errors import DataError, LlmkitError, MissingError, UsageError
 from llmkit.evaluate.requests import Request, Scorer
+from llmkit.hub import network_errors
 from llmkit.registry import nearest
 
 Told = Callable[[int], object]
@@ -288,7 +288,7 @@ def ask(
             )
         except LlmkitError:
             raise
-        except hub.network_errors() as error:
+        except network_errors() as error:
             raise MissingError(
                 f"the data of {', '.join(names)} are out of reach ({_first_line(error)})",
                 hint="go online once, or give tasks on local data: eval.harness.include=FOLDER",

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from llmkit.errors import MissingError, UsageError
+from llmkit.hub import local_only
 from llmkit.models.trust import check_trust
 from llmkit.models.unpacked import check_package, is_packed, unpack, without_bars
 from llmkit.plan import model_fields
@@ -257,7 +257,7 @@ def kind_of(name: str) -> ModelKind:
     Raises:
         OSError: There is no such model.
     """
-    return kind_of_config(PretrainedConfig.get_config_dict(name)[0])
+    return kind_of_config(PretrainedConfig.get_config_dict(name, local_files_only=local_only(name))[0])
 
 
 def load_weights(name: str, kind: ModelKind, *, trusted: bool) -> PreTrainedModel:
@@ -276,7 +276,8 @@ def load_weights(name: str, kind: ModelKind, *, trusted: bool) -> PreTrainedMode
         OSError: There is no such model.
     """
     check_trust(name, trusted=trusted)
-    packed = is_packed(PretrainedConfig.get_config_dict(name)[0])
+    local = local_only(name)
+    packed = is_packed(PretrainedConfig.get_config_dict(name, local_files_only=local)[0])
     if packed:
         check_package()
     # Else a model without safetensors is sent to a converter elsewhere, and its answer taken for the model.
@@ -289,7 +290,7 @@ def load_weights(name: str, kind: ModelKind, *, trusted: bool) -> PreTrainedMode
             output_loading_info=True,
             use_safetensors=True,
             weights_only=True,
-            local_files_only=Path(name).exists(),
+            local_files_only=local,
         )
         _left_out[model] = check_loaded(name, info)
         if packed:

@@ -7,6 +7,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from llmkit.errors import MissingError
+from llmkit.hub import local_only
 from llmkit.models.build import make_config, max_length, new_model
 from llmkit.models.trust import check_code
 from llmkit.plan import ModelShape
@@ -117,8 +118,10 @@ def _field(config: PretrainedConfig, *names: str, default: int) -> int:
 
 def _named_config(name: str, *, trusted: bool) -> PretrainedConfig:
     try:
-        check_code(name, PretrainedConfig.get_config_dict(name)[0], trusted=trusted)
-        return AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+        local = local_only(name)
+        fields, _ = PretrainedConfig.get_config_dict(name, local_files_only=local)
+        check_code(name, fields, trusted=trusted)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trusted, local_files_only=local)
     except (OSError, ValueError) as error:
         raise MissingError(
             f"model.name: {name!r} cannot be found ({str(error).splitlines()[0]})",

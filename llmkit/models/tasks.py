@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llmkit.errors import MissingError, UsageError
+from llmkit.hub import local_only
 from llmkit.models.build import AUTO_CLASSES, align, max_length, set_dropout
 from llmkit.models.trust import check_trust
 from llmkit.models.unpacked import check_package, is_packed, unpack, without_bars
@@ -76,7 +76,7 @@ def build_task_model(
                 use_safetensors=True,
                 weights_only=True,
                 ignore_mismatched_sizes=True,  # a head for other labels; `_new_weights` looks that it is one
-                local_files_only=Path(folder).exists(),
+                local_files_only=local_only(folder),
             )
     except OSError as error:
         raise _not_there(folder, error) from error
@@ -151,7 +151,7 @@ def longest_input(folder: str, *, trusted: bool = False) -> int | None:
     _check_trust(folder, trusted=trusted)
     try:
         config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trusted, local_files_only=Path(folder).exists()
+            folder, trust_remote_code=trusted, local_files_only=local_only(folder)
         )
     except (OSError, ValueError) as error:
         raise _not_there(folder, error) from error
@@ -182,7 +182,7 @@ def _config(
         more = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
     try:
         config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trusted, local_files_only=Path(folder).exists(), **more
+            folder, trust_remote_code=trusted, local_files_only=local_only(folder), **more
         )
     except (OSError, ValueError) as error:
         raise _not_there(folder, error) from error

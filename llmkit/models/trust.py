@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from llmkit.errors import UsageError
+from llmkit.hub import local_only
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -26,12 +27,12 @@ def check_trust(name: str, *, trusted: bool) -> None:
         UsageError: Names what it brings, and what would work.
         OSError: There is no such model.
     """
-    is_folder = Path(name).exists()
-    fields, _ = PretrainedConfig.get_config_dict(name, local_files_only=is_folder)
+    local = local_only(name)
+    fields, _ = PretrainedConfig.get_config_dict(name, local_files_only=local)
     check_code(name, fields, trusted=trusted)
-    if is_folder:
+    if Path(name).exists():
         _check_files(Path(name))
-    _check_index(name, local=is_folder)
+    _check_index(name, local=local)
 
 
 def check_code(name: str, fields: Mapping[str, Any], *, trusted: bool) -> None:

@@ -14,6 +14,7 @@ from llmkit.data.records.record import Record
 from llmkit.data.records.separated import csv_fields, table_records, tsv_fields
 from llmkit.data.remote import RemoteFile
 from llmkit.errors import DataError
+from llmkit.hub import network_errors
 from llmkit.recipe.labelled import Labelled
 from llmkit.recipe.schema import Source
 
@@ -196,7 +197,7 @@ def _of_dataset(data: Labelled, base: Path, tally: Tally) -> Iterator[Record]:
         named = _class_names(rows.features.to_dict() if rows.features is not None else {})
         for number, fields in enumerate(rows):
             yield Record(f"{data.dataset}:{data.split}:{number}", _named(fields, named))
-    except hub.network_errors() as error:
+    except network_errors() as error:
         raise hub._out_of_reach(data.dataset, error) from error
     except DataError:
         raise

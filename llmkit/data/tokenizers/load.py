@@ -7,8 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, processors
 
-from llmkit.data.hub import network_errors
 from llmkit.errors import DataError, MissingError
+from llmkit.hub import local_only
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -165,10 +165,10 @@ def load_tokenizer(name_or_folder: str) -> Any:
             hint="make it with `llmkit tokenize RECIPE`, or name another folder or a tokenizer on the Hub",
         )
     where = str(folder) if is_folder else name_or_folder
-    offline = not is_folder and not _answers(name_or_folder)
+    local = local_only(where)
     try:
-        _refuse_code(name_or_folder, get_tokenizer_config(where, local_files_only=offline))
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=offline)
+        _refuse_code(name_or_folder, get_tokenizer_config(where, local_files_only=local))
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=local)
     except ImportError as error:
         raise MissingError(f"tokenizer {name_or_folder!r} needs a package: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -188,21 +188,6 @@ def _refuse_code(name: str, config: dict[str, Any]) -> None:
             "and llmkit runs no code that comes with a tokenizer",
             hint="where tokenizer.json says it all, take `auto_map` out of tokenizer_config.json",
         )
-
-
-def _answers(name: str) -> bool:
-    """Whether the Hub can be asked; where it cannot, transformers would try again and again for a minute."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().model_info(name, timeout=20)
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        return True  # what transformers says about it is good
-    except network_errors():
-        return False
-    except ValueError:
-        return False
-    return True
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
