@@ -63,14 +63,21 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(tmp_path, changes):
     assert losses(whole, "eval/loss") == losses(folder, "eval/loss")
 
 
+NEVER = {**SLOW, "pretrain__checkpoint__every": "never"}  # so what is there, a signal saved
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """The weights of a run that nothing happened to."""
+    return weights(pretrain(tmp_path_factory.mktemp("untouched"), **NEVER))
+
+
 @pytest.mark.parametrize(
     ("signum", "code"),
     [(signal.SIGTERM, 75), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow), (signal.SIGINT, 130)],
 )
-def test_a_signal_saves_and_leaves_with_its_code_and_the_same_command_goes_on(tmp_path, signum, code):
-    never = {**SLOW, "pretrain__checkpoint__every": "never"}  # so what is there, the signal saved
-    whole = pretrain(tmp_path, "whole", **never)
-    words = command(tmp_path, "stopped", **never)
+def test_a_signal_saves_and_leaves_with_its_code_and_the_same_command_goes_on(tmp_path, untouched, signum, code):
+    words = command(tmp_path, "stopped", **NEVER)
     folder = tmp_path / "runs" / "stopped" / "pretrain"
     process = start(words)
     deadline = time.monotonic() + 120
@@ -85,7 +92,7 @@ def test_a_signal_saves_and_leaves_with_its_code_and_the_same_command_goes_on(tm
     (saved,) = (folder / "checkpoints").glob("step_*")
     verify_folder(saved)
     run_to_the_end(words)
-    assert same_bits(weights(whole), weights(folder))
+    assert same_bits(untouched, weights(folder))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +143,7 @@ def test_what_does_not_matter_may_change(tmp_path):
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text('{"num_steps": 7}')])
 def test_the_numbers_a_run_began_with_stand_in_its_checkpoints(tmp_path, damage):
     """A length in seconds is settled once, by measuring: measured again it would be another run."""
-    timed = {"pretrain__train__length": "3s", "pretrain__checkpoint": {"every": "20%", "keep": 10}}
+    timed = {"pretrain__train__length": "1s", "pretrain__checkpoint": {"every": "20%", "keep": 10}}
     whole = pretrain(tmp_path, **timed)
     before, steps = weights(whole), max(losses(whole))
     (whole / "model" / "manifest.json").unlink()

@@ -217,18 +217,17 @@ def test_fewer_rows_or_another_context_do_not_change_the_card(folder, run):
     assert (report["plain"], report["sampled"]) == (True, False)
 
 
-def test_two_processes_find_exactly_what_one_does(folder, run):
+@pytest.mark.parametrize("processes", ["2", pytest.param("3", marks=pytest.mark.slow)])
+def test_several_processes_find_exactly_what_one_does(folder, run, capsys, processes):
     """Eleven windows in batches of eight: the last batch does not divide."""
-    words = [sys.executable, "-m", "llmkit", "eval", "tiny", "--runs", str(folder / "runs"), "--json"]
-    words += ["eval.rows=11"]
-    found = []
-    for more in ([], ["--processes", "2"], ["--processes", "3"]):
-        process = start([*words, *more])
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        found.append(json.loads(out))
-    assert found[0] == found[1] == found[2]
-    assert found[0]["metrics"]["num_targets"] > 0
+    words = ["eval", "tiny", "--runs", str(folder / "runs"), "--json", "eval.rows=11"]
+    assert main(words) == 0
+    alone = json.loads(capsys.readouterr().out)
+    process = start([sys.executable, "-m", "llmkit", *words, "--processes", processes])
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert json.loads(out) == alone
+    assert alone["metrics"]["num_targets"] > 0
 
 
 def test_a_gate_that_does_not_hold_ends_the_command_with_4_after_its_result(folder, run, capsys):
