@@ -10,7 +10,7 @@ import numpy as np
 
 from llmkit.data.loader import Encode, StepExamples, evenly_spaced
 from llmkit.data.order import RowOrder
-from llmkit.data.packing import micro_batches
+from llmkit.data.packing import Groups, micro_batches
 from llmkit.data.rows import Ints
 from llmkit.data.samples import LabelledRow, RowStore, Samples
 from llmkit.data.seeds import held_out_seed, row_seed
@@ -38,7 +38,7 @@ class SampleBatches:
         encode: What is made of each row.
         draws: Whether chance decides what is made of a row; where not, it is made once and kept.
         partner: The seed of a row -> the number of another that `encode` mixes into it, so that both need room.
-        even: Whether each row takes the room of the longest, so that micro-batches have as many rows.
+        share: Lengths of a step's rows and the number of ranks -> its micro-batches; None: by `tokens` and `packed`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SampleBatches:
         draws: bool = False,
         groups: Sequence[Ints] | None = None,
         partner: Callable[[int], int] | None = None,
-        even: bool = False,
+        share: Callable[[Ints, int], Groups] | None = None,
     ) -> None:
         self.rows = rows
         self.order = order
@@ -67,7 +67,7 @@ class SampleBatches:
         self.encode = encode
         self.groups = groups
         self.partner = partner
-        self.even = even
+        self.share = share
         self._keeps = not draws and int(rows.lengths.sum()) <= _MOST_KEPT
         self._made: dict[int, Mapping[str, Ints]] = {}
 
@@ -99,8 +99,8 @@ class SampleBatches:
         lengths = self.rows.lengths[numbers]
         if others is not None:
             lengths = np.maximum(lengths, self.rows.lengths[others])
-        if self.even:
-            lengths = np.full_like(lengths, self.rows.lengths.max())
+        if self.share is not None:
+            return self.share(lengths, self.world_size)
         return micro_batches(lengths, budget=self.tokens, world_size=self.world_size, packed=self.packed)
 
     def places(self, step: int, micro: Sequence[int] | None = None) -> list[tuple[int, int]]:

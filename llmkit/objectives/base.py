@@ -266,6 +266,18 @@ class LooksAhead(Protocol):
 
 
 @runtime_checkable
+class Lines(Protocol):
+    """A task whose examples can stand behind each other in a line, and that collates such lines as they are."""
+
+    def line(self, examples: Sequence[Example], width: int) -> Example:
+        """The examples, none or some, in one line of `width` tokens: an example itself.
+
+        What is left of the line is filled up as one more example, of which nothing is learned.
+        """
+        ...
+
+
+@runtime_checkable
 class Refers(Protocol):
     """A task that compares the model with what it was when training began.
 

@@ -87,11 +87,21 @@ class Sft:
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Lines [L, N] with `position_ids` that restart in each conversation; or [B, T], filled up on the right.
 
-        What fills up is told by its place alone: no target is there, and no target sees it.
+        What fills up is told by its place alone: no target is there, and no target sees it. Examples that are lines
+        already, by `line`, stay as they are.
         """
-        batch = in_lines(examples, self._fills["input_ids"]) if self._pack else padded(examples, self._fills)
+        if self._pack and "position_ids" in examples[0]:
+            batch = _stacked(examples)
+        elif self._pack:
+            batch = in_lines(examples, self._fills["input_ids"])
+        else:
+            batch = padded(examples, self._fills)
         batch[TARGETS] = (batch["targets"] != NOT_LEARNED).sum()
         return batch
+
+    def line(self, examples: Sequence[Example], width: int) -> Example:
+        """Conversations behind each other, filled up to `width` tokens; see `Lines`."""
+        return _line(examples, width, self._fills["input_ids"])
 
     def loss(self, model: "PreTrainedModel", batch: Batch, criterion: Criterion = cross_entropy) -> Loss:
         """Sum of the learned tokens' negative log-likelihood. Logits are made in chunks, for targets only."""
@@ -158,7 +168,10 @@ def in_lines(examples: Sequence[Example], pad_id: int, longest: int = LINE) -> d
     width = max(sum(lengths[number] for number in bin) for bin in bins)
     unit = min(_ROUNDEST, 2 ** max(0, width.bit_length() - 6))
     width = unit * math.ceil(width / unit)
-    lines = [_line([examples[number] for number in sorted(bin)], width, pad_id) for bin in bins]
+    return _stacked([_line([examples[number] for number in sorted(bin)], width, pad_id) for bin in bins])
+
+
+def _stacked(lines: Sequence[Example]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.stack([line[name] for line in lines])) for name in lines[0]}
 
 

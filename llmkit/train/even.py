@@ -2,17 +2,25 @@
 
 Each has as many rows, and beside them a few of which nothing is learned but that are as long as any: what fills a batch
 up to its longest row then fills all batches up to the same length, in every part that a task has, whatever it is.
+Packed rows stand in as many lines of one width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
+from llmkit.data.packing import Groups, micro_batches
+from llmkit.data.rows import Ints
 from llmkit.data.sample_batches import unlearned
 from llmkit.data.samples import Samples
-from llmkit.objectives.base import Example, LooksAhead, Objective
+from llmkit.objectives.base import Example, Lines, LooksAhead, Objective
+from llmkit.objectives.sft import LINE
 from llmkit.plan import Plan
+
+_UNIT = 64
+"""Widths are a multiple of it, as kernels like them."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,10 @@ class Even:
         longest = int(rows.lengths.max())
         return cls(max(1, tokens // longest - len(fillers)), longest, fillers)
 
-    @property
-    def budget(self) -> int:
-        """Tokens of a micro-batch, where each row counts as the longest."""
-        return self.rows * self.longest
+    def share(self, lengths: Ints, world_size: int) -> Groups:
+        """The micro-batches of a step's rows, where each takes the room of the longest."""
+        room, budget = np.full_like(lengths, self.longest), self.rows * self.longest
+        return micro_batches(room, budget=budget, world_size=world_size, packed=False)
 
     def filled(self, examples: Sequence[Example]) -> list[Example]:
         """The examples of a micro-batch, and what makes it like all others."""
@@ -53,13 +61,62 @@ class Even:
         return [*examples, *[self.fillers[0]] * spare, *self.fillers]
 
 
-def is_even(objective: Objective, plan: Plan, *, packed: bool) -> bool:
-    """Whether a run's micro-batches are made alike: a compiled model's are.
+@dataclass(frozen=True)
+class EvenLines:
+    """How micro-batches of packed rows are made alike: as many lines of one width each.
 
-    Lines of packed rows have nothing to fill up; a task that compares a row with all others would count the fillers
-    among them.
+    Attributes:
+        objective: Puts rows in lines.
+        width: Tokens of a line. Every line ends with at least one that fills it up, so that in each of them several
+            examples are kept apart.
+        lines: Of a micro-batch.
+        rows: Of the longest, in a micro-batch.
     """
-    return plan.compile and not packed and not (isinstance(objective, LooksAhead) and objective.looks_ahead)
+
+    objective: Lines
+    width: int
+    lines: int
+    rows: int
+
+    @classmethod
+    def of(cls, objective: Lines, rows: Samples, tokens: int) -> "EvenLines":
+        """For these rows, in micro-batches of so many tokens, or of the longest row's."""
+        longest = int(rows.lengths.max())
+        needed = -(-(longest + 1) // _UNIT) * _UNIT
+        width = max(needed, min(tokens, LINE) // _UNIT * _UNIT)
+        lines = max(1, tokens // width)
+        return cls(objective, width, lines, lines * ((width - 1) // longest))
+
+    def share(self, lengths: Ints, world_size: int) -> Groups:
+        """The micro-batches of a step's rows: as few lines as are found, dealt out in equal numbers."""
+        bins = self._in_lines(lengths)
+        shares = [list(chain(*bins[first : first + self.lines])) for first in range(0, len(bins), self.lines)]
+        return shares + [[] for _ in range(-len(shares) % world_size)]
+
+    def _in_lines(self, lengths: Sequence[int] | Ints) -> Groups:
+        return micro_batches(lengths, budget=self.width - 1, world_size=1, packed=True)
+
+    def filled(self, examples: Sequence[Example]) -> list[Example]:
+        """The lines of a micro-batch whose rows fit into as many.
+
+        Rows that were put in lines together with others go into as few without them: each goes where it went before.
+        """
+        bins = self._in_lines([len(example["input_ids"]) for example in examples])
+        assert len(bins) <= self.lines
+        bins += [[] for _ in range(self.lines - len(bins))]
+        return [self.objective.line([examples[n] for n in sorted(bin)], self.width) for bin in bins]
+
+
+def make_even(objective: Objective, rows: Samples, plan: Plan, *, packed: bool) -> Even | EvenLines | None:
+    """How a run's micro-batches are made alike: a compiled model's are. None: they are not.
+
+    A task that compares a row with all others would count what fills up among them.
+    """
+    if not plan.compile or (isinstance(objective, LooksAhead) and objective.looks_ahead):
+        return None
+    if not packed:
+        return Even.of(objective, rows, plan.micro_batch_tokens)
+    return EvenLines.of(objective, rows, plan.micro_batch_tokens) if isinstance(objective, Lines) else None
 
 
 def fillers_of(objective: Objective, rows: Samples) -> list[Example]:

@@ -26,7 +26,7 @@ from llmkit.objectives.base import Batch, Example, Material, Objective, size_of
 from llmkit.plan import Plan
 from llmkit.recipe.schema import Finetune
 from llmkit.registry import goal_of
-from llmkit.train.even import Even, is_even
+from llmkit.train.even import make_even
 from llmkit.train.job import Job
 from llmkit.train.loop import POSITIONS, MicroBatch
 from llmkit.train.sending import send
@@ -113,8 +113,8 @@ class SampleFeed:
         self._mixing: Mixing | None = None
         if section.loss.mixup:
             self._mixing = Mixing(self._encode, data.train, section.loss.mixup, data.groups)
-        alike = is_even(objective, plan, packed=self._packed) and taught is None and self._mixing is None
-        self._even = Even.of(objective, data.train, plan.micro_batch_tokens) if alike else None
+        alike = taught is None and self._mixing is None
+        self._even = make_even(objective, data.train, plan, packed=self._packed) if alike else None
         self._batches: SampleBatches | None = None
 
     def steps(self, order: RowOrder, start: int, stop: int, *, workers: int = 0) -> Prefetcher:
@@ -129,7 +129,7 @@ class SampleFeed:
             self._data.train,
             order,
             rows_per_step=self._plan.rows_per_step,
-            tokens=self._even.budget if self._even else self._plan.micro_batch_tokens,
+            tokens=self._plan.micro_batch_tokens,
             packed=self._packed,
             world_size=self._plan.layout.data_size,
             rank=self._plan.layout.data_rank(self._accelerator.process_index),
@@ -137,7 +137,7 @@ class SampleFeed:
             draws=self._draws,
             partner=self._mixing.partner if self._mixing else None,
             groups=self._data.groups.rows if self._data.groups else None,
-            even=self._even is not None,
+            share=self._even.share if self._even else None,
         )
 
     def in_order(self, steps: Prefetcher) -> Callable[[int], list[MicroBatch]]:

@@ -76,7 +76,9 @@ def untouched(tmp_path_factory):
     ("signum", "code"),
     [(signal.SIGTERM, 75), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow), (signal.SIGINT, 130)],
 )
-def test_a_signal_saves_and_leaves_with_its_code_and_the_same_command_goes_on(tmp_path, untouched, signum, code):
+def test_a_signal_saves_and_leaves_with_its_code_and_the_same_command_goes_on(
+    tmp_path, untouched, signum, code
+):
     words = command(tmp_path, "stopped", **NEVER)
     folder = tmp_path / "runs" / "stopped" / "pretrain"
     process = start(words)

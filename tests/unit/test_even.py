@@ -1,22 +1,28 @@
 """Fine-tuning a compiled model: micro-batches of one shape, no new form after the second step, and the same learned."""
 
 from functools import cache
+from itertools import chain
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import training
 import tuning
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from llmkit.models import kernels
-from llmkit.train import loop
+from llmkit.train import even, loop
+from llmkit.train.even import EvenLines
 
 NOT_EVEN = ("embed", "kto", "mixup")
 """Tasks and losses whose micro-batches keep many shapes: they compare rows, or mix them."""
 QUICK = ("regression",)
 EACH = [
     pytest.param(task, marks=() if task in QUICK else pytest.mark.slow)
-    for task in (*tuning.TASKS, *tuning.VARIANTS)
+    for task in (*tuning.TASKS, *tuning.VARIANTS, "sft-packed")
     if task not in NOT_EVEN
 ]
 
@@ -43,13 +49,16 @@ def forms(monkeypatch):
 
 def changes_of(task):
     """No dropout, for masks depend on shapes; more than one micro-batch a step, and rows of a mask."""
-    more = {"finetune__sft": {"pack": False}} if task == "sft" else {}
-    return {"finetune__model__dropout": 0.0, "machine__micro_batch": 4, **more}
+    packed = task == "sft-packed"
+    more = {"finetune__sft": {"pack": packed}} if task.startswith("sft") else {}
+    # In lines, rows of a mask are fewer.
+    return {"finetune__model__dropout": 0.0, "machine__micro_batch": 2 if packed else 4, **more}
 
 
 @pytest.mark.parametrize("task", EACH)
 def test_a_compiled_task_has_one_shape_and_learns_the_same(task, tmp_path, forms):
     changes = changes_of(task)
+    task = task.removesuffix("-packed")
     plain = tuning.finetune(tmp_path, task, "plain", **changes)
     many = set().union(*(shapes for _, shapes in forms))
     assert len(many) > 1, "nothing to make alike"
@@ -70,3 +79,39 @@ def test_a_compiled_task_has_one_shape_and_learns_the_same(task, tmp_path, forms
 def test_rows_that_are_compared_with_all_others_keep_their_shapes(tmp_path, forms):
     tuning.finetune(tmp_path, "embed", "compiled", machine__compile=True, **changes_of("embed"))
     assert len(set().union(*(shapes for _, shapes in forms))) > 1
+
+
+class InLines:
+    """Stands for a task: a line is the lengths of what is in it."""
+
+    def line(self, examples, width):
+        used = sum(len(example["input_ids"]) for example in examples)
+        assert used < width, "a place is left in each line"
+        return {"lengths": [len(example["input_ids"]) for example in examples]}
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=60),
+    tokens=st.integers(1, 1200),
+    world_size=st.integers(1, 4),
+    line=st.sampled_from([128, 256, 4096]),
+)
+def test_packed_rows_stand_in_as_many_lines_of_one_width_whatever_they_are(lengths, tokens, world_size, line):
+    rows = SimpleNamespace(lengths=np.array(lengths))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(even, "LINE", line)
+        made = EvenLines.of(InLines(), rows, tokens)
+    assert made.width > max(lengths)
+    assert made.width % 64 == 0
+    assert made.width * made.lines <= max(tokens, made.width)
+    shares = made.share(rows.lengths, world_size)
+    assert sorted(chain(*shares)) == list(range(len(lengths))), "each row once"
+    assert len(shares) % world_size == 0
+    for share in shares:
+        examples = [{"input_ids": np.zeros(lengths[number])} for number in share or [0]]
+        lines = made.filled(examples)
+        assert len(lines) == made.lines
+        assert sum(len(line["lengths"]) for line in lines) == len(examples)
+    longest = [{"input_ids": np.zeros(max(lengths))}] * made.rows
+    assert len(made.filled(longest)) == made.lines
