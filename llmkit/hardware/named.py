@@ -202,6 +202,11 @@ def known_names() -> list[str]:
 
 
 def _unknown(text: str, name: str) -> UsageError:
+    turned = re.fullmatch(r"(.+?)[x:*](\d+)", name)
+    if turned and _plain(turned[1]) in _BY_NAME:  # others write the number behind the name
+        return UsageError(
+            f"--on {text!r}: the number stands before the name", hint=f"--on {turned[2]}x{turned[1]}"
+        )
     guess = nearest(name, [*known_names(), *(each for row in ACCELERATORS for each in row.names)])
     hint = f"did you mean {guess}? " if guess else ""
     return UsageError(

@@ -194,6 +194,11 @@ def _named(path: Path) -> str:
 def _not_a_section(path: Path, node: Node, key: str) -> Problem:
     what = "a list" if isinstance(node.value, list) else f"`{shown(node.plain())}`"
     hint = f"its keys are {', '.join(fields.keys_of(key))}"
+    words = fields.enum_values(fields.accepts(key))
+    if words and isinstance(node.value, str):  # one word is enough here, or the section
+        close = nearest(node.value, words)
+        message = f"{_named(path)}{what} is not one of {', '.join(words)}, nor a section (keys and values)"
+        return Problem(node.spot, message, f"did you mean `{close}`?" if close else hint)
     return Problem(node.spot, f"{_named(path)}{what} stands where a section (keys and values) belongs", hint)
 
 

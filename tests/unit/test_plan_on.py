@@ -57,6 +57,8 @@ def test_hardware_by_name(name, found):
         ("12xH100", "--on 1x12xH100 or 2x6xH100"),
         ("13xH100", "--on 1x13xH100"),
         ("toaster", "known: GB200"),
+        ("H100x8", "--on 8xH100"),
+        ("A100-40GB:4", "--on 4xA100-40GB"),
         ("0xH100", "not a number from 1"),
         ("99999999xH100", "not a number from 1"),
         ("3x3x3xH100", "no accelerator"),
