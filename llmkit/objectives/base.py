@@ -278,6 +278,15 @@ class Lines(Protocol):
 
 
 @runtime_checkable
+class Extends(Protocol):
+    """A task whose examples become several rows of a batch, so that their arrays do not say how long those are."""
+
+    def extents(self, example: Example) -> Mapping[str, int]:
+        """How long each part of it is, and as `num_...` how many rows."""
+        ...
+
+
+@runtime_checkable
 class Refers(Protocol):
     """A task that compares the model with what it was when training began.
 

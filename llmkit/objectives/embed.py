@@ -133,6 +133,11 @@ class Embedding:
         """Tokens of all texts of a row, each as long as the longest."""
         return len(example["lengths"]) * int(example["lengths"].max())
 
+    def extents(self, example: Example) -> dict[str, int]:
+        """The length of the anchor and of the longest document, and how many documents there are."""
+        anchor, *documents = example["lengths"].tolist()
+        return {"anchor": anchor, "document": max(documents, default=0), "num_documents": len(documents)}
+
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Stack anchors to `anchor_ids` [B, T] and documents to `document_ids` [M, T], each with its mask.
 
@@ -319,10 +324,11 @@ def _of_rows(seen: Mapping[str, torch.Tensor], batch: Batch) -> list[Any]:
 
 
 def _right_keys(seen: Sequence[Mapping[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] each: the key of every anchor, and that of its document."""
+    """[N] each: the key of every anchor, and that of its document; of a row that only fills up, the anchor's own."""
     anchors_N = torch.cat([one["anchor_keys"] for one in seen])
     documents_N = torch.cat([one["document_keys"][one["positive"]] for one in seen])
-    return anchors_N, documents_N
+    learned_N = torch.cat([one["targets"] for one in seen]) != NOT_LEARNED
+    return anchors_N, documents_N.where(learned_N, anchors_N)
 
 
 def _same(

@@ -5,17 +5,18 @@ up to its longest row then fills all batches up to the same length, in every par
 Packed rows stand in as many lines of one width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
+from llmkit.data.augment.mixing import mixed
 from llmkit.data.packing import Groups, micro_batches
 from llmkit.data.rows import Ints
 from llmkit.data.sample_batches import unlearned
 from llmkit.data.samples import Samples
-from llmkit.objectives.base import Example, Lines, LooksAhead, Objective
+from llmkit.objectives.base import Example, Extends, Lines, Objective
 from llmkit.objectives.sft import LINE
 from llmkit.plan import Plan
 
@@ -38,15 +39,23 @@ class Even:
     fillers: Sequence[Example]
 
     @classmethod
-    def of(cls, objective: Objective, rows: Samples, tokens: int) -> "Even":
+    def of(cls, objective: Objective, rows: Samples, tokens: int, *, mixes: bool) -> "Even | None":
         """For these rows, which are all encoded once.
 
         Args:
             objective: The task.
             rows: Those to learn from.
             tokens: Of a micro-batch, at most.
+            mixes: Whether each row has another beside it.
+
+        Returns:
+            None where batches cannot be alike, as some rows take more lines of one than others.
         """
         fillers = fillers_of(objective, rows)
+        if fillers is None:
+            return None
+        if mixes:
+            fillers = [unlearned(mixed(filler, filler, 0.5)) for filler in fillers]
         longest = int(rows.lengths.max())
         return cls(max(1, tokens // longest - len(fillers)), longest, fillers)
 
@@ -107,26 +116,45 @@ class EvenLines:
         return [self.objective.line([examples[n] for n in sorted(bin)], self.width) for bin in bins]
 
 
-def make_even(objective: Objective, rows: Samples, plan: Plan, *, packed: bool) -> Even | EvenLines | None:
+def make_even(
+    objective: Objective, rows: Samples, plan: Plan, *, packed: bool, mixes: bool
+) -> Even | EvenLines | None:
     """How a run's micro-batches are made alike: a compiled model's are. None: they are not.
 
-    A task that compares a row with all others would count what fills up among them.
+    Args:
+        objective: The task.
+        rows: Those to learn from.
+        plan: The run's.
+        packed: Whether rows stand behind each other.
+        mixes: Whether each row has another beside it.
     """
-    if not plan.compile or (isinstance(objective, LooksAhead) and objective.looks_ahead):
+    if not plan.compile:
         return None
     if not packed:
-        return Even.of(objective, rows, plan.micro_batch_tokens)
+        return Even.of(objective, rows, plan.micro_batch_tokens, mixes=mixes)
     return EvenLines.of(objective, rows, plan.micro_batch_tokens) if isinstance(objective, Lines) else None
 
 
-def fillers_of(objective: Objective, rows: Samples) -> list[Example]:
-    """Of each part of the examples the longest there is, once each, with nothing to learn from it."""
-    longest: dict[str, Example] = {}
+def fillers_of(objective: Objective, rows: Samples) -> list[Example] | None:
+    """Of each part of the examples the longest there is, once each, with nothing to learn from it.
+
+    Returns:
+        None where examples make different numbers of rows.
+    """
+    longest: dict[str, tuple[int, Example]] = {}
     for number in range(len(rows)):
         example = objective.encode({**rows[number], "seed": 0})
-        for name, value in example.items():
-            if name not in longest or np.size(value) > np.size(longest[name][name]):
-                longest[name] = example
+        for name, extent in _extents(objective, example).items():
+            if number and name.startswith("num_") and extent != longest[name][0]:
+                return None
+            if name not in longest or extent > longest[name][0]:
+                longest[name] = extent, example
     # One that is the longest in several parts is needed once.
-    chosen = {id(example): example for example in longest.values()}
+    chosen = {id(example): example for _, example in longest.values()}
     return [unlearned(example) for example in chosen.values()]
+
+
+def _extents(objective: Objective, example: Example) -> Mapping[str, int]:
+    if isinstance(objective, Extends):
+        return objective.extents(example)
+    return {name: np.size(value) for name, value in example.items()}

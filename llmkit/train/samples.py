@@ -113,8 +113,10 @@ class SampleFeed:
         self._mixing: Mixing | None = None
         if section.loss.mixup:
             self._mixing = Mixing(self._encode, data.train, section.loss.mixup, data.groups)
-        alike = taught is None and self._mixing is None
-        self._even = make_even(objective, data.train, plan, packed=self._packed) if alike else None
+        self._even = None
+        if taught is None:
+            mixes = self._mixing is not None
+            self._even = make_even(objective, data.train, plan, packed=self._packed, mixes=mixes)
         self._batches: SampleBatches | None = None
 
     def steps(self, order: RowOrder, start: int, stop: int, *, workers: int = 0) -> Prefetcher:

@@ -1,5 +1,6 @@
 """Fine-tuning a compiled model: micro-batches of one shape, no new form after the second step, and the same learned."""
 
+import json
 from functools import cache
 from itertools import chain
 from types import SimpleNamespace
@@ -17,13 +18,10 @@ from llmkit.models import kernels
 from llmkit.train import even, loop
 from llmkit.train.even import EvenLines
 
-NOT_EVEN = ("embed", "kto", "mixup")
-"""Tasks and losses whose micro-batches keep many shapes: they compare rows, or mix them."""
 QUICK = ("regression",)
 EACH = [
     pytest.param(task, marks=() if task in QUICK else pytest.mark.slow)
     for task in (*tuning.TASKS, *tuning.VARIANTS, "sft-packed")
-    if task not in NOT_EVEN
 ]
 
 
@@ -76,9 +74,22 @@ def test_a_compiled_task_has_one_shape_and_learns_the_same(task, tmp_path, forms
 
 
 @pytest.mark.slow
-def test_rows_that_are_compared_with_all_others_keep_their_shapes(tmp_path, forms):
-    tuning.finetune(tmp_path, "embed", "compiled", machine__compile=True, **changes_of("embed"))
+def test_rows_with_other_numbers_of_texts_keep_their_shapes(tmp_path, forms):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = [
+        {
+            "anchor": f"where is {n}?",
+            "positive": f"{n}: in Rome",
+            "negatives": [f"in {n}" for _ in range(1 + n % 2)],
+        }
+        for n in range(60)
+    ]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {**changes_of("embed"), "finetune__data": {"files": str(folder / "texts.jsonl")}}
+    made = tuning.finetune(tmp_path, "embed", "compiled", machine__compile=True, **changes)
     assert len(set().union(*(shapes for _, shapes in forms))) > 1
+    assert len(training.losses(made)) == tuning.STEPS
 
 
 class InLines:

@@ -139,6 +139,18 @@ def test_equal_documents_and_documents_of_equal_anchors_are_no_wrong_answers(tok
     assert float(loss.total.detach()) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_row_that_only_fills_up_says_nothing_of_what_is_right(tokenizer, model):
+    """Were its document right for its anchor, that would be no wrong answer to a row of the step any more."""
+    embedding = task(tokenizer, temperature=1.0)
+    expected = embedding.loss(model, batch_of(embedding, ROWS[:2])).total
+    filler = embedding.encode({"anchor": ROWS[0]["anchor"], "positive": ROWS[1]["positive"]})
+    examples = [embedding.encode(row) for row in ROWS[:2]]
+    batch = embedding.collate([*examples, {**filler, "targets": np.array([NOT_LEARNED])}])
+    assert int(batch["num_targets"]) == 2
+    found = embedding.loss(model, batch).total
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
 def test_scored_pairs_learn_their_order_or_their_scores(tokenizer, model):
     cosines, scores = torch.tensor([0.2, 0.5, 0.4]), torch.tensor([3.0, 1.0, 2.0])
     # Above: first over second and third, third over second.
