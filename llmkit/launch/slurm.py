@@ -199,7 +199,10 @@ def _end() -> str:
         "# Killed by a signal that asks to stop: before the run listened, or when it was done. What is saved goes on.",
         f"case $code in {ExitCode.INTERRUPTED:d} | {_KILLED}) ;; *) exit $code ;; esac",
         "# Interrupted, and all is saved. One that is cancelled, or queued again by Slurm itself, does not run.",
-        'state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)',
+        "# The last task of an array has the whole array's number for its own: only with its task is it one job.",
+        'me="$SLURM_JOB_ID"',
+        '[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || me="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+        'state=$(squeue --noheader --jobs="$me" --format=%T 2>/dev/null)',
         '[ "$state" = RUNNING ] || exit $code',
         'note="$run/submit/.idle-$SLURM_JOB_ID"',
         'if [ "$(saved)" = "$before" ]; then idle=$(($(cat "$note" 2>/dev/null || echo 0) + 1)); else idle=0; fi',
@@ -208,8 +211,8 @@ def _end() -> str:
         f'  echo "llmkit: interrupted {IDLE_STARTS} times in a row before anything was saved; not queued again" >&2',
         "  exit $code",
         "fi",
-        'echo "llmkit: interrupted; job $SLURM_JOB_ID is queued again" >&2',
-        'scontrol requeue "$SLURM_JOB_ID"',
+        'echo "llmkit: interrupted; job $me is queued again" >&2',
+        'scontrol requeue "$me"',
         "exit $code",
     ]
     return "\n".join([*lines, ""])

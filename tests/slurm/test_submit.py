@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
+from llmkit.launch.slurm import Job, Task, script_of
 from llmkit.report.run_log import read_metrics
 
 pytestmark = [pytest.mark.timeout(3600)]
@@ -174,6 +175,39 @@ def test_at_its_time_limit_a_job_has_saved_and_is_queued_again(llmkit, cluster, 
     assert f"pretrain: from {saved.name}, " in said, said
     records = read_metrics(project / "runs" / "my" / "pretrain")
     assert [one["step"] for one in records] == list(range(0, 60 * len(records), 60))  # none lost, none twice
+
+
+@slow
+def test_each_task_of_an_array_is_queued_again_by_itself(cluster, tmp_path):
+    """Of stand-ins for training the last is interrupted, whose job has the array's number, when the others are done."""
+    stand_in = tmp_path / "train.sh"
+    stand_in.write_text("""
+mkdir -p "$1/checkpoints"
+echo >> "$1/starts"
+[ "${1##*/}" = last ] && [ "$(wc -l < "$1/starts")" = 1 ] || exit 0
+sleep 8
+mkdir "$1/checkpoints/step_1"
+exit 75
+""")
+    tasks = tuple(Task((str(tmp_path / name),), tmp_path / name) for name in ("first", "second", "last"))
+    job = Job(
+        name="array", program=("/bin/bash",), command=(str(stand_in),), tasks=tasks, folder=tmp_path,
+        log=tmp_path / "%A_%a.log", nodes=1, processes=1, gpus=0, cores=1, limit_s=600, lead_s=30,
+        is_timed=False, start="node", comment="",
+    )  # fmt: skip
+    script = tmp_path / "array.sbatch"
+    script.write_text(script_of(job))
+    number = cluster.call("sbatch", "--parsable", str(script)).strip()
+    end = time.monotonic() + 300
+    while not (tmp_path / "last/checkpoints/step_1").exists() or cluster.state(f"{number}_2") != "PENDING":
+        assert time.monotonic() < end, cluster.state(f"{number}_2")
+        time.sleep(0.2)
+    time.sleep(3)
+    cluster.call("scontrol", "update", f"JobId={number}_2", "StartTime=now")
+    cluster.wait(f"{number}_2", "COMPLETED", timeout=300)
+    starts = {task.run.name: (task.run / "starts").read_text().count("\n") for task in tasks}
+    assert starts == {"first": 1, "second": 1, "last": 2}
+    assert {cluster.state(f"{number}_{n}") for n in range(3)} == {"COMPLETED"}
 
 
 @slow

@@ -149,7 +149,7 @@ def test_the_script():
         job(settings=(("partition", "gpu"),), setup="module load cuda", env=(("PYTHONPATH", "/src"),))
     )
     assert made.startswith(GOLDEN)
-    assert 'scontrol requeue "$SLURM_JOB_ID"' in made[len(GOLDEN) :]
+    assert 'scontrol requeue "$me"' in made[len(GOLDEN) :]
 
 
 def test_one_task_a_process_has_no_agent():
@@ -175,17 +175,21 @@ def test_a_setting_that_is_ours_or_none_is_refused(setting):
 
 
 def run_script(
-    folder: Path, srun: str, *, state: str = "RUNNING", times: int = 1
+    folder: Path, srun: str, *, state: str = "RUNNING", times: int = 1, more: str = ""
 ) -> tuple[list[int], list[str]]:
-    """Run a job's script here with Slurm's commands played by shell functions; exit codes, and what was requeued."""
+    """Run a job's script here with Slurm's commands played by shell functions; exit codes, and what was requeued.
+
+    `more` are further commands before it. Only a job that is asked for by its own number runs.
+    """
     made = slurm.script_of(
         job(folder=folder, tasks=(slurm.Task((), folder / "run"),), program=("true",), nodes=1, limit_s=600)
     )
     play = f"""
 srun() {{ {srun}; }}
-squeue() {{ echo {state}; }}
+squeue() {{ case " $* " in *" --jobs=7 "* | *" --jobs=7_2 "*) echo {state};; esac; }}
 scontrol() {{ echo "$@" >> requeued; }}
 SLURM_CPUS_PER_TASK=1 SLURM_JOB_ID=7 SLURM_JOB_NUM_NODES=1
+{more}
 """
     path = folder / "job.sh"
     path.write_text(play + made)
@@ -213,6 +217,13 @@ SAVING = 'mkdir -p "run/pretrain/checkpoints/step_$RANDOM$RANDOM"; exit 75'
 def test_a_job_is_queued_again_only_when_that_is_of_use(tmp_path, srun, state, times, codes, requeues):
     found = run_script(tmp_path, srun, state=state, times=times)
     assert found == (codes, ["requeue 7"] * requeues)
+
+
+@pytest.mark.parametrize("number", [7, 9])
+def test_a_task_of_an_array_is_asked_for_and_queued_again_by_its_own_number(tmp_path, number):
+    """The last one's job has the number of the array; by that Slurm would take all tasks."""
+    more = f"SLURM_JOB_ID={number} SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=2"
+    assert run_script(tmp_path, SAVING, more=more) == ([75], ["requeue 7_2"])
 
 
 def test_a_signal_to_the_script_is_passed_on_and_the_end_is_waited_for(tmp_path):
