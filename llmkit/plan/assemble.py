@@ -13,6 +13,7 @@ from llmkit.plan.choices import (
     intervals,
     likely_seconds,
 )
+from llmkit.plan.communication import own_bytes
 from llmkit.plan.cost import Step, cost_of, seconds_of_step, whole_step
 from llmkit.plan.length import resolve_length
 from llmkit.plan.memory import Memory, Recompute
@@ -141,8 +142,9 @@ def assemble(decided: Decided, duration: Duration, **own: Any) -> Plan:
         own: Fields that only pre-training or only fine-tuning decides.
     """
     draft, layout, hardware, steps = decided.draft, decided.sharing.layout, decided.hardware, decided.steps
-    saved = int((4 + draft.state_bytes) * decided.num_trained)
-    mine = saved // layout.shard // layout.tensor
+    common = int((4 + draft.state_bytes) * decided.num_trained)
+    most, apiece = own_bytes(draft.machine.communication, decided.num_trained, draft.state_bytes, layout)
+    saved, mine = common + apiece, common // layout.shard // layout.tensor + most
     background, memory = choose_background_save(draft, decided.memory, mine, decided.world.local)
     timing = intervals(decided.wanted, steps, decided.rows, decided.row_tokens, decided.num_rows)
     return Plan(
@@ -178,7 +180,13 @@ def assemble(decided: Decided, duration: Duration, **own: Any) -> Plan:
         offload=draft.machine.offload,
         step_seconds=duration.parts,
         cost=cost_of(duration.range, decided.world.size, hardware),
-        disk_bytes=disk_of(decided.wanted, saved, 4 * decided.model.num_parameters),
+        disk_bytes=disk_of(
+            decided.wanted,
+            saved,
+            4 * decided.model.num_parameters,
+            steps=steps,
+            keep_every=timing["keep_every"][0],
+        ),
         activations=activations_by_policy(decided.model, decided.memory_of),
         price=hardware.price,
         **own,

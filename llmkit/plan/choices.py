@@ -283,6 +283,18 @@ def activations_by_policy(model: ModelShape, memory_of: Callable[[Recompute], Me
     return {how: memory_of(how).activations for how in (POLICIES if model.recomputes else POLICIES[:1])}
 
 
-def disk_of(wanted: Section, checkpoint: int, export: int) -> dict[str, int]:
-    """Bytes on disk: checkpoints at a time (those that are kept, and one that is being written), and the model."""
-    return {"checkpoints": checkpoint * (wanted.checkpoint.keep + 1), "model": export}
+def disk_of(
+    wanted: Section, checkpoint: int, export: int, *, steps: int | None, keep_every: int | None
+) -> dict[str, int]:
+    """Bytes on disk: checkpoints at a time at most, and the model.
+
+    Args:
+        wanted: Says how many checkpoints stay: the newest, the best, and those for good.
+        checkpoint: Bytes of one; another is being written.
+        export: Bytes of the model.
+        steps: Of the run; None where that is not known yet, and those that stay for good are left out.
+        keep_every: Those of every so many steps stay for good.
+    """
+    for_good = steps // keep_every if steps and keep_every else 0
+    count = wanted.checkpoint.keep + (wanted.checkpoint.keep_best is not None) + 1 + for_good
+    return {"checkpoints": checkpoint * count, "model": export}

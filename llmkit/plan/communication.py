@@ -84,6 +84,39 @@ def outer_bytes(communication: Communication, num_trained: int, layout: Layout) 
     return 4 * num_trained if communication.gradients == "powersgd" and layout.data_size > 1 else 0
 
 
+def own_bytes(
+    communication: Communication, num_trained: int, state_bytes: float, layout: Layout
+) -> tuple[int, int]:
+    """Bytes that processes have each for themselves in a checkpoint, beside what all have in common.
+
+    With `local_steps` these are the other processes' optimizers and the outer momentum; with `powersgd` what each has
+    not sent yet. What a stop between two meetings saves beside that says `apart_bytes`.
+
+    Args:
+        communication: The recipe's.
+        num_trained: Weights that learn.
+        state_bytes: What the optimizer remembers of each.
+        layout: Who shares what; with several such processes each holds the whole model.
+
+    Returns:
+        Those of the process that has most, and those of all processes.
+    """
+    local, weights, size = communication.local_steps, 4 * num_trained, layout.data_size
+    if local is not None:
+        momentum = weights if local.momentum else 0
+        return momentum, int(state_bytes * num_trained) * (size - 1) + momentum
+    if communication.gradients == "powersgd" and size > 1:
+        return weights, weights * size
+    return 0, 0
+
+
+def apart_bytes(plan: Plan) -> int:
+    """Bytes that a checkpoint has more where a run is stopped between two meetings: the weights of each process."""
+    local = plan.communication.get("local_steps")
+    apart = local is not None and local["every"] > 1
+    return 4 * (plan.num_trained or plan.num_parameters) * plan.layout.data_size if apart else 0
+
+
 def check_communication(communication: Communication, layout: Layout, section: Section) -> None:
     """See that what was asked for can be done, with these processes and for what is trained.
 

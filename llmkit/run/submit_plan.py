@@ -10,6 +10,7 @@ from llmkit.errors import UsageError
 from llmkit.hardware import Hardware, detect_hardware, named_hardware
 from llmkit.launch import slurm
 from llmkit.plan import Plan
+from llmkit.plan.communication import apart_bytes
 from llmkit.recipe import Loaded
 from llmkit.report.console import make_reporter
 from llmkit.report.formatting import format_bytes
@@ -104,7 +105,7 @@ def lead_of(plan: Plan | None) -> int:
     seconds: float = REACT_S
     if plan is not None:
         seconds += sum(high for _, high in plan.step_seconds.values())
-        seconds += plan.checkpoint_bytes / SAVE_BYTES_PER_S
+        seconds += (plan.checkpoint_bytes + apart_bytes(plan)) / SAVE_BYTES_PER_S
     return 10 * math.ceil(seconds / 10)
 
 
@@ -116,7 +117,7 @@ def refuse_short(wanted: Wanted, lead_s: int, plans: Sequence[Plan]) -> None:
     """
     if wanted.limit_s > lead_s + START_S:
         return
-    size = max((plan.checkpoint_bytes for plan in plans), default=0)
+    size = max((plan.checkpoint_bytes + apart_bytes(plan) for plan in plans), default=0)
     least = slurm.shown_limit(60 * math.ceil((lead_s + 2 * START_S) / 60))
     how = f", of which a checkpoint of {format_bytes(size)} at {format_bytes(int(SAVE_BYTES_PER_S))} a second is a part"
     raise UsageError(

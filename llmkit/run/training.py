@@ -341,8 +341,8 @@ def clear(folder: Path) -> None:
 
 def warn_of_full_disk(folder: Path, job: "Job", plan: Plan, reporter: Reporter) -> None:
     """Say before the first step when the checkpoints to keep, the next one and the model will not fit."""
-    more = max(0, job.section().checkpoint.keep + 1 - len(saved_steps(folder / "checkpoints")))
-    needed = more * plan.checkpoint_bytes + 4 * plan.num_parameters
+    there = len(saved_steps(folder / "checkpoints")) * plan.checkpoint_bytes
+    needed = max(0, plan.disk_bytes["checkpoints"] - there) + plan.disk_bytes["model"]
     free = shutil.disk_usage(folder).free
     if free < needed:
         reporter.warn(

@@ -18,7 +18,7 @@ from llmkit.objectives.base import LossModule
 from llmkit.optim import averaged
 from llmkit.plan import Plan
 from llmkit.plan.choices import state_bytes_of
-from llmkit.plan.communication import overflow_hint
+from llmkit.plan.communication import apart_bytes, overflow_hint
 from llmkit.recipe import load_recipe, resolved_yaml
 from llmkit.recipe.schema import Section
 from llmkit.registry import goal_of
@@ -231,7 +231,7 @@ def _saver(
         writes=shards is not None or accelerator.is_main_process,
         tidies=accelerator.is_main_process,
         resumed=resumed,
-        expected_bytes=plan.checkpoint_bytes,
+        expected_bytes=plan.checkpoint_bytes + apart_bytes(plan),
         before_publishing=lambda step: _on_save(callbacks, step),
         warn=warn,
     )

@@ -21,6 +21,8 @@ from llmkit.data.shards import TokenShards
 from llmkit.errors import LlmkitError
 from llmkit.models.build import build_model
 from llmkit.optim import lr_at, parameter_groups
+from llmkit.plan import Plan
+from llmkit.plan.communication import apart_bytes
 from llmkit.recipe import load_recipe
 from llmkit.train import loop
 from llmkit.train.communication import HOOKS
@@ -336,6 +338,16 @@ def ending(monkeypatch, at, number, rank):
     monkeypatch.setattr(loop, "advance", until)
 
 
+def assert_size_as_planned(folder, name):
+    """The files of a checkpoint are as large as the plan says, but for their heads."""
+    plan = Plan.from_dict(json.loads((folder / "plan.json").read_text()))
+    apart = int(name[5:]) % 4 and apart_bytes(plan)  # the meetings of these runs
+    files = list((folder / "checkpoints" / name).glob("*.safetensors"))
+    heads = sum(8 + int.from_bytes(file.open("rb").read(8), "little") for file in files)
+    found = sum(file.stat().st_size for file in files) - heads
+    assert found == pytest.approx(plan.checkpoint_bytes + apart, rel=0.03)
+
+
 CELLS = [
     pytest.param(DILOCO, 6, signal.SIGTERM, id="diloco-stopped-between-meetings", marks=pytest.mark.slow),
     pytest.param(DILOCO, 7, signal.SIGKILL, id="diloco-killed", marks=pytest.mark.slow),
@@ -363,6 +375,7 @@ def test_a_run_that_ended_between_goes_on_to_the_last_bit(tmp_path, communicatio
     cut = tmp_path / "runs" / "cut" / "pretrain"
     saved = sorted(path.name for path in (cut / "checkpoints").glob("step_*"))
     assert saved[-1] == f"step_{at if number == signal.SIGTERM else 4:08d}"
+    assert_size_as_planned(cut, saved[-1])
     run(tmp_path, name="cut", communication=communication)
     assert figures(whole, "train/loss") == figures(cut, "train/loss")
     assert figures(whole, "eval/loss") == figures(cut, "eval/loss")

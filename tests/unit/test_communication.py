@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from training import recipe
+from training import STEPS, recipe
 from tuning import recipe as task_recipe
 
 from llmkit.errors import LlmkitError
 from llmkit.models.build import build_model
 from llmkit.plan import shape_of_config
 from llmkit.plan.communication import (
+    apart_bytes,
     bytes_per_step,
     check_communication,
     factor_rank,
@@ -78,6 +79,32 @@ def test_what_is_remembered_takes_memory_and_local_steps_need_no_buckets(tmp_pat
     plain = planned(tmp_path)
     met = planned(tmp_path, machine__communication={"local_steps": DILOCO})
     assert met.memory.buffers - plain.memory.buffers == 4 * plain.num_parameters
+
+
+def test_a_checkpoint_holds_what_each_process_has_for_itself(tmp_path):
+    plain = planned(tmp_path)
+    weights = 4 * plain.num_parameters
+
+    def more(**settings):
+        found = planned(tmp_path, machine__communication=settings)
+        assert found.disk_bytes["checkpoints"] == 11 * found.checkpoint_bytes  # ten are kept
+        return found.checkpoint_bytes - plain.checkpoint_bytes, apart_bytes(found)
+
+    assert plain.checkpoint_bytes == 3 * weights
+    assert more(gradients="fp16") == (0, 0)
+    assert more(gradients="powersgd") == (2 * weights, 0)
+    assert more(local_steps={"every": 1}) == (2 * weights, 0)
+    assert more(local_steps=DILOCO) == (3 * weights, 2 * weights)
+
+
+def test_checkpoints_that_stay_for_good_and_the_best_take_room_on_the_disk(tmp_path):
+    def count(**settings):
+        found = planned(tmp_path, pretrain__checkpoint={"every": "2 steps", "keep": 2, **settings})
+        return found.disk_bytes["checkpoints"] / found.checkpoint_bytes
+
+    assert count() == 3
+    assert count(keep_best="eval/loss") == 4
+    assert count(keep_every="4 steps") == 3 + STEPS // 4
 
 
 def test_weights_beside_the_model_are_sent_too(tmp_path):
