@@ -119,7 +119,7 @@ def _head(job: Job) -> str:
         "signal": f"B:{SIGNAL}@{job.lead_s}",
         "requeue": "",
         "open-mode": "append",
-        "output": str(job.log),
+        "output": _log(job.log),
     }
     if len(job.tasks) > 1:
         own["array"] = f"0-{len(job.tasks) - 1}"
@@ -135,8 +135,25 @@ def _head(job: Job) -> str:
 
 
 def _quoted(value: str) -> str:
-    """A value as sbatch reads it in a script: it knows quotes, and a `#` begins a comment."""
-    return f'"{value}"' if re.search(r"[\s#']", value) else value
+    """A value as sbatch reads it in a script: it knows quotes, a backslash before them, and a `#` begins a comment."""
+    if not re.search(r"[\s#'\"\\]", value):
+        return value
+    escaped = value.replace("\\", r"\\").replace('"', r"\"")
+    return f'"{escaped}"'
+
+
+def _log(log: Path) -> str:
+    """A log's path as sbatch reads it: in its name `%j` and the like stand for numbers, in its folder nothing does.
+
+    Raises:
+        UsageError: A backslash is in it, with which no number would be put in.
+    """
+    if "\\" in str(log):
+        raise UsageError(
+            f"{log.parent}: Slurm cannot write logs into a folder with a backslash in its name",
+            hint="--runs another folder",
+        )
+    return f"{str(log.parent).replace('%', '%%')}/{log.name}"
 
 
 def _place(job: Job) -> str:

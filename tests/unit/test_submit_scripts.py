@@ -219,6 +219,14 @@ def test_a_job_is_queued_again_only_when_that_is_of_use(tmp_path, srun, state, t
     assert found == (codes, ["requeue 7"] * requeues)
 
 
+def test_folders_of_any_name_are_written_as_sbatch_reads_them():
+    made = slurm.script_of(job(log=Path('/a "b" 100%job/%j.log'), settings=(("comment", 'x\\"y'),)))
+    assert '#SBATCH --output="/a \\"b\\" 100%%job/%j.log"\n' in made
+    assert '#SBATCH --comment="x\\\\\\"y"\n' in made
+    with pytest.raises(UsageError, match="backslash"):
+        slurm.script_of(job(log=Path("/a\\b/%j.log")))
+
+
 @pytest.mark.parametrize("number", [7, 9])
 def test_a_task_of_an_array_is_asked_for_and_queued_again_by_its_own_number(tmp_path, number):
     """The last one's job has the number of the array; by that Slurm would take all tasks."""
