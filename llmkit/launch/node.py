@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from llmkit.errors import UsageError
-from llmkit.launch.network import Place, parse_place, resolve
-from llmkit.launch.world import number_in, tasks_of_step, tasks_per_node
+from llmkit.launch.network import Place, parse_place
+from llmkit.launch.world import host_of_step, number_in, tasks_of_step, tasks_per_node
 
 AGENT = "LLMKIT_NODE"
 """In the environment of an agent and its workers: which node this is, as `0/2`."""
@@ -172,35 +172,17 @@ def _place(source: str, env: Mapping[str, str]) -> Place | None:
             return parse_place(str(_bracketed(env[host])) + ":" + env[port], f"{host} and {port}")
     if source != "srun":
         return None
-    first = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "")
-    return Place(
-        first if first and _has_address(first) else env.get("SLURM_LAUNCH_NODE_IPADDR", first), port_of(env)
-    )
+    return Place(host_of_step(env) or "", port_of(env))
 
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _has_address(host: str) -> bool:
-    from llmkit.errors import RunError
-
-    try:
-        return bool(resolve(host))
-    except RunError:
-        return False
-
-
 def port_of(env: Mapping[str, str]) -> int:
     """A port made from a Slurm job's and step's numbers, the same on all its nodes."""
     job, step = number_in(env, "SLURM_JOB_ID", default=0), env.get("SLURM_STEP_ID", "0")
     return _FIRST_PORT + (job + 997 * (int(step) if step.isdigit() else 0)) % _PORTS
-
-
-def first_host(nodelist: str) -> str:
-    """The first name of Slurm's shorthand: `rack[03-07,12]x,other` -> `rack03x`."""
-    found = re.match(r"([^\[,]*)(?:\[([0-9]+)[^\]]*\]([^\[,]*))?", nodelist)
-    return "".join(part or "" for part in found.groups()) if found else ""
 
 
 def _missing(rank: int | None, meeting: str | None) -> Node:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmkit.errors import RunError
+from llmkit.launch.network import resolve
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,18 @@ class World:
     def environment(self, env: Mapping[str, str] = os.environ) -> dict[str, str]:
         """This place in the variables that torch and accelerate read, whoever set it up.
 
-        Where the launcher names no meeting point, it is the node the job step was launched from, at a port made
-        from the job's number, so that two jobs on one node do not meet.
+        Where the launcher names no meeting point, it is the first node of Slurm's job step, at a port made from the
+        job's number, so that two jobs on one node do not meet.
 
         Raises:
             RunError: Nobody says where the workers meet.
         """
-        by_slurm = "SLURM_LAUNCH_NODE_IPADDR" in env
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if not env.get(name) and not by_slurm:
+        host = env.get("MASTER_ADDR") or host_of_step(env)
+        for name, known in (
+            ("MASTER_ADDR", host),
+            ("MASTER_PORT", env.get("MASTER_PORT") or host_of_step(env)),
+        ):
+            if not known:
                 raise RunError(
                     f"the environment says this is rank {self.rank} of {self.world_size}, but {name} is not set",
                     hint="start the workers with torchrun or srun, or let llmkit: --processes N",
@@ -48,7 +52,7 @@ class World:
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.local_world_size),
-            "MASTER_ADDR": env.get("MASTER_ADDR") or env["SLURM_LAUNCH_NODE_IPADDR"],
+            "MASTER_ADDR": str(host),
             "MASTER_PORT": env.get("MASTER_PORT") or str(29500 + int(job) % 1000),
         }
 
@@ -141,6 +145,29 @@ def number_in(env: Mapping[str, str], name: str, *, default: int | None = None, 
     if not text.isascii() or not text.isdigit() or int(text) < at_least:
         raise RunError(f"{name}={text!r} in the environment is not a whole number from {at_least}")
     return int(text)
+
+
+def host_of_step(env: Mapping[str, str]) -> str | None:
+    """Where the first task of a Slurm job step is: by its node's name where names resolve here.
+
+    Else the address that the step was started from: in a batch job its first node, but for an srun typed elsewhere
+    another machine. None where there is no step.
+    """
+    first = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "")
+    return first if first and _has_address(first) else env.get("SLURM_LAUNCH_NODE_IPADDR") or first or None
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of Slurm's shorthand: `rack[03-07,12]x,other` -> `rack03x`."""
+    found = re.match(r"([^\[,]*)(?:\[([0-9]+)[^\]]*\]([^\[,]*))?", nodelist)
+    return "".join(part or "" for part in found.groups()) if found else ""
+
+
+def _has_address(host: str) -> bool:
+    try:
+        return bool(resolve(host))
+    except RunError:
+        return False
 
 
 def tasks_of_step(env: Mapping[str, str]) -> int:

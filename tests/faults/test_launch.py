@@ -605,6 +605,13 @@ def test_a_worlds_place_is_told_to_torch_whoever_launched_it() -> None:
     told = world.environment(slurm)
     assert (told["RANK"], told["WORLD_SIZE"], told["LOCAL_RANK"]) == ("3", "4", "1")
     assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("10.0.0.7", "29845")
+    elsewhere = {
+        **slurm,
+        "SLURM_STEP_NODELIST": "localhost,other",
+    }  # typed on another machine than where it runs
+    assert world.environment(elsewhere)["MASTER_ADDR"] == "localhost"
+    unknown = {**slurm, "SLURM_STEP_NODELIST": "no-such-node-[1-2]"}
+    assert world.environment(unknown)["MASTER_ADDR"] == "10.0.0.7"
     given = world.environment({**slurm, "MASTER_ADDR": "head", "MASTER_PORT": "7"})
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("head", "7")
 

@@ -14,10 +14,10 @@ from test_launch import ROOT, WORKER, runs, seen, wait_for
 
 from llmkit.errors import RunError, UsageError
 from llmkit.launch.network import Place, is_loopback, listen, parse_place
-from llmkit.launch.node import Node, become_agent, find_node, first_host, parse_nodes
+from llmkit.launch.node import Node, become_agent, find_node, parse_nodes
 from llmkit.launch.wire import waits_of
 from llmkit.launch.workplace import Card, meeting_env
-from llmkit.launch.world import detect_world
+from llmkit.launch.world import detect_world, first_host
 
 AGENT = textwrap.dedent(
     """
