@@ -151,3 +151,8 @@ def from_first(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     broadcast_object_list(decision)
     result: T = decision[0]  # type: ignore[assignment]
     return result
+
+
+def any_says(accelerator: Accelerator, yes: bool) -> bool:
+    """Whether any process says so: what each can only know of its own machine, and all must do alike."""
+    return bool(accelerator.reduce(torch.tensor(int(yes), device=accelerator.device), "sum"))

@@ -38,7 +38,7 @@ from llmkit.train.build import (
 from llmkit.train.callbacks import Callback, ConsoleCallback, KillAt, LogCallback
 from llmkit.train.checkpoint import Checkpoints
 from llmkit.train.communication import Communicator
-from llmkit.train.devices import from_first, leave, naming_lost_workers, start_accelerator
+from llmkit.train.devices import any_says, from_first, leave, naming_lost_workers, start_accelerator
 from llmkit.train.early import Patience, best_metric
 from llmkit.train.finish import finish
 from llmkit.train.first_step import try_largest_batch, with_attention, with_length
@@ -87,7 +87,7 @@ def _pretrain(job: Job, reporter: Reporter, stop: StopSignal, stack: ExitStack) 
     plan = with_attention(plan, core, accelerator, section, isolate=isolates(section, plan))
     recompute_activations(core, plan.recompute)
     machine = job.checked_recipe().machine
-    if wants_trial(plan, machine, resumes=saved is not None):
+    if any_says(accelerator, wants_trial(plan, machine, resumes=saved is not None)):
         reporter.phase("prove", "the largest micro-batch that fits")
         plan = try_sizes(
             plan,

@@ -3,6 +3,8 @@
 With dropout, but for attention under `tensor`, where each process draws the masks of its own heads.
 """
 
+import os
+
 import pytest
 from layouts import (
     ALONE,
@@ -27,6 +29,8 @@ from layouts import (
     train,
 )
 from training import same_bits, weights
+
+from llmkit.train import trial
 
 LOSS, WEIGHTS = 1e-5, 5e-3
 """The most that losses differ, in nats; and weights, as a share of the largest of their tensor: AdamW makes a full step
@@ -165,3 +169,14 @@ def test_blocks_gathered_in_bf16_learn_the_same_to_its_rounding(place, alone, la
     found, expected = train(place, layout, name=f"{named(layout)}-bf16", **settings), alone(**settings)
     assert farthest(figures(found, "train/loss"), figures(expected, "train/loss")) < 1e-3
     assert farthest(figures(found, "eval/loss"), figures(expected, "eval/loss")) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("short", ["0", "1"])
+def test_processes_with_other_amounts_of_memory_try_sizes_together(place, alone, monkeypatch, short):
+    """The plan fits into one's memory and not into the other's: either both try, or they wait for each other."""
+    memory = {True: 10**5, False: 10**13}
+    monkeypatch.setattr(trial, "usable_memory", lambda: memory[os.environ.get("RANK") == short])
+    auto = {**SHORT, **NO_DROPOUT, "machine__micro_batch": "auto"}
+    found = train(place, DDP2, name=f"short-{short}", fresh=True, **auto)
+    same_run(found, alone(**SHORT, **NO_DROPOUT))
