@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.options import AsJson, Debug, Processes, Quiet, Runs, Settings, Smoke, described, run_name
-from llmkit.cli.output import CALLED, program
+from llmkit.cli.options import (
+    AsJson,
+    Debug,
+    DryRun,
+    Processes,
+    Quiet,
+    Runs,
+    Settings,
+    Smoke,
+    described,
+    run_name,
+)
+from llmkit.cli.output import CALLED, as_columns, give, give_json, program
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +85,7 @@ def evaluate(
         str | None, typer.Option(metavar="RUN", help="With --max-drop: the run or model to compare with.")
     ] = None,
     processes: Processes = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     smoke: Smoke = False,
@@ -97,11 +109,27 @@ def evaluate(
             f"{len(targets)} models are named, and nothing says what to do with them",
             hint="add --compare, or measure one at a time",
         )
+    if dry_run:
+        _outline(targets, loaded, settings)
+        return
     if _start_several(settings):
         return
     with reporting(settings) as reporter:
         result = run.evaluate(targets or None, loaded, to_options(settings), reporter)
     finish(result, settings)
+
+
+def _outline(targets: Sequence[str], loaded: "Loaded | None", settings: Settings) -> None:
+    """Say what would be measured."""
+    from llmkit import run
+    from llmkit.cli.commands import reporting, to_options
+
+    with reporting(settings) as reporter:
+        facts, rows = run.outline_evaluation(targets or None, loaded, to_options(settings), reporter)
+    if settings.as_json:
+        give_json(facts)
+    else:
+        give(as_columns(rows))
 
 
 def _section(

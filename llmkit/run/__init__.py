@@ -9,6 +9,7 @@ from llmkit.recipe import Loaded
 from llmkit.report.console import Reporter
 from llmkit.run.compression import compress, outline_compression
 from llmkit.run.evaluate import evaluate
+from llmkit.run.evaluate_outline import outline_evaluation
 from llmkit.run.finetune import finetune, plan_finetune
 from llmkit.run.folders import Options, Result, find_model, placed
 from llmkit.run.generate import generate
@@ -28,6 +29,7 @@ __all__ = [
     "generate",
     "outline",
     "outline_compression",
+    "outline_evaluation",
     "plan",
     "plan_finetune",
     "plan_without_text",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -74,22 +74,14 @@ def evaluate(
         UsageError: Nothing says what to measure on, or what is asked does not fit.
         MissingError: There is no such model, or its data is gone.
     """
-    if loaded is not None:
-        refuse_variants(loaded)
-    section = (loaded.recipe.eval if loaded else None) or Eval()
-    words = [target] if isinstance(target, str) else list(target or ())
-    if not words:
-        words = [section.model or (loaded.recipe.name if loaded else "")]
-    subjects = [find_subject(word, options, reporter) for word in words]
-    against = find_subject(section.gate.against, options, reporter) if section.gate.against else None
+    given = [target] if isinstance(target, str) else target
+    section, subjects, against = chosen(given, loaded, lambda word: find_subject(word, options, reporter))
     everyone = [*subjects, *([against] if against is not None else [])]
-    _check_ways(everyone, section)
-    check_asked(everyone, section, way_of(everyone[0], section))
     with _sharing(alone) as share:
         measured = [_measure(one, everyone, section, loaded, options, reporter, share) for one in everyone]
     if share.rank:
         return Result(Path(), {}, "")
-    found = _judge(measured, bool(against), section, _recipe(loaded, subjects[0]).seed)
+    found = _judge(measured, bool(against), section, recipe_of(loaded, subjects[0]).seed)
     folders = [_write(one, loaded, options, section) for one in found]
     for one, folder in zip(found, folders, strict=True):
         reporter.note(f"report: {folder / 'report.html'}")
@@ -98,6 +90,32 @@ def evaluate(
             tell = reporter.note if warning in few else reporter.warn  # nothing is wrong with few
             tell(f"{one.subject.word}: {warning}" if len(found) > 1 else warning)
     return _result(found, folders, section, options.runs)
+
+
+def chosen(
+    target: Sequence[str] | None, loaded: Loaded | None, find: Callable[[str], Subject]
+) -> tuple[Eval, list[Subject], Subject | None]:
+    """How is measured, the models, and the one that they are held against; see `evaluate`.
+
+    Args:
+        target: Runs or model folders; None: the one that `loaded` names or made.
+        loaded: A recipe, or None.
+        find: A word -> the model that a person named.
+
+    Raises:
+        UsageError: What is asked does not fit.
+        MissingError: There is no such model.
+    """
+    if loaded is not None:
+        refuse_variants(loaded)
+    section = (loaded.recipe.eval if loaded else None) or Eval()
+    words = list(target or ()) or [section.model or (loaded.recipe.name if loaded else "")]
+    subjects = list(map(find, words))
+    against = find(section.gate.against) if section.gate.against else None
+    everyone = [*subjects, *([against] if against is not None else [])]
+    _check_ways(everyone, section)
+    check_asked(everyone, section, way_of(everyone[0], section))
+    return section, subjects, against
 
 
 def find_subject(word: str, options: Options, reporter: Reporter) -> Subject:
@@ -109,13 +127,14 @@ def find_subject(word: str, options: Options, reporter: Reporter) -> Subject:
     """
     checkpoint = Path(word)
     if not is_checkpoint(checkpoint):
-        return _subject(word, find_model(word, options.runs, adapters=True))
+        return subject_at(word, find_model(word, options.runs, adapters=True))
     place = exported_checkpoint(checkpoint, options, reporter)
     home = checkpoint.parent.parent.parent
-    return replace(_subject(word, place), home=home, step=checkpoint.name)
+    return replace(subject_at(word, place), home=home, step=checkpoint.name)
 
 
-def _subject(word: str, place: Path) -> Subject:
+def subject_at(word: str, place: Path) -> Subject:
+    """A model folder, and what is known of it."""
     recipe, plan = place.parent / "resolved.yaml", place.parent / "plan.json"
     precision = str(json.loads(plan.read_bytes())["precision"]) if plan.is_file() else "fp32"
     trained = load_recipe(recipe) if recipe.is_file() else None
@@ -147,7 +166,7 @@ def _check_ways(everyone: Sequence[Subject], section: Eval) -> None:
     ways = {way_of(one, section) for one in everyone}
     asked = {one.task.section.task for one in everyone if one.task is not None and section.task == "auto"}
     if len(ways) > 1 or (ways == {"labelled"} and len(asked) > 1):
-        said = ", ".join(f"{one.word}: {_asked(one, section)}" for one in everyone)
+        said = ", ".join(f"{one.word}: {asked_of(one, section)}" for one in everyone)
         raise UsageError(
             f"these models do not learn the same, and cannot be compared ({said})",
             hint="say what to ask: --task text",
@@ -167,12 +186,13 @@ def _check_ways(everyone: Sequence[Subject], section: Eval) -> None:
         raise UsageError(f"eval.task: {way} is asked instead of a task", hint="leave eval.task out")
 
 
-def _asked(subject: Subject, section: Eval) -> str:
+def asked_of(subject: Subject, section: Eval) -> str:
+    """What a model is asked, in a word: its task, or the way."""
     way = way_of(subject, section)
     return subject.task.section.task if way == "labelled" and subject.task is not None else way
 
 
-def _recipe(loaded: Loaded | None, subject: Subject) -> Recipe:
+def recipe_of(loaded: Loaded | None, subject: Subject) -> Recipe:
     """The recipe that says how: the one given, else that of the model's run."""
     about = loaded or subject.trained
     return about.recipe if about is not None else Recipe(llmkit=1)
@@ -219,7 +239,7 @@ def _measure(
             f"{way} is measured by one process, and there are {share.world_size}",
             hint="leave --processes out",
         )
-    recipe = _recipe(loaded, subject)
+    recipe = recipe_of(loaded, subject)
     about = loaded or subject.trained
     asked = Asked(
         section=section,

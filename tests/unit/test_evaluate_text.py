@@ -242,6 +242,23 @@ def test_a_gate_that_does_not_hold_ends_the_command_with_4_after_its_result(fold
     )
 
 
+def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(folder, run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    words = ["eval", "tiny", "--runs", str(folder / "runs"), "eval.rows=3", "--fail-under", "loss=9", "-n"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["models"] == [{"model": str(run / "model"), "asked": "text"}]
+    assert (told["rows"], told["fail_under"], told["processes"]) == (3, {"loss": 9.0}, 1)
+    assert "perplexity" in told["figures"]
+    assert main(words) == 0
+    assert "what the run of tiny held out" in capsys.readouterr().out
+    checkpoint = sorted((run / "checkpoints").glob("step_*"))[-1]
+    assert main(["eval", str(checkpoint), "--runs", str(folder / "runs"), "-n", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"] == [{"model": str(checkpoint), "asked": "text"}]
+    assert main([*words, "eval.metrics=[accuracy]"]) == 2
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
 def test_what_cannot_be_is_said(folder, run, other, capsys):
     with pytest.raises(UsageError, match="overlap"):
         measured(folder, "tiny", stride=32)
