@@ -22,6 +22,8 @@ from llmkit.errors import ExitCode, MissingError, RunError, UsageError
 IDLE_STARTS = 3
 """So many interrupted starts in a row that saved nothing, and a job is not queued again."""
 SIGNAL = "USR1"
+REACT_S = 30
+"""Seconds for all processes to agree on a stop, and to end."""
 _KILLED = " | ".join(str(128 + number) for number in (signal.SIGUSR1, signal.SIGTERM))
 _ANSWER_S = 20
 _LIMIT = re.compile(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]{1,2}))?(?::([0-9]{1,2}))?", re.ASCII)
@@ -62,7 +64,9 @@ class Job:
         cores: Of a machine.
         limit_s: Seconds after which Slurm ends it.
         lead_s: So many seconds before that it is told to save.
-        is_timed: Whether the command takes `--max-time`.
+        is_timed: Whether the command takes `--max-time` and, of several nodes, which of them it is.
+        lead_is_told: Whether a person said how long saving takes: the signal then comes in time, and the run, which
+            does not know it, need not stop earlier by itself.
         start: Who starts the workers: an agent on each `node`, or Slurm itself, one task for each `rank`.
         settings: Further settings of sbatch by their long names; an empty value stands for a flag.
         setup: Shell commands that come first.
@@ -84,6 +88,7 @@ class Job:
     lead_s: int
     is_timed: bool
     start: Literal["node", "rank"]
+    lead_is_told: bool = False
     settings: tuple[tuple[str, str], ...] = ()
     setup: str = ""
     env: tuple[tuple[str, str], ...] = ()
@@ -189,18 +194,19 @@ def _watch(job: Job) -> str:
     if job.start == "node":
         words += [f"--processes {job.nodes * job.processes}"] if job.is_timed else []
         words += ['--nodes "$SLURM_JOB_NUM_NODES"'] if job.is_timed and job.nodes > 1 else []
-    words += ['--max-time "${left}s"'] if job.is_timed else []
+    limits_itself = job.is_timed and not job.lead_is_told
+    words += ['--max-time "${left}s"'] if limits_itself else []
     timed = [
-        "# What is left until the signal; a requeued job has its whole time again.",
+        "# What is left, of which the run keeps what saving takes; a requeued job has its whole time again.",
         f'end="${{SLURM_JOB_END_TIME:-$(($(date +%s) + {job.limit_s}))}}"',
-        f"left=$((end - $(date +%s) - {job.lead_s}))",
+        f"left=$((end - $(date +%s) - {REACT_S}))",
         "[ $left -gt 0 ] || left=1",
     ]
     lines = [
         "# The checkpoints that are there.",
         "saved() { find \"$run\" -maxdepth 4 -path '*/checkpoints/step_*' -prune -print 2>/dev/null | sort; }",
         "before=$(saved)",
-        *(timed if job.is_timed else []),
+        *(timed if limits_itself else []),
         f"trap 'kill -{SIGNAL} \"$step\" 2>/dev/null' {SIGNAL} TERM",
         " ".join([*words, '"$@" &']),
         "step=$!",

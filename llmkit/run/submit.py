@@ -209,6 +209,7 @@ def _job(
         lead_s=lead_s,
         is_timed=trains,
         start=wanted.start if trains else "node",
+        lead_is_told=wanted.lead_s is not None,
         settings=tuple(settings.items()),
         setup=loaded.recipe.machine.slurm.setup,
         env=_environment(),

@@ -11,6 +11,7 @@ from llmkit.hardware import Hardware, detect_hardware, named_hardware
 from llmkit.launch import slurm
 from llmkit.plan import Plan
 from llmkit.plan.communication import apart_bytes
+from llmkit.plan.saving import UNKNOWN_BYTES_PER_S, reserve_s
 from llmkit.recipe import Loaded
 from llmkit.report.console import make_reporter
 from llmkit.report.formatting import format_bytes
@@ -21,8 +22,8 @@ from llmkit.train.places import model_folder
 
 ASSUMED = "H100"
 """The GPU that is planned for where none is named."""
-START_S, REACT_S, SAVE_BYTES_PER_S = 60, 30, 200e6
-"""Seconds to start and to agree on a stop; bytes a second that a slow shared file system takes."""
+START_S = 60
+"""Seconds to start."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ def plans_of(loaded: Loaded, wanted: Wanted) -> list[Plan]:
 
 
 def lead_of(plan: Plan | None) -> int:
-    """Seconds from the signal to a saved run: agreeing on a stop, the longest step, writing a checkpoint."""
-    seconds: float = REACT_S
+    """Seconds from the signal to a saved run: agreeing on a stop, the longest step, what the run keeps for saving."""
+    seconds: float = slurm.REACT_S
     if plan is not None:
         seconds += sum(high for _, high in plan.step_seconds.values())
-        seconds += (plan.checkpoint_bytes + apart_bytes(plan)) / SAVE_BYTES_PER_S
+        seconds += reserve_s((plan.checkpoint_bytes + apart_bytes(plan)) / UNKNOWN_BYTES_PER_S)
     return 10 * math.ceil(seconds / 10)
 
 
@@ -119,7 +120,8 @@ def refuse_short(wanted: Wanted, lead_s: int, plans: Sequence[Plan]) -> None:
         return
     size = max((plan.checkpoint_bytes + apart_bytes(plan) for plan in plans), default=0)
     least = slurm.shown_limit(60 * math.ceil((lead_s + 2 * START_S) / 60))
-    how = f", of which a checkpoint of {format_bytes(size)} at {format_bytes(int(SAVE_BYTES_PER_S))} a second is a part"
+    speed = format_bytes(int(UNKNOWN_BYTES_PER_S))
+    how = f", of which a checkpoint of {format_bytes(size)} at {speed} a second, and one under way, is a part"
     raise UsageError(
         f"--time {slurm.shown_limit(wanted.limit_s)} is too short: a job needs about {START_S} s to start and "
         f"{lead_s} s to save{how if size and wanted.lead_s is None else ''}",

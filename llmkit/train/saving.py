@@ -21,13 +21,12 @@ import torch
 from torch import nn
 
 from llmkit.errors import CorruptError, RunError, UsageError
+from llmkit.plan.saving import UNKNOWN_BYTES_PER_S, reserve_s
 from llmkit.registry import MEASURED, lower_is_better
 from llmkit.train.checkpoint import Checkpoints, Tensors, verify
 from llmkit.train.state import TrainState
 
 BEST = "best.json"
-_UNKNOWN_BYTES_PER_S = 100e6
-_SLACK_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -265,7 +264,7 @@ class Saver:
         self._copy = {"model": HostCopy(), "optimizer": HostCopy()}
         self._writing: _Writing | None = None
         self._saved = resumed
-        self._guessed_s = expected_bytes / _UNKNOWN_BYTES_PER_S
+        self._guessed_s = expected_bytes / UNKNOWN_BYTES_PER_S
         self._longest_s = 0.0
         self._abandoned = False
         self._best: Best | None = None
@@ -294,8 +293,7 @@ class Saver:
     @property
     def seconds(self) -> float:
         """How long a save takes until it is on the disk, generously: as the longest so far, or by its size."""
-        # Twice: one may be under way when the last one is asked for.
-        return 2 * 1.5 * (self._longest_s or self._guessed_s) + _SLACK_S
+        return reserve_s(self._longest_s or self._guessed_s)
 
     @property
     def best_step(self) -> int | None:

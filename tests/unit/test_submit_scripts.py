@@ -21,6 +21,7 @@ from llmkit.run.folders import Options
 from llmkit.run.planning import plan
 from llmkit.run.submit import prepare
 from llmkit.run.submit_plan import Wanted, lead_of, plans_of
+from llmkit.train.saving import Keep, Saver
 
 RECIPE = """\
 llmkit: 1
@@ -127,9 +128,9 @@ run=/runs/my; set --
 # The checkpoints that are there.
 saved() { find "$run" -maxdepth 4 -path '*/checkpoints/step_*' -prune -print 2>/dev/null | sort; }
 before=$(saved)
-# What is left until the signal; a requeued job has its whole time again.
+# What is left, of which the run keeps what saving takes; a requeued job has its whole time again.
 end="${SLURM_JOB_END_TIME:-$(($(date +%s) + 43200))}"
-left=$((end - $(date +%s) - 90))
+left=$((end - $(date +%s) - 30))
 [ $left -gt 0 ] || left=1
 trap 'kill -USR1 "$step" 2>/dev/null' USR1 TERM
 srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" python -m llmkit pretrain '/data/my recipe.yaml' \
@@ -364,12 +365,25 @@ def test_what_cannot_be_is_told_before_anything_is_sent(words, said, project, fa
     assert not (project / "runs").exists()
 
 
-def test_the_lead_is_the_longest_step_and_the_checkpoint_at_200_mb_a_second(project):
+def test_the_lead_is_the_longest_step_and_what_a_run_keeps_for_saving(project):
+    """At 200 MB a second, one save under way and the last one, half as long again."""
     loaded = load_recipe("my.yaml")
     made = replace(plan(loaded, Options()), checkpoint_bytes=0, step_seconds={})
-    assert lead_of(None) == lead_of(made) == 30
-    assert lead_of(replace(made, checkpoint_bytes=24 * 10**9)) == 150
+    assert lead_of(None) == 30
+    assert lead_of(made) == 40
+    large = replace(made, checkpoint_bytes=24 * 10**9)
+    assert lead_of(large) == 400
+    keeps = Saver(None, Keep(2), background=True, expected_bytes=large.checkpoint_bytes).seconds
+    assert 30 + keeps <= lead_of(large) < 30 + keeps + 10
     assert lead_of(replace(made, step_seconds={"compute": (5.0, 11.0), "optimizer": (1.0, 1.0)})) == 50
+
+
+def test_who_says_how_long_saving_takes_is_told_by_the_signal_alone(project, fake, capsys):
+    for lead, told in (([], 1), (["--lead", "2m"], 0)):
+        assert main(["submit", "my.yaml", "--command", "pretrain", "--time", "1h", "-n", *lead]) == 0
+        script = capsys.readouterr().out
+        assert script.count("--max-time") == told
+        assert ("B:USR1@120" in script) == (not told)
 
 
 def tuned(project, **more):
