@@ -21,6 +21,7 @@ import llmkit
 from llmkit.errors import ExitCode
 from llmkit.hardware import usable_cores
 from llmkit.launch.crew import RESTART, SAVED, Crew, Ending, Limits, Worker
+from llmkit.launch.network import INTERFACE_NAMES
 from llmkit.launch.signals import describe_stop, exit_for, handling
 
 PR_SET_PDEATHSIG = 1
@@ -158,7 +159,8 @@ def run_alone(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
             "LLMKIT_RENDEZVOUS": str(Path(private) / "rendezvous"),
-            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            # What libraries send, NCCL's first messages too, stays on this machine.
+            **dict.fromkeys(INTERFACE_NAMES, "lo0" if sys.platform == "darwin" else "lo"),
         }
         share = Share(0, num_processes, num_processes)
         return run_share(crew, share, command, logs, {**env, **meeting})

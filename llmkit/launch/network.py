@@ -12,6 +12,9 @@ from llmkit.errors import RunError, UsageError
 BACKLOG = 1024
 """Connections that may wait to be accepted: a thousand nodes come in the same second."""
 
+INTERFACE_NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+"""Variables that tell torch's libraries over which network interface to talk."""
+
 
 @dataclass(frozen=True)
 class Place:

@@ -6,7 +6,7 @@ from importlib import metadata
 from typing import Any
 
 import llmkit
-from llmkit.launch.network import Place, interface_of
+from llmkit.launch.network import INTERFACE_NAMES, Place, interface_of
 
 _PACKAGES = ("torch", "transformers", "accelerate")
 _SHOWN = 3
@@ -87,5 +87,5 @@ def meeting_env(place: Place, token: str, *, ours: str) -> dict[str, str]:
     }
     interface = interface_of(ours)
     if interface is not None:
-        env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), interface)
+        env |= dict.fromkeys(INTERFACE_NAMES, interface)
     return env
