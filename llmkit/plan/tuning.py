@@ -105,7 +105,7 @@ def plan_tuning(
         num_rows=int(train["num_rows"]),
         accumulation=max(1, math.ceil(per_step * mean / tokens / sharing.layout.data_size)),
         micro_tokens=tokens,
-        flops_per_token=_flops_per_token(wanted, model, mean),
+        flops_per_token=_flops_per_token(wanted, model, mean, num_trained),
         memory=memory,
         memory_of=lambda how: parts.memory(draft, sharing.layout, how, tokens),
         shapes=shapes,
@@ -161,11 +161,17 @@ def _choose_kernels(draft: Draft, wanted: Finetune) -> None:
         draft.choose("compile", False, "rows have many lengths, and each would be compiled anew")
 
 
-def _flops_per_token(wanted: Finetune, model: ModelShape, mean: int) -> int:
-    flops = flops_per_token(model, mean, mean if model.num_encoder_layers else 0)
+def _flops_per_token(wanted: Finetune, model: ModelShape, mean: int, num_trained: int) -> int:
+    """As of `flops_per_token`; weights that do not learn, as beside an adapter, have no gradients: 2 FLOPs less each.
+
+    That the backward pass ends above the lowest layer that learns is not taken off.
+    """
+    whole = flops_per_token(model, mean, mean if model.num_encoder_layers else 0)
+    still = max(0, model.num_parameters - num_trained) / model.num_parameters
+    flops = whole - round(2 * model.num_matmul_parameters * still)
     if wanted.task == "dpo" and wanted.dpo.needs_reference:
         # A forward pass more; of KTO also one of each model over answers to other prompts.
-        flops = flops * (6 if wanted.dpo.loss == "kto" else 4) // 3
+        flops += whole * (3 if wanted.dpo.loss == "kto" else 1) // 3
     return flops
 
 

@@ -70,6 +70,15 @@ def test_what_does_not_learn_has_neither_gradient_nor_moments():
     heads = full.memory.logits - some.memory.logits + full.memory.heap - some.memory.heap
     assert full.memory.total - some.memory.total == saved + copies + heads
     assert some.checkpoint_bytes == pytest.approx(full.checkpoint_bytes / 4, rel=1e-3)
+    matrices = shape_of_preset("bert-tiny", 1000, 256).num_matmul_parameters
+    assert full.flops_per_token - some.flops_per_token == pytest.approx(2 * matrices * 3 / 4, rel=1e-3)
+
+
+def test_a_reference_is_one_forward_pass_more_whatever_learns():
+    dpo = {"task": "dpo", "model": {"name": "m", "context": 256}}
+    for trained in (None, 100):
+        with_it, without = planned(num_trained=trained, **dpo), planned(num_trained=trained)
+        assert with_it.flops_per_token - without.flops_per_token == planned().flops_per_token // 3
 
 
 @pytest.mark.parametrize(
