@@ -211,6 +211,7 @@ def _cuda_hardware(gpus: list[Gpu], *, root: Path, env: Mapping[str, str]) -> Ha
         network=row.network if row else None,
         price=row.price if row else None,
         unlike=tuple(f"{g.index}: {g.name}" for g in gpus) if len(names) > 1 else (),
+        host_memory_bytes=usable_memory(root),
     )
 
 

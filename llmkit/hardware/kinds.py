@@ -22,6 +22,8 @@ class Hardware:
         compiler: Whether a C++ compiler is on PATH, which torch.compile needs.
         notes: Remarks a person should see in the plan.
         unlike: Names of the devices, where they are not all of one kind: only one of them can be used at a time.
+        host_memory_bytes: The memory of the machine around GPUs, as far as this process may use it; None where it is
+            unknown, or is the device's.
         fp8: Whether the device multiplies matrices of 8-bit floats.
         nodes: Machines of this kind, where it was named; None: as many as the recipe says.
         memory_bandwidth: Bytes a second between a device and its memory; None where it is unknown.
@@ -46,3 +48,4 @@ class Hardware:
     network: float | None = None
     price: tuple[float, float] | None = None
     unlike: tuple[str, ...] = ()
+    host_memory_bytes: int | None = None

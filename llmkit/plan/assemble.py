@@ -145,7 +145,13 @@ def assemble(decided: Decided, duration: Duration, **own: Any) -> Plan:
     common = int((4 + draft.state_bytes) * decided.num_trained)
     most, apiece = own_bytes(draft.machine.communication, decided.num_trained, draft.state_bytes, layout)
     saved, mine = common + apiece, common // layout.shard // layout.tensor + most
-    background, memory = choose_background_save(draft, decided.memory, mine, decided.world.local)
+    background, memory = choose_background_save(
+        draft,
+        decided.memory,
+        mine,
+        decided.world.local,
+        writers=decided.world.local if most or layout.is_sharded else 1,
+    )
     timing = intervals(decided.wanted, steps, decided.rows, decided.row_tokens, decided.num_rows)
     return Plan(
         device=hardware.device,

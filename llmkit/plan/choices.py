@@ -203,20 +203,45 @@ def likely_seconds(
 
 
 def choose_background_save(
-    draft: Draft, memory: Memory, checkpoint_bytes: int, world: int
+    draft: Draft, memory: Memory, checkpoint_bytes: int, world: int, *, writers: int
 ) -> tuple[bool, Memory]:
-    """Whether checkpoints are written from a copy while training goes on; the memory with that copy in it."""
+    """Whether checkpoints are written from a copy while training goes on; the memory with that copy in it.
+
+    Args:
+        draft: What is decided so far.
+        memory: Of one process.
+        checkpoint_bytes: What one process copies.
+        world: Processes of a machine.
+        writers: Those of them that copy.
+    """
     on_cpu = draft.hardware.device == "cpu"
     copied = memory.with_copy(checkpoint_bytes) if on_cpu else memory
     pinned = draft.machine.background_save
     if pinned != "auto":
         return pinned, copied if pinned else memory
-    # Of the processes on a processor the first alone keeps a copy, but each may use its share only.
-    fits = copied.total <= MEMORY_SHARE * draft.hardware.memory_bytes // (world if on_cpu else 1)
     size = f"{checkpoint_bytes / 1e9:.2g} GB"
-    why = f"a copy of {size} fits into memory" if fits else f"there is no memory for a copy of {size}"
+    if on_cpu:
+        # Of the processes on a processor the first alone keeps a copy, but each may use its share only.
+        fits = copied.total <= MEMORY_SHARE * draft.hardware.memory_bytes // world
+        why = f"a copy of {size} fits into memory" if fits else f"there is no memory for a copy of {size}"
+    else:
+        fits, why = _fits_host(draft.hardware, checkpoint_bytes * writers + memory.host * world)
     draft.choose("background_save", fits, why)
     return fits, copied if fits else memory
+
+
+def _fits_host(hardware: Hardware, needed: int) -> tuple[bool, str]:
+    """Whether copies of what is saved fit into the memory around the devices, beside what waits there; and why."""
+    size, host = f"{needed / 1e9:.2g} GB", hardware.host_memory_bytes
+    if hardware.device == "mps":
+        host = hardware.memory_bytes
+    if host is None:
+        return True, f"copies take {size} of each machine's own memory, which is not known here"
+    fits = needed <= MEMORY_SHARE * host
+    return (
+        fits,
+        f"{'copies' if fits else 'no room for copies'} of {size} in the machine's {host / 1e9:.4g} GB",
+    )
 
 
 def begin_draft(machine: Machine, hardware: Hardware, wanted: Section) -> Draft:

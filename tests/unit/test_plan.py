@@ -517,3 +517,14 @@ def test_numbers_in_words() -> None:
     ]
     assert [bytes_text(n) for n in (12, 12_345_678, 3 * 10**9)] == ["12 B", "12.3 MB", "3.0 GB"]
     assert [seconds_text(s) for s in (9.6, 60, 95, 5430, 90_000)] == ["10s", "1m", "1m35s", "1h30m", "1d1h"]
+
+
+def test_copies_beside_gpus_are_held_against_the_machines_own_memory() -> None:
+    """Of a model that all hold the first process copies; of one that they share, each its part: as much in all."""
+    one = plan_of(recipe(), H100).checkpoint_bytes
+    for parallel in ("ddp", "fsdp"):
+        wanted = recipe(machine={"parallel": parallel})
+        assert plan_of(wanted, H100).background_save, "not known, and taken to fit"
+        assert "not known here" in plan_of(wanted, H100).choices["machine.background_save"][1]
+        assert plan_of(wanted, replace(H100, host_memory_bytes=2 * one)).background_save
+        assert not plan_of(wanted, replace(H100, host_memory_bytes=one)).background_save
