@@ -144,7 +144,7 @@ def call_verb(verb: str, recipe: str, overrides: Sequence[str], settings: Settin
 
     loaded = as_asked(load_recipe(recipe, overrides=overrides, smoke=settings.smoke), settings.place)
     if settings.dry_run:
-        show_plan(loaded, settings, [recipe, *overrides])
+        show_plan(loaded, settings, [recipe, *overrides], verb=verb)
         return None
     function = {"pretrain": run.pretrain, "run": run.run_all}[verb]
     with reporting(settings) as reporter:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmkit.hardware import Hardware
     from llmkit.plan import Plan
     from llmkit.recipe import Loaded
+    from llmkit.recipe.machine import Machine
 
 PLAN_HELP = described(
     """
@@ -104,6 +105,11 @@ def plan(
     places = hardware_of(on or (), nodes=nodes, price=price)
     alone = [f"machine.nodes={nodes}"] if nodes is not None and not on else []
     if model is not None:
+        if recipe is not None and "=" not in recipe:
+            raise UsageError(
+                f"{recipe} and --model {model} both say what is trained",
+                hint="leave one of them out; a recipe takes pretrain.model.preset=NAME",
+            )
         words = [word for word in (recipe, *(overrides or ())) if word is not None]
         loaded = recipe_of_model(model, [*words, *alone])
         show_plan(loaded, settings, ["--model", model, *words], places=places, verb="")
@@ -114,9 +120,11 @@ def plan(
             hint="llmkit plan my.yaml, or llmkit plan --model llama-3.1-8b --on 8xH100",
         )
     words = [recipe, *(overrides or ())]
-    show_plan(
-        load_recipe(recipe, overrides=[*words[1:], *alone], smoke=smoke), settings, words, places=places
-    )
+    verb = "run"
+    if nodes is not None and nodes > 1:
+        verb, words = "submit", [*words, "--nodes", str(nodes)]
+    found = load_recipe(recipe, overrides=[*(overrides or ()), *alone], smoke=smoke)
+    show_plan(found, settings, words, places=places, verb=verb)
 
 
 def hardware_of(
@@ -167,7 +175,7 @@ def show_plan(
     """
     places = places or {"": None}
     show = _show_one if len(places) == 1 else _show_several
-    given = (settings, places, bool(verb))
+    given = (settings, places, verb)
     if settings.as_json:
         objects = {name: show(one, *given)[1] for name, one in loaded.variants.items()}
         give_json({"variants": objects} if objects else show(loaded, *given)[1])
@@ -176,6 +184,9 @@ def show_plan(
         text = show(one, *given)[0]
         give("\n".join([*([f"variant {name}"] if name else []), text]))
     flags = ["--smoke"] if settings.smoke else []
+    if verb == "run" and settings.processes is not None:
+        flags += ["--processes", str(settings.processes)]
+    flags += ["--runs", str(settings.runs)] if settings.runs != Path("runs") else []
     if verb:
         say("next: " + as_typed(shlex.join(["llmkit", verb, *words, *flags])))
     elif len(places) > 1:
@@ -183,16 +194,16 @@ def show_plan(
 
 
 def _show_one(
-    loaded: "Loaded", settings: Settings, places: "Mapping[str, Hardware | None]", has_text: bool
+    loaded: "Loaded", settings: Settings, places: "Mapping[str, Hardware | None]", verb: str
 ) -> tuple[str, dict[str, Any]]:
-    rows, plain, _ = plan_of(loaded, settings, next(iter(places.values())), has_text)
+    rows, plain, _ = plan_of(loaded, settings, next(iter(places.values())), verb)
     names = ["", *(section for section, _, _ in rows)]
     lines = [(s if s != before else "", *rest) for before, (s, *rest) in zip(names, rows, strict=False)]
     return as_columns(lines), plain
 
 
 def _show_several(
-    loaded: "Loaded", settings: Settings, places: "Mapping[str, Hardware | None]", has_text: bool
+    loaded: "Loaded", settings: Settings, places: "Mapping[str, Hardware | None]", verb: str
 ) -> tuple[str, dict[str, Any]]:
     """A line for each; one that cannot be says why.
 
@@ -206,7 +217,7 @@ def _show_several(
     refused: list[LlmkitError] = []
     for name, place in places.items():
         try:
-            _, plain, found = plan_of(loaded, settings, place, has_text)
+            _, plain, found = plan_of(loaded, settings, place, verb)
         except (UsageError, MissingError) as error:
             refused.append(error)
             objects[name] = {"error": error.message, "hint": error.hint}
@@ -221,24 +232,51 @@ def _show_several(
     return as_columns(lines), {"plans": objects}
 
 
+def _with_nodes_of(machine: "Machine", place: "Hardware | None") -> "Hardware | None":
+    """The hardware that is named, as many machines of it as the recipe says where its name says nothing.
+
+    Raises:
+        UsageError: The two disagree.
+    """
+    if place is None or machine.nodes in (1, place.nodes):
+        return place
+    if place.nodes not in (None, 1):
+        raise UsageError(
+            f"--on names {place.nodes} machines, and machine.nodes says {machine.nodes}",
+            hint=f"--on {machine.nodes}x..., or machine.nodes={place.nodes}",
+        )
+    return replace(place, nodes=machine.nodes)
+
+
 def plan_of(
-    loaded: "Loaded", settings: Settings, place: "Hardware | None" = None, has_text: bool = True
+    loaded: "Loaded", settings: Settings, place: "Hardware | None" = None, verb: str = "run"
 ) -> "tuple[Rows, dict[str, Any], Plan | None]":
     """A plan as rows of section, key and value, as an object, and itself.
+
+    Args:
+        loaded: The recipe.
+        settings: What the command was told.
+        place: What to plan for; None: this machine.
+        verb: The command that would be run; of `finetune` its own part of the recipe is planned. Empty: there is no
+            recipe, and its text is taken to be there.
 
     Raises:
         UsageError: The recipe has nothing to plan.
     """
     from llmkit import run
     from llmkit.cli.commands import reporting, to_options
+    from llmkit.plan.choices import check_devices
     from llmkit.plan.describe import describe
 
     recipe, options = loaded.recipe, to_options(settings)
-    ahead = run.plan if has_text else run.plan_without_text
-    found = ahead(loaded, options, place) if recipe.pretrain is not None else None
-    rows = run.outline(loaded, options) if recipe.tokenize is not None else []
+    place = _with_nodes_of(recipe.machine, place)
+    if place is not None and settings.processes is not None:
+        check_devices(place, recipe.machine, settings.processes, "--processes")
+    ahead, tunes = run.plan if verb else run.plan_without_text, verb == "finetune"
+    found = ahead(loaded, options, place) if recipe.pretrain is not None and not tunes else None
+    rows = run.outline(loaded, options) if recipe.tokenize is not None and not tunes else []
     rows += describe(found, place) if found is not None else []
-    if recipe.finetune is not None and recipe.pretrain is None:
+    if tunes or (recipe.finetune is not None and recipe.pretrain is None):
         with reporting(settings) as reporter:
             found = run.plan_finetune(loaded, options, reporter, place)
         rows += describe(found, place)

@@ -59,17 +59,28 @@ def choose_world(draft: Draft, rows: int, fixed: int | None) -> World:
         size = fixed
     elif pinned != "auto":
         size = pinned
+        check_devices(draft.hardware, draft.machine, size, "machine.processes")
     else:
         size = choose_auto_world(draft, rows, devices)
-    if draft.hardware.device != "cpu" and size > devices and fixed is None:
-        raise PlanError(
-            f"machine.processes is {size}, but {'this machine has' if nodes == 1 else 'there are'} {devices} "
-            f"{draft.hardware.device} device(s)",
-            hint=f"machine.processes={devices}",
-        )
     _check_alike(draft.hardware, size)
     local = size // nodes if size % nodes == 0 else min(size, draft.hardware.num_devices)
     return World(size, max(1, local), nodes, draft.hardware.device)
+
+
+def check_devices(hardware: Hardware, machine: Machine, processes: int, said_by: str) -> None:
+    """See that there is a device for each process that a person asks for.
+
+    Raises:
+        PlanError: There are not so many.
+    """
+    nodes = hardware.nodes or machine.nodes
+    devices = hardware.num_devices * nodes
+    if hardware.device != "cpu" and processes > devices:
+        raise PlanError(
+            f"{said_by} is {processes}, but {'this machine has' if nodes == 1 else 'there are'} {devices} "
+            f"{hardware.device} device(s)",
+            hint=f"{said_by}={devices}",
+        )
 
 
 def choose_auto_world(draft: Draft, rows: int, devices: int) -> int:

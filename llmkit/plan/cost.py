@@ -8,6 +8,7 @@ Rajbhandari et al., "ZeRO", 2020, section 7 (what sharding sends); Shoeybi et al
 (four all-reductions a layer).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,8 @@ def seconds_of_step(step: Step, hardware: Hardware, nodes: int) -> Mapping[str, 
     `compute` is the model's arithmetic; `gradients`, `gathers` and `layers` are what processes send for replicated,
     sharded and split weights; `optimizer` is its memory, read and written.
     """
-    rate = training_rate(hardware, step.model, world_size=step.layout.world_size, precision=step.precision)
+    size = step.layout.world_size
+    rate = training_rate(hardware, step.model, world_size=size, precision=step.precision, nodes=nodes)
     if rate is None:
         return {}
     flops = step.flops * work_again(step.model, step.recompute)
@@ -131,19 +133,20 @@ def _ring(processes: int) -> float:
 
 def _sending(step: Step, hardware: Hardware, nodes: int) -> Mapping[str, float]:
     """Seconds of each kind of sending, over the slowest link on its way."""
-    if hardware.link is None:
+    if hardware.link is None and nodes == 1:
         return {}
     layout, sent = step.layout, bytes_sent(step)
     local = max(1, layout.world_size // nodes)
     network = hardware.network or USUAL_NETWORK
+    link = hardware.link or math.inf  # processes of one machine without devices pass memory on
     inner = layout.shard * layout.tensor
     # One ring over all devices passes a machine's door once; rings between machines share it.
-    over = min(hardware.link, network)
-    between = min(hardware.link, network / min(local, inner))
+    over = min(link, network)
+    between = min(link, network / min(local, inner))
     speeds = {
-        "gradients": hardware.link if nodes == 1 else between,
-        "gathers": hardware.link if inner <= local else over,
-        "layers": hardware.link if layout.tensor <= local else over,
+        "gradients": link if nodes == 1 else between,
+        "gathers": link if inner <= local else over,
+        "layers": link if layout.tensor <= local else over,
     }
     return {name: sent[name] / speeds[name] for name in sent}
 

@@ -57,15 +57,16 @@ def flops_per_token(model: ModelShape, context: int, decoder: int = 0) -> int:
 
 
 def training_rate(
-    hardware: Hardware, model: ModelShape, *, world_size: int, precision: str
+    hardware: Hardware, model: ModelShape, *, world_size: int, precision: str, nodes: int = 1
 ) -> tuple[float, float] | None:
     """FLOP/s that training here may reach over all processes, low and high; None where the device is unknown.
 
-    Processes on CPU share the cores, so more of them are not faster.
+    Processes on the CPU of one machine share its cores, so more of them are not faster.
     """
     if hardware.device == "cpu":
         low, high = CPU_FLOPS_PER_CORE["fp32" if precision == "fp32" else "bf16"]
-        return low * hardware.cores, high * hardware.cores
+        cores = hardware.cores * min(nodes, world_size)
+        return low * cores, high * cores
     if hardware.peak_flops is None:
         return None
     # The peak is the bf16 one where there is bf16; fp32 is 1/2 to 1/16 of it, an eighth is taken.

@@ -4,6 +4,7 @@ A pure function: the run and `llmkit plan` call it alike. What is pinned is veri
 fixed list of layouts with which the model fits.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -210,10 +211,11 @@ def _pinned(wanted: Parallel, world: World) -> list[tuple[Layout, str]]:
 def _not_the_world(wanted: Parallel, world: World) -> PlanError:
     numbers = {name: value for name, value in wanted if value not in (1, "auto")}
     said = ", ".join(f"{name}: {value}" for name, value in numbers.items())
+    product = math.prod(numbers.values())
     return PlanError(
         f"machine.parallel: {{{said}}} does not come to {world.size} processes",
         hint="the product of all numbers is the number of processes; leave `replicate` or `shard` out, and it is what "
-        f"the others leave; or --processes N (divisors of {world.size}: {', '.join(map(str, divisors(world.size)))})",
+        f"the others leave; or --processes {product}",
     )
 
 
@@ -287,7 +289,7 @@ def _unshared(rows: int, tried: Sequence[Layout]) -> PlanError:
     size = tried[0].data_size
     below, above = rows - rows % size, rows - rows % size + size
     batches = " or ".join(f"{number} samples" for number in (below, above) if number)
-    fits = [number for number in divisors(rows) if number <= 2 * size]
+    fits = [number for number in divisors(rows) if number <= 4 * size]
     return PlanError(
         f"a batch of {rows} rows cannot be shared equally by {size} processes",
         hint=f"batches that fit: {batches}; processes that fit: {', '.join(map(str, fits))}",

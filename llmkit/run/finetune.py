@@ -75,12 +75,7 @@ def finetune(loaded: Loaded, options: Options, reporter: Reporter, *, verb: str 
         InterruptedRunError: A signal stopped it; the same command goes on.
         RunError: It failed; the newest checkpoint is whole.
     """
-    section = loaded.recipe.finetune
-    if section is None:
-        raise UsageError(
-            "the recipe has no `finetune` section",
-            hint="llmkit finetune --task cls --model MODEL --data reviews.csv",
-        )
+    section = _section_of(loaded)
     loaded = with_base(loaded, options)
     if section.task in OBJECTIVES:
         return pretrain(continued(loaded), options, reporter, verb=verb)
@@ -145,6 +140,7 @@ def plan_finetune(
     from llmkit.run.back_translate import translators
     from llmkit.run.rows import read_and_measure
 
+    _section_of(loaded)
     loaded = with_base(loaded, options)
     assert loaded.recipe.finetune is not None
     if loaded.recipe.finetune.task in OBJECTIVES:
@@ -156,6 +152,20 @@ def plan_finetune(
     rows = read_and_measure(loaded, options, reporter.note)
     known = replace(loaded, recipe=with_context(loaded.recipe, rows.context))
     return _plan(known, options, rows, None, hardware)
+
+
+def _section_of(loaded: Loaded) -> Finetune:
+    """The recipe's `finetune` section.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if loaded.recipe.finetune is None:
+        raise UsageError(
+            "the recipe has no `finetune` section",
+            hint="llmkit finetune --task cls --model MODEL --data reviews.csv",
+        )
+    return loaded.recipe.finetune
 
 
 def with_base(loaded: Loaded, options: Options) -> Loaded:

@@ -240,7 +240,7 @@ def test_a_batch_that_devices_cannot_share() -> None:
     with pytest.raises(PlanError) as caught:
         plan_of(recipe(batch="64 samples", machine={"processes": 3}))
     assert "64 rows cannot be shared equally by 3 processes" in caught.value.message
-    assert caught.value.hint == "batches that fit: 63 samples or 66 samples; processes that fit: 1, 2, 4"
+    assert caught.value.hint == "batches that fit: 63 samples or 66 samples; processes that fit: 1, 2, 4, 8"
     with pytest.raises(PlanError, match=r"batches that fit: 8 samples; processes that fit: 1, 2, 4"):
         share_rows(4, 8, 1)
 

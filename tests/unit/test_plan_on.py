@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from training import recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmkit.cli import main
@@ -157,6 +158,36 @@ def test_one_place_is_told_whole_and_several_in_lines(capsys):
     assert "next: " in said
 
 
+def test_machines_of_processors_share_the_work_and_send(capsys):
+    plans = []
+    for more in ((), ("--nodes", "16"), ("machine.nodes=16",)):
+        _, out, _ = command("--model", "smollm2-135m", "--on", "cpu:16", "--json", *more, capsys=capsys)
+        plans.append(json.loads(out))
+    one, asked, written = plans
+    assert asked["step_seconds"] == written["step_seconds"]
+    assert asked["nodes"] == written["nodes"] == asked["world_size"] == 16
+    assert asked["step_seconds"]["compute"][0] == pytest.approx(one["step_seconds"]["compute"][0] / 16)
+    assert "gradients" not in one["step_seconds"]
+    sent = 2 * 15 / 16 * 4 * one["num_parameters"] / 12.5e9
+    assert asked["step_seconds"]["gradients"][0] == pytest.approx(sent, rel=1e-3)
+
+
+def test_the_next_command_does_what_was_planned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.json").write_text(json.dumps(recipe(tmp_path, machine__micro_batch=2)))
+    for more, said in (
+        (("--processes", "2"), "llmkit run my.json --processes 2"),
+        (("--nodes", "2", "--runs", "other"), "llmkit submit my.json --nodes 2 --runs other"),
+        (("seed=3", "--smoke"), "llmkit run my.json seed=3 --smoke"),
+    ):
+        _, _, err = command("my.json", *more, capsys=capsys)
+        assert err.rstrip().endswith(said)
+    assert main(["pretrain", "my.json", "-n"]) == 0
+    assert capsys.readouterr().err.rstrip().endswith("llmkit pretrain my.json")
+    assert main(["finetune", "my.json", "-n"]) == 2
+    assert "no `finetune` section" in capsys.readouterr().err
+
+
 def test_settings_change_a_plan_without_a_recipe(capsys):
     words = ("pretrain.train.length=1B tokens", "machine.parallel=fsdp", "machine.recompute=full")
     _, out, _ = command("--model", "qwen3-8b", *words, "--on", "2x8xH100", "--json", capsys=capsys)
@@ -174,6 +205,19 @@ def test_settings_change_a_plan_without_a_recipe(capsys):
         (("--model", "qwen3-8b", "--price", "2"), "--on 8xH100 --price 2.5"),
         (("--model", "qwen3-8b", "--on", "2x8xH100", "--nodes", "3"), "and --nodes says 3"),
         (("--model", "qwen3-8b", "--on", ","), "names no hardware"),
+        (("my.yaml", "--model", "qwen3-8b", "--on", "H100"), "my.yaml and --model qwen3-8b both say what"),
+        (
+            ("--model", "qwen3-8b", "--on", "8xH100", "--processes", "16"),
+            "--processes is 16, but this machine has 8",
+        ),
+        (
+            ("--model", "qwen3-8b", "--on", "2x8xH100", "machine.nodes=4"),
+            "names 2 machines, and machine.nodes says 4",
+        ),
+        (
+            ("--model", "qwen3-8b", "--on", "8xH100", "machine.parallel={shard: 3, tensor: 2}"),
+            "or --processes 6",
+        ),
         (
             ("--model", "qwen3-8b", "pretrain.train.length=2 epochs", "--on", "H100"),
             "no text that it could be counted",
