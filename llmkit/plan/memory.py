@@ -37,6 +37,9 @@ HEAP_SHARE_OF_MANY_LENGTHS = 1.15
 KERNELS_BYTES = 250_000_000
 """What oneDNN keeps on CPU of products in half precision, a kernel for each length (from the same runs)."""
 
+_GIVEN_BACK = 32 * 2**20
+"""Bytes from which glibc takes a piece from the system, and gives it back when it is freed (mallopt(3))."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -143,6 +146,7 @@ def training_memory(
     rows = micro_batch * activation_bytes(
         model, context, decoder, precision=precision, attention=attention, recompute=recompute, layout=layout
     )
+    large = large_scores(model, context, micro_batch, precision, attention, recompute, layout)
     kept = {
         "weights": 4 * held,
         "gradients": 4 * trained,
@@ -155,7 +159,7 @@ def training_memory(
         **here,
         activations=rows,
         logits=logits,
-        heap=int((HEAP_SHARE_OF_MANY_LENGTHS if many_lengths else HEAP_SHARE) * (rows + logits))
+        heap=int((HEAP_SHARE_OF_MANY_LENGTHS if many_lengths else HEAP_SHARE) * (rows + logits - large))
         * bool(process),
         buffers=buffer_bytes(model, layout, trained, precision),
         process=process + KERNELS_BYTES * (process > 0 and many_lengths and precision != "fp32"),
@@ -251,6 +255,24 @@ def buffer_bytes(model: ModelShape, layout: Layout, trained: int, precision: str
     return (3 * _width(precision) + 4) * block + 8 * rest
 
 
+def large_scores(
+    model: ModelShape,
+    context: int,
+    micro_batch: int,
+    precision: str,
+    attention: str,
+    recompute: Recompute,
+    layout: Layout,
+) -> int:
+    """Bytes of the kept scores of attention that lie in pieces so large that the heap gives them back."""
+    if attention not in ("eager", "compiled") or model.num_encoder_layers:
+        return 0
+    scores = micro_batch * model.num_heads // layout.tensor * context**2
+    layers = model.num_layers if recompute == "none" else 1
+    widths = [_width(precision), *([4] if attention == "eager" and _width(precision) != 4 else [])]
+    return layers * sum(width * scores for width in widths if width * scores >= _GIVEN_BACK)
+
+
 def activation_bytes(
     model: ModelShape,
     context: int,
@@ -265,7 +287,8 @@ def activation_bytes(
 
     Two norms keep input and normalised value in fp32 and their output `w` bytes wide; attention keeps queries, keys,
     values and output; the MLP its inner tensors (gate, up, activation, product, or two without a gate). Scores, where
-    kept, are `num_heads * context` wide: probabilities `w` wide, in eager mode also in fp32. A block of a decoder with
+    kept, are `num_heads * context` wide: probabilities `w` wide, in eager mode also in fp32 where that is another, and
+    there the block whose turn it is has them three times before they are probabilities. A block of a decoder with
     an encoder has one more attention, and the keys and values of the encoder's positions. `tensor` divides all that
     is inside of attention and MLP, `context` everything.
 
@@ -288,7 +311,8 @@ def activation_bytes(
         whole = layers.block(length, context if crosses else 0, "none")
         each = layers.block(length, context if crosses else 0, recompute)
         extra = whole if recompute != "none" else 0
-        total += length * (number * each + extra + layers.last)
+        raw = (length + (context if crosses else 0)) * layers.raw
+        total += length * (number * each + extra + raw + layers.last)
     keys = model.num_layers * context * layers.keys if model.num_encoder_layers and recompute != "full" else 0
     return (total + keys) // layout.context
 
@@ -313,6 +337,7 @@ class _Layers:
         mlp: The MLP's inner tensors.
         products: Of these, the results of matrix products.
         score: A score for each position that is looked at, of all heads.
+        raw: The same before it is a probability, where that takes tensors of their own: product, scaled, masked.
         keys: Keys and values of one position.
         last: The last norm.
     """
@@ -324,12 +349,13 @@ class _Layers:
     mlp: int
     products: int
     score: int
+    raw: int
     keys: int
     last: int
 
     @classmethod
     def of(cls, model: ModelShape, layout: Layout, width: int, attention: str) -> "_Layers":
-        kept = {"compiled": width, "eager": width + 4}.get(attention, 0)
+        kept = {"compiled": width, "eager": width if width == 4 else width + 4}.get(attention, 0)
         inner = width * model.intermediate_size // layout.tensor
         keys = 2 * width * model.head_dim * model.num_kv_heads // layout.tensor
         return cls(
@@ -340,6 +366,7 @@ class _Layers:
             mlp=inner * (4 if model.gated_mlp else 2),
             products=inner * (2 if model.gated_mlp else 1),
             score=kept * model.num_heads // layout.tensor,
+            raw=3 * width * model.num_heads // layout.tensor if attention == "eager" else 0,
             keys=keys,
             last=model.hidden_size * (8 + width),
         )

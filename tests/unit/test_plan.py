@@ -25,6 +25,7 @@ from llmkit.plan import (
 )
 from llmkit.plan.batch import divisors, largest_divisor, share_rows
 from llmkit.plan.describe import bytes_text, seconds_text, short
+from llmkit.plan.memory import CPU_PROCESS_BYTES, HEAP_SHARE
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.units import Amount
 
@@ -146,6 +147,53 @@ def test_activation_estimate_is_near_what_torch_keeps(precision: str, attention:
     assert memory.activations + copies == pytest.approx(num_bytes, rel=0.2)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eager_attention_keeps_the_scores_that_are_planned(precision: str) -> None:
+    """What torch keeps with it and not with SDPA, at a length where scores are most of it."""
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    def saved(attention: str) -> int:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=100,
+            attn_implementation=attention,
+        )  # fmt: skip
+        kept: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        casting = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), casting:
+            found = LlamaModel(config)(torch.zeros(2, 256, dtype=torch.long)).last_hidden_state
+        assert found.requires_grad
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    scores = 2 * 4 * 256 * 256
+    expected = 3 * scores * {"fp32": 4, "bf16": 6}[precision]
+    assert saved("eager") - saved("sdpa") == pytest.approx(expected, rel=0.02)
+
+
+def test_scores_in_large_pieces_are_given_back_by_the_heap() -> None:
+    shape = shape_of_preset("gpt-mini", 8000, 512)
+    below, above = (
+        training_memory(
+            shape,
+            context=512,
+            micro_batch=rows,
+            precision="fp32",
+            attention="eager",
+            process=CPU_PROCESS_BYTES,
+        )
+        for rows in (7, 8)
+    )
+    assert 7 * 4 * 512 * 512 * 4 < 32 * 2**20 <= 8 * 4 * 512 * 512 * 4
+    for memory, scores in ((below, 0), (above, 6 * 8 * 4 * 512 * 512 * 4)):
+        assert memory.heap == int(HEAP_SHARE * (memory.activations + memory.logits - scores))
+
+
 def test_memory_by_term() -> None:
     shape = shape_of_preset("gpt-mini", 8000, 512)
     memory = training_memory(shape, context=512, micro_batch=4, precision="fp32", attention="sdpa")
@@ -161,7 +209,8 @@ def test_memory_by_term() -> None:
     assert memory.activations == 4 * 512 * (6 * per_block + 256 * 12)
     assert memory.total == 16 * parameters + memory.activations + memory.logits
     eager = training_memory(shape, context=512, micro_batch=4, precision="fp32", attention="eager")
-    assert eager.activations - memory.activations == 4 * 512 * 6 * 4 * 512 * 8
+    # Six layers keep probabilities, and one has them in the making.
+    assert eager.activations - memory.activations == (6 + 3) * 4 * 4 * 512 * 512 * 4
     bf16 = training_memory(shape, context=512, micro_batch=4, precision="bf16", attention="sdpa")
     assert bf16.weights == 4 * parameters + 2 * (shape.num_matmul_parameters - 8000 * 256)
     # Under bf16 a chunk is there in 2 bytes before and after too; so are the output layer, and a share of its gradient.
