@@ -44,12 +44,14 @@ def parse_place(text: str, said_by: str) -> Place:
     """
     host, colon, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    is_number = port.isascii() and port.isdigit() and 0 < int(port) < 65536
+    is_number = port.isascii() and port.isdigit()
     if not colon or not host or not is_number or (":" in host and not text.startswith("[")):
         raise UsageError(
             f"{said_by}: {text!r} is not HOST:PORT",
             hint="such as node0:29400 or 10.0.0.7:29400; [fd00::7]:29400 for IPv6",
         )
+    if not 0 < int(port) < 65536:
+        raise UsageError(f"{said_by}: {text!r}: ports go from 1 to 65535", hint="such as 29400")
     return Place(host, int(port))
 
 
@@ -115,8 +117,9 @@ def listen(place: Place, addresses: list[str]) -> socket.socket:
                 ) from error
             if error.errno != errno.EADDRNOTAVAIL:
                 raise RunError(f"cannot listen at {place}: {error.strerror}") from error
+    known = "" if addresses == [place.host] else f" ({', '.join(addresses)})"
     raise RunError(
-        f"{place.host} ({', '.join(addresses)}) is not this machine, which is to be node 0",
+        f"{place.host}{known} is not this machine, which is to be node 0",
         hint="--rendezvous is the address of node 0 itself; behind a service of Kubernetes, a headless one",
     )
 

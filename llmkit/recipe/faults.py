@@ -13,6 +13,9 @@ from llmkit.recipe.translate import FOREIGN
 from llmkit.recipe.units import shown
 from llmkit.registry import nearest
 
+_OTHER_WORDS = {"gpu": "cuda", "nvidia": "cuda", "metal": "mps", "float32": "fp32", "bfloat16": "bf16"}
+"""What else some words of a recipe are called."""
+
 
 def problems_of(error: ValidationError, root: Node) -> list[Problem]:
     """One problem for each wrong key or value; the branches of a union count once.
@@ -177,7 +180,10 @@ def _wrong_value(item: Any, path: Path, node: Node) -> Problem:
     schema = fields.accepts(key)
     if isinstance(path[-1], int):
         schema = fields.element(schema)
-    close = nearest(value, fields.enum_values(schema)) if isinstance(value, str) else None
+    words = fields.enum_values(schema)
+    close = nearest(value, words) if isinstance(value, str) else None
+    if _OTHER_WORDS.get(str(value).lower()) in words:
+        close = _OTHER_WORDS[str(value).lower()]
     what = "a list or mapping" if isinstance(node.value, Keys | list) else f"`{shown(value)}`"
     expected = fields.describe(schema)
     return Problem(

@@ -77,6 +77,8 @@ def test_carets_stand_under_exactly_the_key_or_value() -> None:
         ("machine: {compile: 1}", "5:20", "`compile`: `1` is not `true` or `false` or one of auto, graphs"),
         ("machine: {parallel: fdsp}", "5:21", "not one of auto, ddp, fsdp, hsdp, nor a section (keys and values)"),
         ("machine: {parallel: fdsp}", "5:21", "did you mean `fsdp`?"),
+        ("machine: {device: gpu}", "5:19", "did you mean `cuda`?"),
+        ("machine: {precision: bfloat16}", "5:22", "did you mean `bf16`?"),
         ("machine: {parallel: zero3}", "5:21", "its keys are replicate, shard, tensor, expert"),
         ("machine: {processes: atuo}", "5:22", "did you mean `auto`?"),
         ("machine: {micro_batch: 0}", "5:24", "`micro_batch`: `0` is below 1, the least that makes sense here"),
