@@ -19,10 +19,15 @@ def program() -> str:
         return os.environ[CALLED]
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
-        return f"{Path(sys.executable).name} -m llmkit"
-    found = shutil.which("llmkit")
-    if called.name != "llmkit" or (found and Path(found).absolute() == called.absolute()):
-        return "llmkit"
+        return f"{_as_found(Path(sys.executable))} -m llmkit"
+    return "llmkit" if called.name != "llmkit" else _as_found(called)
+
+
+def _as_found(called: Path) -> str:
+    """A program's name where a shell finds this very one by it, else its path; links to it are others."""
+    found = shutil.which(called.name)
+    if found and Path(found).absolute() == called.absolute():
+        return called.name
     return shlex.quote(os.path.relpath(called) if called.is_relative_to(Path.cwd()) else str(called))
 
 

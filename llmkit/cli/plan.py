@@ -270,8 +270,15 @@ def plan_of(
 
     recipe, options = loaded.recipe, to_options(settings)
     place = _with_nodes_of(recipe.machine, place)
-    if place is not None and settings.processes is not None:
-        check_devices(place, recipe.machine, settings.processes, "--processes")
+    if settings.processes is not None:
+        nodes = recipe.machine.nodes if place is None else place.nodes or 1
+        if settings.processes % nodes:
+            raise UsageError(
+                f"{settings.processes} processes cannot be shared evenly by {nodes} nodes",
+                hint=f"--processes {nodes * max(1, settings.processes // nodes)}",
+            )
+        if place is not None:
+            check_devices(place, recipe.machine, settings.processes, "--processes")
     ahead, tunes = run.plan if verb else run.plan_without_text, verb == "finetune"
     found = ahead(loaded, options, place) if recipe.pretrain is not None and not tunes else None
     rows = run.outline(loaded, options) if recipe.tokenize is not None and not tunes else []

@@ -101,15 +101,15 @@ def resolve_sharing(
     tried = [(layout, why, policy) for policy in policies for layout, why in candidates]
     fitting = next((each for each in tried if memory_of(each[0], each[2]).total <= available), None)
     layout, why, policy = fitting or min(tried, key=lambda each: memory_of(each[0], each[2]).total)
-    if machine.offload and layout.shard == 1:
-        raise PlanError(
-            "machine.offload keeps shards on the host, and nothing is sharded here",
-            hint="machine.parallel=fsdp with two processes or more, or machine.offload=false",
-        )
     if machine.offload and world.device == "cpu":
         raise PlanError(
             "machine.offload: on a processor weights are in the host's memory anyway",
             hint="machine.offload=false",
+        )
+    if machine.offload and layout.shard == 1:
+        raise PlanError(
+            "machine.offload keeps shards on the host, and nothing is sharded here",
+            hint="machine.parallel=fsdp with two processes or more, or machine.offload=false",
         )
     return Sharing(
         layout=layout,

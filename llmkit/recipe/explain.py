@@ -64,6 +64,8 @@ def explain(key: str = "") -> Explanation:
     if setting.block is not None:
         text = f"{setting.text} {_text_of(setting.block)}".strip()
         kind = "a section, or a list of them" if wanted.endswith(".data") else "a section"
+        words = fields.enum_values(fields.accepts(wanted))
+        kind = f"one of {', '.join(words)}, or {kind}" if words else kind
         return Explanation(wanted, kind, None, setting.required, text, _children(setting.block, wanted + "."))
     schema = fields.accepts(wanted)
     kind = fields.describe(schema)

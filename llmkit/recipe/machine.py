@@ -28,7 +28,7 @@ class Slurm(Block):
 
 
 class Parallel(Block):
-    """How processes share rows and model; the product of all numbers is the number of processes."""
+    """The product of all numbers is the number of processes."""
 
     replicate: Count | Literal["auto"] = "auto"
     """Groups of processes that hold the model once each and read different rows; `auto`: what the others leave."""

@@ -35,7 +35,7 @@ from llmkit.recipe.objectives import Distil
 from llmkit.recipe.schema import Model, Recipe
 from llmkit.registry import OBJECTIVES, goal_of, nearest
 from llmkit.report.formatting import format_bytes, format_count, format_percent
-from llmkit.run.folders import Options, placed
+from llmkit.run.folders import Options, find_model, placed
 from llmkit.run.tokenize import corpora
 from llmkit.train.places import model_folder
 
@@ -98,7 +98,9 @@ def recipe_of_model(name: str, overrides: Sequence[str] = ()) -> Loaded:
 def _model_by_name(name: str) -> dict[str, Any]:
     if name in (*PRESETS, *PUBLISHED):
         return {"preset": name}
-    if (Path(name) / "config.json").is_file() or "/" in name:
+    if Path(name).is_dir():  # of a run, the model that it made
+        return {"name": str(find_model(name, Path()))}
+    if "/" in name:
         return {"name": name}
     guess = nearest(name, [*PUBLISHED, *PRESETS])
     raise UsageError(

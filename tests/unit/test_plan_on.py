@@ -188,6 +188,18 @@ def test_the_next_command_does_what_was_planned(tmp_path, monkeypatch, capsys):
     assert "no `finetune` section" in capsys.readouterr().err
 
 
+def test_a_runs_folder_is_the_model_that_it_made(tmp_path, capsys):
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=500
+    )
+    config.save_pretrained(tmp_path / "run/pretrain/model")
+    plans = []
+    for place in ("run", "run/pretrain/model"):
+        _, out, _ = command("--model", str(tmp_path / place), "--on", "H100", "--json", capsys=capsys)
+        plans.append(json.loads(out)["num_parameters"])
+    assert plans[0] == plans[1] > 0
+
+
 def test_settings_change_a_plan_without_a_recipe(capsys):
     words = ("pretrain.train.length=1B tokens", "machine.parallel=fsdp", "machine.recompute=full")
     _, out, _ = command("--model", "qwen3-8b", *words, "--on", "2x8xH100", "--json", capsys=capsys)
@@ -209,6 +221,14 @@ def test_settings_change_a_plan_without_a_recipe(capsys):
         (
             ("--model", "qwen3-8b", "--on", "8xH100", "--processes", "16"),
             "--processes is 16, but this machine has 8",
+        ),
+        (
+            ("--model", "qwen3-8b", "--on", "2x8xH100", "--processes", "7"),
+            "7 processes cannot be shared evenly by 2",
+        ),
+        (
+            ("--model", "qwen3-8b", "machine.nodes=3", "--processes", "4"),
+            "4 processes cannot be shared evenly by 3",
         ),
         (
             ("--model", "qwen3-8b", "--on", "2x8xH100", "machine.nodes=4"),
