@@ -110,6 +110,8 @@ def plan(
                 f"{recipe} and --model {model} both say what is trained",
                 hint="leave one of them out; a recipe takes pretrain.model.preset=NAME",
             )
+        if smoke:
+            raise UsageError("--smoke shrinks a recipe, and --model has none", hint="leave one of them out")
         words = [word for word in (recipe, *(overrides or ())) if word is not None]
         loaded = recipe_of_model(model, [*words, *alone])
         show_plan(loaded, settings, ["--model", model, *words], places=places, verb="")

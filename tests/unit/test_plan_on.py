@@ -217,6 +217,7 @@ def test_settings_change_a_plan_without_a_recipe(capsys):
         (("--model", "qwen3-8b", "--price", "2"), "--on 8xH100 --price 2.5"),
         (("--model", "qwen3-8b", "--on", "2x8xH100", "--nodes", "3"), "and --nodes says 3"),
         (("--model", "qwen3-8b", "--on", ","), "names no hardware"),
+        (("--smoke", "--model", "qwen3-8b", "--on", "H100"), "--smoke shrinks a recipe"),
         (("my.yaml", "--model", "qwen3-8b", "--on", "H100"), "my.yaml and --model qwen3-8b both say what"),
         (
             ("--model", "qwen3-8b", "--on", "8xH100", "--processes", "16"),
