@@ -19,7 +19,8 @@ BIN := $(VENV)/bin
 KEY := $(shell cat pyproject.toml constraints.txt constraints-torch.txt | cksum | tr ' ' '-')
 STAMP := $(VENV)/.installed-$(TORCH)-$(KEY)
 TESTS ?= tests
-JOBS ?= 2
+# On two cores: some tests wait for what they have started.
+JOBS ?= 3
 
 ifeq ($(filter $(TORCH),auto cpu cu130 keep),)
   $(error TORCH=$(TORCH): must be auto, cpu, cu130 or keep)

@@ -342,7 +342,7 @@ def clear(folder: Path) -> None:
 def warn_of_full_disk(folder: Path, job: "Job", plan: Plan, reporter: Reporter) -> None:
     """Say before the first step when the checkpoints to keep, the next one and the model will not fit."""
     there = len(saved_steps(folder / "checkpoints")) * plan.checkpoint_bytes
-    needed = max(0, plan.disk_bytes["checkpoints"] - there) + plan.disk_bytes["model"]
+    needed = max(0, plan.disk_bytes.get("checkpoints", 0) - there) + plan.disk_bytes.get("model", 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         reporter.warn(

@@ -225,7 +225,8 @@ def test_a_signal_to_one_rank_stops_all_and_a_death_is_survived(tmp_path, whole)
     assert_same(run, whole)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_that_nobody_foresaw_ends_both_and_is_told(tmp_path, rank):
     """The one that made it is blamed, not the one that lost it."""
     words = two(tmp_path, "run", "--no-self-check", **NEVER)

@@ -119,6 +119,7 @@ def test_initial_weights_depend_on_the_seed_alone(tmp_path):
     assert any((same[0][key] != other[key]).any() for key in other)
 
 
+@pytest.mark.slow
 def test_another_launchers_two_processes_do_the_whole_recipe_together(tmp_path):
     """As torchrun or srun would start them: one environment each, no parent of ours."""
     with socket.socket() as probe:
